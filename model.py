@@ -1,0 +1,1597 @@
+"""The Transformer language model, and everything whose value must agree between the scripts.
+
+    python model.py count --preset gpt2-xl               # parameters, FLOPs and memory, part by part
+    python model.py bench --preset small --batch_size 4  # time and memory of forward, backward, step
+    python model.py generate --model out/model --prompt "def main("     # text from a trained model
+    python model.py export --model out/checkpoint.pt --out_dir hf       # to a Hugging Face directory
+
+From scratch: layers, attention, loss, optimizer, schedule, sampling and the safetensors format are
+written out below on torch tensors; torch.nn gives Module and Parameter only. `attention="sdpa"` is
+the one named exception: PyTorch's fused kernel, with `"eager"` as its oracle.
+
+Sources
+[1] CS336 assignment 1 (basics) and 2 (systems) handouts, Stanford 2025 and 2026
+[2] Vaswani et al. 2017, Attention Is All You Need, arXiv 1706.03762
+[3] Su et al. 2021, RoFormer (rotary position embedding), arXiv 2104.09864
+[4] Zhang and Sennrich 2019, Root Mean Square Layer Normalization, arXiv 1910.07467
+[5] Shazeer 2020, GLU Variants Improve Transformer, arXiv 2002.05202
+[6] Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, arXiv 1711.05101
+[7] Ainslie et al. 2023, GQA, arXiv 2305.13245
+[8] Holtzman et al. 2020, The Curious Case of Neural Text Degeneration (top-p), arXiv 1904.09751
+[9] Llama 3.1 reference code: the "llama3" scaling of rotary frequencies
+
+Dims: B batch, T time, C d_model, H query heads, G key/value heads, D d_head, F d_ff, V vocab_size,
+N tokens (B*T flattened), L layers.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+CHOICES = {
+    "pos": ("rope", "none"),
+    "norm": ("pre", "post", "none"),
+    "ffn": ("swiglu", "silu"),
+    "attention": ("eager", "sdpa", "flash"),
+}
+
+# Shapes that the handouts name. "gpt2*": [1] A1 accounting. The others: [1] A2 table of sizes.
+PRESETS = {
+    "tinystories": dict(vocab_size=10_000, context_length=256, d_model=512, num_layers=4, num_heads=16),
+    "gpt2": dict(vocab_size=50_257, context_length=1024, d_model=768, num_layers=12, num_heads=12),
+    "gpt2-medium": dict(
+        vocab_size=50_257, context_length=1024, d_model=1024, num_layers=24, num_heads=16
+    ),
+    "gpt2-large": dict(
+        vocab_size=50_257, context_length=1024, d_model=1280, num_layers=36, num_heads=20
+    ),
+    "gpt2-xl": dict(vocab_size=50_257, context_length=1024, d_model=1600, num_layers=48, num_heads=25),
+    "small": dict(d_model=768, d_ff=3072, num_layers=12, num_heads=12),
+    "medium": dict(d_model=1024, d_ff=4096, num_layers=24, num_heads=16),
+    "large": dict(d_model=1280, d_ff=5120, num_layers=36, num_heads=20),
+    "xl": dict(d_model=2560, d_ff=10_240, num_layers=32, num_heads=32),
+    "10B": dict(d_model=4608, d_ff=12_288, num_layers=50, num_heads=36),
+}
+
+# Dense bf16 matrix rate in FLOP/s by a part of the device's name (vendors' datasheets).
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+              "4090": 165e12, "3090": 71e12, "L4": 121e12, "A10": 125e12}  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------
+# configuration
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model. None means derived: see `__post_init__`, which fills every None."""
+
+    vocab_size: int = field(default=10_000, metadata={"help": "ids that the model knows"})
+    context_length: int = field(default=512, metadata={"help": "longest sequence, tokens"})
+    d_model: int = field(default=512, metadata={"help": "width of the residual stream"})
+    num_layers: int = field(default=4, metadata={"help": "Transformer blocks"})
+    num_heads: int = field(default=16, metadata={"help": "query heads"})
+    num_kv_heads: int | None = field(
+        default=None, metadata={"help": "key/value heads, a divisor of num_heads (default: the same)"}
+    )
+    d_head: int | None = field(
+        default=None, metadata={"help": "width of a head (default: d_model / num_heads)"}
+    )
+    d_ff: int | None = field(
+        default=None,
+        metadata={"help": "width inside the feed-forward layer (default: 8/3 d_model to the nearest "
+                          "multiple of 64; 4 d_model with --ffn silu)"},
+    )  # fmt: skip
+    rope_theta: float = field(default=10_000.0, metadata={"help": "base of the rotary frequencies"})
+    norm_eps: float = field(default=1e-5, metadata={"help": "epsilon inside RMSNorm's root"})
+    tie_embeddings: bool = field(default=False, metadata={"help": "output head = token embeddings"})
+    qkv_bias: bool = field(default=False, metadata={"help": "bias on q, k and v (Qwen2)"})
+    qk_norm: bool = field(default=False, metadata={"help": "RMSNorm on each q and k head (Qwen3)"})
+    pos: str = field(default="rope", metadata={"help": "positions"})
+    norm: str = field(default="pre", metadata={"help": "place of RMSNorm"})
+    ffn: str = field(default="swiglu", metadata={"help": "feed-forward layer"})
+    attention: str = field(default="sdpa", metadata={"help": "attention kernel"})
+    rope_scaling: dict | None = None  # the "llama3" rule of a Hugging Face config [9]
+
+    def __post_init__(self):
+        derive = functools.partial(object.__setattr__, self)
+        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; raise it")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}; "
+                    "choose one of these"
+                )
+        if self.num_kv_heads is None:
+            derive("num_kv_heads", self.num_heads)
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and {self.num_heads}; "
+                "change one of them"
+            )
+        if self.d_head is None:
+            if self.d_model % self.num_heads:
+                raise ValueError(
+                    f"d_model must be a multiple of num_heads, got {self.d_model} and "
+                    f"{self.num_heads}; change one of them or give d_head"
+                )
+            derive("d_head", self.d_model // self.num_heads)
+        if self.pos == "rope" and self.d_head % 2:
+            raise ValueError(f"d_head must be even with pos=rope, got {self.d_head}; change num_heads")
+        if self.d_ff is None:
+            nearest = max(1, round(8 * self.d_model / 3 / 64)) * 64
+            derive("d_ff", nearest if self.ffn == "swiglu" else 4 * self.d_model)
+
+
+def add_model_flags(parser, **defaults):
+    """Adds one flag a field of ModelConfig, and --preset. `defaults` replaces the class's defaults."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--preset", choices=PRESETS, help="a named shape; other flags override it")
+    for f in fields(ModelConfig):
+        if f.name == "rope_scaling":
+            continue
+        options = dict(default=None, help=f.metadata["help"])
+        shown = defaults.get(f.name, f.default)
+        if shown is not None and shown is not False:
+            options["help"] += f" (default: {shown})"
+        if f.default is False:
+            options["action"] = argparse.BooleanOptionalAction
+        elif f.name in CHOICES:
+            options["choices"] = CHOICES[f.name]
+        else:
+            options["type"] = float if isinstance(f.default, float) else int
+        group.add_argument(f"--{f.name}", **options)
+    parser.set_defaults(model_defaults=defaults)
+
+
+def config_from_flags(args, **overrides):
+    """The ModelConfig that the flags of `add_model_flags` ask for: flag, then preset, then default."""
+    given = {f.name: getattr(args, f.name, None) for f in fields(ModelConfig)}
+    given = {name: value for name, value in given.items() if value is not None}
+    preset = PRESETS[args.preset] if args.preset else {}
+    return ModelConfig(**{**args.model_defaults, **preset, **overrides, **given})
+
+
+# -------------------------------------------------------------------------------------------------
+# functions: softmax, attention, losses
+
+
+def silu(x):
+    """x * sigmoid(x), elementwise. source: [5]"""
+    return x * torch.sigmoid(x)
+
+
+def softmax(x, dim):
+    """exp(x) / sum(exp(x)) along `dim`, same shape as x; the maximum is subtracted first, so that no
+    exp overflows. softmax([0, ln 3]) = [1/4, 3/4]."""
+    e = (x - x.amax(dim, keepdim=True)).exp()
+    return e / e.sum(dim, keepdim=True)
+
+
+ANNOTATE = False  # set by `bench`: name the parts of attention for nsys and torch.profiler
+
+
+@contextlib.contextmanager
+def annotate(name):
+    """Marks a region for torch.profiler and, on CUDA, for nsys (NVTX); nothing unless ANNOTATE."""
+    if not ANNOTATE:
+        yield
+        return
+    nvtx = torch.cuda.nvtx.range(name) if torch.cuda.is_available() else contextlib.nullcontext()
+    with torch.profiler.record_function(name), nvtx:
+        yield
+
+
+def scaled_dot_product_attention(q, k, v, mask=None):
+    """Attention output (..., Tq, Dv) = softmax(q k^T / sqrt(D)) v.
+
+    q: (..., Tq, D), k: (..., Tk, D), v: (..., Tk, Dv), any leading dims that broadcast
+    mask: bool, broadcasts to (..., Tq, Tk); True where the query may look. Every query needs one key.
+    source: [2] section 3.2.1
+    """
+    with annotate("attention scores"):
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+    with annotate("attention softmax"):
+        weights = softmax(scores, dim=-1).to(v.dtype)
+    with annotate("attention values"):
+        return weights @ v
+
+
+def cross_entropy(logits, targets):
+    """Mean of -log softmax(logits)[target], a float32 scalar (float64 stays float64).
+
+    logits: (..., V); targets: (...) int. Uniform logits over V classes give ln V.
+    source: [1] A1 section 4.1. Perplexity is its exp.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    peak = logits.amax(-1, keepdim=True)
+    log_total = (logits - peak).exp().sum(-1).log() + peak.squeeze(-1)
+    return (log_total - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)).mean()
+
+
+def _softmax_and_loss(logits, targets):
+    """Softmax of logits (n, V), in their dtype, and the loss of each row (n,) float32. Float32 logits
+    are overwritten: on a CPU that halves the traffic; compiled on a GPU all of it is two kernels."""
+    picked = logits.gather(-1, targets.unsqueeze(-1)).float()
+    x = logits.float()
+    peak = x.amax(-1, keepdim=True)
+    x = x.sub_(peak).exp_()
+    total = x.sum(-1, keepdim=True)
+    loss = (total.log() + peak - picked).squeeze(-1)
+    return x.div_(total).to(logits.dtype), loss
+
+
+@functools.cache
+def _fused_softmax_and_loss():
+    return torch.compile(_softmax_and_loss)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradient of softmax cross entropy is (p - onehot): known as soon as the logits are. So each
+    chunk of tokens is finished in the forward pass and its logits are dropped. The one-hot part goes
+    through rows of `weight` instead of the chunk, which saves a pass and keeps small p exact."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, row_weight, chunk, needs_gradient):
+        w = weight.to(hidden.dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if needs_gradient else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
+        fuse = hidden.is_cuda and importlib.util.find_spec("triton") is not None
+        softmax_and_loss = _fused_softmax_and_loss() if fuse else _softmax_and_loss
+        for h, t, r, i in zip(
+            hidden.split(chunk), targets.split(chunk), row_weight.split(chunk),
+            range(0, len(hidden), chunk), strict=True,
+        ):  # fmt: skip
+            p, losses = softmax_and_loss(h @ w.T, t)
+            loss += (losses * r).sum()
+            if needs_gradient:
+                r = r.unsqueeze(-1).to(h.dtype)
+                torch.mul(p @ w - w[t], r, out=d_hidden[i : i + chunk])
+                scaled = h * r
+                if d_weight.dtype == h.dtype:
+                    d_weight.addmm_(p.T, scaled)
+                else:
+                    d_weight += p.T @ scaled
+                d_weight.index_add_(0, t, scaled.float(), alpha=-1)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        d_hidden, d_weight = ctx.saved_tensors
+        d_weight = (d_weight * d_loss).to(ctx.weight_dtype)
+        return d_hidden * d_loss.to(d_hidden.dtype), d_weight, None, None, None, None
+
+
+def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, reduction="mean", chunk=None):
+    """cross_entropy(hidden @ weight.T, targets), a float32 scalar, without the (N, V) logits.
+
+    hidden: (..., C); weight: (V, C); targets: (...) int, `ignore_index` where a token has no loss
+    reduction: "mean" over the tokens that have a loss, or "sum"; chunk: tokens whose logits exist at
+    one time. The gradients of both inputs are computed chunk by chunk in the forward pass, so the
+    memory is one chunk of logits, a float32 (V, C), and no second pass.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be mean or sum, got {reduction!r}; choose one")
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    valid = targets != ignore_index
+    row_weight = valid.float()
+    if reduction == "mean":
+        row_weight = row_weight / valid.sum()
+    if chunk is None:  # measured: 1 GiB of bf16 logits keeps a GPU's matmuls large; a CPU likes 8 MB
+        chunk = max(1, (2**29 if hidden.is_cuda else 2**21) // weight.shape[0])
+    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    targets = targets.masked_fill(~valid, 0)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, row_weight, chunk, needs_gradient)
+
+
+# -------------------------------------------------------------------------------------------------
+# layers
+
+
+class Linear(nn.Module):
+    """y = x W^T (+ b): (..., in_features) to (..., out_features). weight: (out_features, in_features),
+    N(0, 2 / (in + out)) cut at 3 sigma. source: [1] A1 section 3.4"""
+
+    def __init__(self, in_features, out_features, bias=False, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        std = math.sqrt(2 / (in_features + out_features))
+        nn.init.trunc_normal_(self.weight, 0, std, -3 * std, 3 * std)
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class Embedding(nn.Module):
+    """Rows of weight (num_embeddings, embedding_dim): ids (...) int to (..., embedding_dim).
+    N(0, 1) cut at 3. source: [1] A1 section 3.4.3"""
+
+    def __init__(self, num_embeddings, embedding_dim, device=None, dtype=None):
+        super().__init__()
+        shape = (num_embeddings, embedding_dim)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        nn.init.trunc_normal_(self.weight, 0, 1, -3, 3)
+
+    def forward(self, ids):
+        return self.weight[ids]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, computed in float32, returned in x's
+    dtype. source: [4]"""
+
+    def __init__(self, d_model, eps=1e-5, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
+
+    def forward(self, x):
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x): (..., d_model) to (..., d_model). source: [5] equation 6"""
+
+    def __init__(self, d_model, d_ff):
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff)
+        self.w2 = Linear(d_ff, d_model)
+        self.w3 = Linear(d_model, d_ff)
+
+    def forward(self, x):
+        return self.w2(silu(self.w1(x)) * self.w3(x))
+
+
+class SiLUFeedForward(nn.Module):
+    """w2(silu(w1 x)): the ungated ablation of SwiGLU. source: [1] A1, swiglu_ablation"""
+
+    def __init__(self, d_model, d_ff):
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff)
+        self.w2 = Linear(d_ff, d_model)
+
+    def forward(self, x):
+        return self.w2(silu(self.w1(x)))
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns the pair (x[2j], x[2j+1]) at position p by the angle p * theta^(-2j/D). source: [3] 3.4.2
+
+    forward(x, positions): x (..., T, D), positions (..., T) int, broadcast over x's leading dims;
+    None means 0..T-1. The result has x's shape and dtype. No learned state; tables are float32.
+    """
+
+    def __init__(self, theta, d_head, context_length, scaling=None, device=None):
+        super().__init__()
+        frequency = theta ** (-torch.arange(0, d_head, 2, dtype=torch.float32, device=device) / d_head)
+        if scaling is not None:
+            frequency = scale_rotary_frequencies(frequency, scaling)
+        position = torch.arange(context_length, dtype=torch.float32, device=device)
+        angle = torch.outer(position, frequency)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, x, positions=None):
+        if positions is None:
+            cos, sin = self.cos[: x.shape[-2]], self.sin[: x.shape[-2]]
+        else:
+            cos, sin = self.cos[positions], self.sin[positions]
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
+        return turned.flatten(-2).to(x.dtype)
+
+
+def scale_rotary_frequencies(frequency, scaling):
+    """Llama 3.1's rule for long contexts, frequencies (D/2,) to (D/2,): long waves are slowed by
+    `factor`, short ones stay, those between are blended. source: [9]"""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (blend + (1 - blend) / scaling["factor"])
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated. Row b holds lengths[b] of them.
+
+    k, v: (L, B, G, max_length, D). Rows may differ in length: what lies beyond lengths[b] is stale,
+    masked, and overwritten by the next token.
+    """
+
+    def __init__(self, config, batch_size, max_length, device, dtype):
+        shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.d_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.end = 0  # on the host: max(lengths), so that slicing needs no device sync
+
+    def update(self, layer, k, v, positions):
+        """Stores k and v (B, G, T, D) at `positions` (B, T); returns all (B, G, end, D) so far."""
+        index = positions[:, None, :, None].expand_as(k)
+        self.k[layer].scatter_(2, index, k.to(self.k.dtype))
+        self.v[layer].scatter_(2, index, v.to(self.v.dtype))
+        end = self.end + positions.shape[1]
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def select(self, rows):
+        """Keeps these rows, in this order, repeats allowed (samples of one prompt share a prefill)."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.lengths = self.lengths[rows]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention with grouped keys and values: (B, T, C) to (B, T, C).
+    source: [2] 3.2.2, [7]. `rope` is shared between layers when given."""
+
+    def __init__(self, config, rope=None):
+        super().__init__()
+        c = self.config = config
+        self.q_proj = Linear(c.d_model, c.num_heads * c.d_head, bias=c.qkv_bias)
+        self.k_proj = Linear(c.d_model, c.num_kv_heads * c.d_head, bias=c.qkv_bias)
+        self.v_proj = Linear(c.d_model, c.num_kv_heads * c.d_head, bias=c.qkv_bias)
+        self.output_proj = Linear(c.num_heads * c.d_head, c.d_model)
+        self.q_norm = RMSNorm(c.d_head, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.d_head, c.norm_eps) if c.qk_norm else None
+        if rope is None and c.pos == "rope":
+            rope = RotaryEmbedding(c.rope_theta, c.d_head, c.context_length, c.rope_scaling)
+        self.rope = rope
+
+    def forward(self, x, positions=None, cache=None, layer=0):
+        """x: (B, T, C); positions: (B, T) int or None for 0..T-1; cache: where earlier keys are."""
+        q = self.q_proj(x).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)  # (B, G, T, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            by_head = None if positions is None else positions[:, None]
+            q, k = self.rope(q, by_head), self.rope(k, by_head)
+        mask = None
+        if cache is not None:
+            first = cache.end == 0
+            seen_k, seen_v = cache.update(layer, k, v, positions)
+            if not first:  # the first tokens see only themselves: plain causal attention
+                k, v = seen_k.to(q.dtype), seen_v.to(q.dtype)
+                mask = torch.arange(k.shape[2], device=x.device) <= positions[:, None, :, None]
+        y = attend(q, k, v, mask, self.config.attention)
+        return self.output_proj(y.transpose(1, 2).flatten(-2))
+
+
+def attend(q, k, v, mask, backend):
+    """Attention of grouped heads by the named back end, (B, H, Tq, D). q: (B, H, Tq, D); k, v: (B, G,
+    Tk, D); mask: bool (B, 1, Tq, Tk), or None for causal with Tq = Tk."""
+    if backend == "flash" and mask is None:
+        from flash_attn import flash_attention
+
+        return flash_attention(q, k, v, causal=True)
+    if backend == "eager":
+        if mask is None:
+            T = q.shape[2]
+            mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        return scaled_dot_product_attention(q, k, v, mask)
+    return nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then feed-forward, each added to the residual stream: (B, T, C) to (B, T, C).
+    norm "pre": x + f(norm(x)); "post": norm(x + f(x)); "none": x + f(x). source: [1] A1 section 3.5"""
+
+    def __init__(self, config, rope=None):
+        super().__init__()
+        c = config
+        make_norm = (lambda: RMSNorm(c.d_model, c.norm_eps)) if c.norm != "none" else nn.Identity
+        self.post_norm = c.norm == "post"
+        self.ln1 = make_norm()
+        self.attn = CausalSelfAttention(c, rope)
+        self.ln2 = make_norm()
+        self.ffn = (SwiGLU if c.ffn == "swiglu" else SiLUFeedForward)(c.d_model, c.d_ff)
+
+    def forward(self, x, positions=None, cache=None, layer=0):
+        if self.post_norm:
+            x = self.ln1(x + self.attn(x, positions, cache, layer))
+            return self.ln2(x + self.ffn(x))
+        x = x + self.attn(self.ln1(x), positions, cache, layer)
+        return x + self.ffn(self.ln2(x))
+
+
+class TransformerLM(nn.Module):
+    """Token ids (B, T) to next-token logits (B, T, V). source: [1] A1 section 3.6
+
+    `checkpoint_every` trades time for memory: (8,) keeps the input of every 8th block and recomputes
+    the rest in the backward pass; (8, 1) recomputes within each group block by block (nested).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.checkpoint_every = ()
+        self.token_embeddings = Embedding(c.vocab_size, c.d_model)
+        rope = None
+        if c.pos == "rope":
+            rope = RotaryEmbedding(c.rope_theta, c.d_head, c.context_length, c.rope_scaling)
+        self.layers = nn.ModuleList(TransformerBlock(c, rope) for _ in range(c.num_layers))
+        self.ln_final = RMSNorm(c.d_model, c.norm_eps) if c.norm == "pre" else nn.Identity()
+        self.lm_head = Linear(c.d_model, c.vocab_size)
+        if c.tie_embeddings:  # the head's small weights serve both: N(0, 1) rows would give huge logits
+            self.token_embeddings.weight = self.lm_head.weight
+
+    def forward(self, ids, cache=None):
+        return self.lm_head(self.hidden_states(ids, cache))
+
+    def hidden_states(self, ids, cache=None):
+        """The input of the output head, (B, T, C). With `cache`, ids follow what the cache holds."""
+        T, limit = ids.shape[1], self.config.context_length
+        if T > limit:
+            raise ValueError(f"at most context_length = {limit} tokens, got {T}; cut the input")
+        positions = None
+        if cache is not None:
+            positions = cache.lengths[:, None] + torch.arange(T, device=ids.device)
+        x = self.token_embeddings(ids)
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream in the compute dtype
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.checkpoint_every and self.training and torch.is_grad_enabled():
+            x = recompute_blocks(list(self.layers), x, self.checkpoint_every)
+        else:
+            for i, layer in enumerate(self.layers):
+                x = layer(x, positions, cache, i)
+        if cache is not None:
+            cache.lengths = cache.lengths + T
+            cache.end += T
+        return self.ln_final(x)
+
+    def loss(self, ids, targets, reduction="mean"):
+        """Next-token cross entropy of ids (B, T) against targets (B, T), without full logits."""
+        hidden = self.hidden_states(ids)
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, reduction=reduction)
+
+
+def recompute_blocks(blocks, x, spans):
+    """Runs `blocks` on x keeping only the input of each group of spans[0] of them; spans[1:] does the
+    same within a group while it is recomputed. source: [1] A2, gradient_checkpointing"""
+    if not spans:
+        for block in blocks:
+            x = block(x)
+        return x
+    for i in range(0, len(blocks), spans[0]):
+        x = recompute(recompute_blocks, blocks[i : i + spans[0]], x, spans[1:], use_reentrant=False)
+    return x
+
+
+# -------------------------------------------------------------------------------------------------
+# optimizer, schedule, clipping, batches, checkpoints
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay; torch.optim.Optimizer gives groups and state_dict only.
+
+    Each step, in the handout's order, g the gradient and t the step from 1:
+        theta -= lr * weight_decay * theta
+        m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g^2
+        theta -= lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
+    The 2025 handout decays last and adds eps before correcting v: a difference of order lr^2, and of
+    eps. Lists of tensors go through torch._foreach_*: one kernel a list, not one a tensor.
+    raises ValueError on rates out of range. source: [6] algorithm 2
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
+            raise ValueError(
+                "lr, eps and weight_decay must be at least 0 and betas in [0, 1), got "
+                f"lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}; correct them"
+            )
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            by_age = {}  # parameters that missed a gradient are at another t
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    if not state:
+                        state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+                    state["step"] += 1
+                    by_age.setdefault((state["step"], p.device, p.dtype), []).append(p)
+            for (t, _, _), params in by_age.items():
+                self._update(params, t, **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")})
+        return loss
+
+    def _update(self, params, t, lr, betas, eps, weight_decay):
+        grads = [p.grad for p in params]
+        m = [self.state[p]["m"] for p in params]
+        v = [self.state[p]["v"] for p in params]
+        beta1, beta2 = betas
+        if weight_decay:
+            torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_lerp_(m, grads, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+        denominator = torch._foreach_sqrt(v)
+        torch._foreach_div_(denominator, math.sqrt(1 - beta2**t))
+        torch._foreach_add_(denominator, eps)
+        torch._foreach_addcdiv_(params, m, denominator, -lr / (1 - beta1**t))
+
+
+def optimizer_groups(model, weight_decay):
+    """Parameter groups for AdamW: matrices decay; norms' gains and biases (1-D) do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def lr_cosine_schedule(step, max_lr, min_lr, warmup_steps, cosine_steps):
+    """The learning rate at `step`: linear from 0 to max_lr over warmup_steps, a half cosine down to
+    min_lr at cosine_steps, min_lr after. source: [1] A1 section 4.4"""
+    if step < warmup_steps:
+        return max_lr * step / warmup_steps
+    if step >= cosine_steps:
+        return min_lr
+    done = (step - warmup_steps) / (cosine_steps - warmup_steps)
+    return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters, max_norm):
+    """Scales the gradients in place so that their joint L2 norm is at most max_norm; returns the norm
+    before, a scalar tensor (not read here: no device sync). eps 1e-6. source: [1] A1 section 4.5"""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def get_batch(dataset, batch_size, context_length, device, generator=None):
+    """Random windows (x, y), both (batch_size, context_length) int64 on `device`, y one token later.
+
+    dataset: 1-D array or memmap of token ids; only the windows are read. Starts are uniform, drawn
+    from `generator` (a CPU torch.Generator; its state is the position in the data) or torch's own.
+    """
+    if len(dataset) <= context_length:
+        raise ValueError(
+            f"the data must hold more than context_length = {context_length} tokens, got "
+            f"{len(dataset)}; give more text or a shorter --context_length"
+        )
+    starts = torch.randint(len(dataset) - context_length, (batch_size, 1), generator=generator)
+    windows = dataset[starts.numpy() + np.arange(context_length + 1)]
+    windows = torch.from_numpy(windows.astype(np.int64))
+    if torch.device(device).type == "cuda":
+        windows = windows.pin_memory().to(device, non_blocking=True)
+    windows = windows.to(device)
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def save_checkpoint(model, optimizer, iteration, out, **extra):
+    """Writes weights, optimizer state, iteration and `extra` (tensors, numbers, strings, lists, dicts)
+    to `out`, a path or a binary file. A path is replaced only when the new file is complete and on
+    disk, and what it held stays beside it as NAME.prev: a kill or a full disk loses neither."""
+    content = dict(
+        model=model.state_dict(), optimizer=optimizer and optimizer.state_dict(),
+        iteration=iteration, **extra,
+    )  # fmt: skip
+    if hasattr(out, "write"):
+        torch.save(content, out)
+        return
+    partial = f"{out}.tmp"
+    try:
+        with open(partial, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError):
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise
+    if os.path.exists(out):
+        os.replace(out, f"{out}.prev")
+    os.replace(partial, out)
+
+
+def read_checkpoint(src):
+    """The dict that `save_checkpoint` wrote, tensors on the CPU; weights only, no code is run.
+
+    A path that is missing or damaged falls back to NAME.prev, and says so on stderr.
+    raises FileNotFoundError when there is neither, ValueError when neither can be read.
+    """
+    if hasattr(src, "read"):
+        return torch.load(src, map_location="cpu", weights_only=True)
+    tried = []
+    for path in (os.fspath(src), f"{os.fspath(src)}.prev"):
+        if not os.path.exists(path):
+            continue
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(content, dict) or not {"model", "iteration"} <= content.keys():
+                raise ValueError("not a checkpoint of these scripts")
+        except Exception as error:  # torch.load raises half a dozen types on damaged files
+            tried.append(f"{path}: {str(error).splitlines()[0][:100]}")
+            continue
+        for message in tried or ([f"{src} is missing"] if path != os.fspath(src) else []):
+            print(f"warning: {message}; using {path}", file=sys.stderr)
+        return content
+    if tried:
+        raise ValueError(f"a checkpoint must be readable, got {'; '.join(tried)}; remove it to start anew")
+    raise FileNotFoundError(f"no checkpoint at {src}; train one first")
+
+
+def load_checkpoint(src, model, optimizer=None):
+    """Restores model and optimizer from `src` (path or binary file); returns the iteration.
+    raises ValueError, naming the first difference, when the checkpoint has another shape."""
+    content = read_checkpoint(src)
+    restore(content, model, optimizer)
+    return content["iteration"]
+
+
+def restore(content, model, optimizer=None):
+    """Copies the state in `content` (of `read_checkpoint`) into model and optimizer."""
+    mine, theirs = model.state_dict(), content["model"]
+    for name in sorted(mine.keys() | theirs.keys()):
+        shapes = [tuple(s[name].shape) if name in s else "nothing" for s in (mine, theirs)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"the checkpoint must have the model's shape, got {name} {shapes[1]} for {shapes[0]}; "
+                "give the flags it was trained with"
+            )
+    model.load_state_dict(theirs)
+    if optimizer is not None:
+        if content.get("optimizer") is None:
+            raise ValueError("the checkpoint must hold optimizer state, got none; load it without")
+        optimizer.load_state_dict(content["optimizer"])
+
+
+# -------------------------------------------------------------------------------------------------
+# generation
+
+
+@dataclass
+class Completion:
+    """One sampled continuation. `tokens` ends with the stop id if one was drawn; `logprobs[i]` is the
+    natural log of tokens[i]'s probability under softmax(logits / temperature), before top-k and top-p
+    (temperature 0: under softmax(logits)); `text` lacks the stop id and ends with the stop string that
+    ended it, if one did; finish_reason is "stop" or "length"."""
+
+    prompt_index: int
+    tokens: list[int]
+    logprobs: list[float]
+    text: str = ""
+    finish_reason: str = "length"
+
+
+def sample(logits, uniform, temperature, top_k=0, top_p=1.0):
+    """Next ids (B,) and their log-probabilities (B,), from logits (B, V) and uniform numbers (B,) in
+    [0, 1): the draw is the inverse of the cumulative distribution, so a row's result depends on its
+    own number alone. top_k 0 keeps all; top_p keeps the fewest tokens whose mass reaches it [8]."""
+    logits = logits.float()
+    if temperature == 0:
+        ids = logits.argmax(-1)
+        return ids, logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    logprobs = (logits / temperature).log_softmax(-1)
+    if 0 < top_k < logits.shape[-1] or top_p < 1:
+        sorted_logprobs, order = logprobs.sort(-1, descending=True)
+        p = sorted_logprobs.exp()
+        if top_k:
+            p[:, top_k:] = 0
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True), 0)
+    else:
+        p, order = logprobs.exp(), None
+    mass = p.cumsum(-1)
+    # right=True never lands on a token of probability 0: its mass does not exceed its neighbour's
+    rank = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
+    rank = torch.minimum(rank, (mass < mass[:, -1:]).sum(-1, keepdim=True))
+    ids = rank if order is None else order.gather(-1, rank)
+    return ids[:, 0], logprobs.gather(-1, ids)[:, 0]
+
+
+@torch.no_grad()
+def generate(
+    model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1,
+    stop_ids=(), stop_strings=(), tokenizer=None, seed=0, use_cache=True,
+):  # fmt: skip
+    """Samples `num_samples` continuations of each prompt: a list of Completion, prompt by prompt.
+
+    prompts: lists of ids (or strings, with `tokenizer`), of any lengths, run as one batch
+    stop_ids, stop_strings: end a row (strings need `tokenizer`); seed: row r draws from seed + r, so
+    it samples the same alone as in company.
+    When a row is full (context_length tokens), it goes on from its last context_length // 2 tokens.
+    use_cache=False recomputes everything at every token: the oracle of the cached path.
+    """
+    if prompts and isinstance(prompts[0], str):
+        prompts = [tokenizer.encode(p) for p in prompts]
+    check_generation(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_strings, tokenizer)
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    rows = [Completion(i, [], []) for i in range(len(prompts)) for _ in range(num_samples)]
+    draws = [
+        torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed + r))
+        for r in range(len(rows))
+    ]
+    windows = [clip_window(list(p), model.config.context_length) for p in prompts]
+    last, cache = prefill(model, windows, max_new_tokens, device, use_cache)
+    shared = torch.tensor([row.prompt_index for row in rows], device=device)
+    last = last[shared]
+    windows = [list(windows[row.prompt_index]) for row in rows]
+    if cache:
+        cache.select(shared)
+    alive = list(range(len(rows)))  # rows still growing, in the order of the batch
+    for n in range(max_new_tokens):
+        logits = model.lm_head(last)
+        uniform = torch.stack([draws[r][n] for r in alive]).to(device)
+        ids, logprobs = sample(logits, uniform, temperature, top_k, top_p)
+        ids_list, logprobs_list = ids.tolist(), logprobs.tolist()
+        keep = []
+        for j, r in enumerate(alive):
+            row = rows[r]
+            row.tokens.append(ids_list[j])
+            row.logprobs.append(logprobs_list[j])
+            windows[r].append(ids_list[j])
+            if not is_finished(row, stop_ids, stop_strings, tokenizer):
+                keep.append(j)
+        if not keep or n == max_new_tokens - 1:
+            break
+        if len(keep) < len(alive):
+            alive = [alive[j] for j in keep]
+            ids = ids[keep]
+            if cache:
+                cache.select(torch.tensor(keep, device=device))
+        full = any(len(windows[r]) > model.config.context_length for r in alive)
+        if full or not use_cache:
+            for r in alive:
+                windows[r] = clip_window(windows[r], model.config.context_length)
+            left = max_new_tokens - n - 1
+            last, cache = prefill(model, [windows[r] for r in alive], left, device, use_cache)
+        else:
+            last = model.hidden_states(ids[:, None], cache)[:, 0]
+    if tokenizer:
+        for row in rows:
+            row.text = completion_text(row, stop_ids, stop_strings, tokenizer)
+    model.train(was_training)
+    return rows
+
+
+def prefill(model, windows, room, device, use_cache):
+    """The hidden state (B, C) after each window, and a cache that holds the windows and has room."""
+    lengths = torch.tensor([len(w) for w in windows], device=device)
+    longest = max(len(w) for w in windows)
+    ids = torch.zeros(len(windows), longest, dtype=torch.long)
+    for row, window in zip(ids, windows, strict=True):
+        row[: len(window)] = torch.tensor(window)  # padded on the right: no real token sees the pad
+    cache = None
+    if use_cache:
+        limit = min(model.config.context_length, longest + room)
+        dtype = next(model.parameters()).dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        cache = KVCache(model.config, len(windows), limit, device, dtype)
+    hidden = model.hidden_states(ids.to(device), cache)
+    if cache:
+        cache.lengths = lengths
+    return hidden[torch.arange(len(windows), device=device), lengths - 1], cache
+
+
+def clip_window(tokens, context_length):
+    """`tokens`, or their last context_length // 2 when there are more than context_length."""
+    return tokens if len(tokens) <= context_length else tokens[-max(1, context_length // 2) :]
+
+
+def is_finished(row, stop_ids, stop_strings, tokenizer):
+    """Whether the row's newest token ends it; sets finish_reason."""
+    stop = row.tokens[-1] in stop_ids
+    if stop_strings and not stop:
+        # a stop string may span tokens: a token is at least one byte, so this tail always holds it
+        tail = tokenizer.decode(row.tokens[-(1 + max(len(s.encode()) for s in stop_strings)) :])
+        stop = any(s in tail for s in stop_strings)
+    if stop:
+        row.finish_reason = "stop"
+    return stop
+
+
+def completion_text(row, stop_ids, stop_strings, tokenizer):
+    """The row's text, without the stop id, cut behind the first stop string."""
+    tokens = row.tokens[:-1] if row.tokens and row.tokens[-1] in stop_ids else row.tokens
+    text = tokenizer.decode(tokens)
+    ends = [text.find(s) + len(s) for s in stop_strings if s in text]
+    return text[: min(ends)] if ends else text
+
+
+def check_generation(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_strings, tokenizer):
+    """raises ValueError on arguments that `generate` cannot use."""
+    V = model.config.vocab_size
+    if not prompts or not all(len(p) for p in prompts):
+        raise ValueError("every prompt must hold at least one token, got an empty one; give some text")
+    for p in prompts:
+        if min(p) < 0 or max(p) >= V:
+            raise ValueError(
+                f"prompt ids must lie in 0..{V - 1}, got {min(p)}..{max(p)}; use the model's tokenizer"
+            )
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            "max_new_tokens must be at least 1, temperature and top_k at least 0, top_p in (0, 1], got "
+            f"{max_new_tokens}, {temperature}, {top_k}, {top_p}; correct them"
+        )
+    if stop_strings and tokenizer is None:
+        raise ValueError("stop_strings need a tokenizer, got none; pass one or use stop_ids")
+
+
+# -------------------------------------------------------------------------------------------------
+# Hugging Face directories: config.json, model.safetensors (one or sharded), tokenizer.json
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+                      "BF16": torch.bfloat16}  # fmt: skip
+
+
+def read_safetensors(path):
+    """The tensors of one file, {name: read-only view of a memory map}. The format: 8 bytes of header
+    length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, the data."""
+    size = os.path.getsize(path)
+    try:
+        with open(path, "rb") as f:
+            start = 8 + int.from_bytes(f.read(8), "little")
+            if size < start:
+                raise ValueError("shorter than its header")
+            header = json.loads(f.read(start - 8))
+        data = np.memmap(path, dtype=np.uint8, mode="c", offset=0)  # copy-on-write: torch wants writable
+        tensors = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            first, last = (start + offset for offset in entry["data_offsets"])
+            if last > size:
+                raise ValueError(f"tensor {name} ends beyond the file")
+            dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+            raw = torch.from_numpy(data[first:last])
+            aligned = first % dtype.itemsize == 0
+            tensors[name] = (raw if aligned else raw.clone()).view(dtype).reshape(entry["shape"])
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be a whole safetensors file, got {error!r}; copy it again") from None
+    return tensors
+
+
+def write_safetensors(tensors, path):
+    """Writes {name: tensor} as one safetensors file, atomically."""
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = dict(
+            dtype=names[tensor.dtype], shape=list(tensor.shape), data_offsets=[offset, end]
+        )
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data starts aligned
+    partial = f"{path}.tmp"
+    with open(partial, "wb") as f:
+        f.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors.values():
+            f.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def write_json(content, path):
+    """Writes `content` as JSON, atomically."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=2)
+    os.replace(f"{path}.tmp", path)
+
+
+def hf_names(config):
+    """{our parameter name: Hugging Face's}, for Llama, Qwen2 and Qwen3 alike."""
+    block = {
+        "ln1": "input_layernorm", "ln2": "post_attention_layernorm",
+        "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj",
+        "attn.v_proj": "self_attn.v_proj", "attn.output_proj": "self_attn.o_proj",
+        "ffn.w1": "mlp.gate_proj", "ffn.w2": "mlp.down_proj", "ffn.w3": "mlp.up_proj",
+    }  # fmt: skip
+    if config.qk_norm:
+        block.update({"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"})
+    names = {"token_embeddings.weight": "model.embed_tokens.weight", "ln_final.weight": "model.norm.weight"}
+    for i in range(config.num_layers):
+        for ours, theirs in block.items():
+            names[f"layers.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
+            if config.qkv_bias and ours[-6:] in ("q_proj", "k_proj", "v_proj"):
+                names[f"layers.{i}.{ours}.bias"] = f"model.layers.{i}.{theirs}.bias"
+    if not config.tie_embeddings:
+        names["lm_head.weight"] = "lm_head.weight"
+    return names
+
+
+def swap_rotary_layout(name, tensor, d_head, to_hf):
+    """q and k rows between our pairs (2j, 2j+1) and Hugging Face's pairs (j, j + D/2); others as are.
+    Only the order of a head's rows differs: scores are the same sums."""
+    if not any(part in name for part in ("q_proj", "k_proj", "q_norm", "k_norm")):
+        return tensor
+    heads = tensor.unflatten(0, (-1, d_head // 2, 2) if to_hf else (-1, 2, d_head // 2))
+    return heads.transpose(1, 2).flatten(0, 2)
+
+
+def config_from_hf(hf, path):
+    """The ModelConfig of a Hugging Face config dict. raises ValueError for what we do not have."""
+    kind = hf.get("model_type")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5; before
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    problems = [
+        (kind not in ("llama", "qwen2", "qwen3"), f"model_type {kind!r} (llama, qwen2, qwen3)"),
+        (hf.get("hidden_act", "silu") != "silu", f"hidden_act {hf.get('hidden_act')!r} (silu)"),
+        (rope_type not in ("default", "llama3"), f"rope_type {rope_type!r} (default, llama3)"),
+        (hf.get("mlp_bias"), "mlp_bias (none)"),
+        (hf.get("attention_bias"), "attention_bias (a bias on o_proj)"),
+        (hf.get("use_sliding_window"), "use_sliding_window (full attention)"),
+        ("quantization_config" in hf, "quantization_config (unquantised weights)"),
+    ]
+    for found, what in problems:
+        if found:
+            raise ValueError(f"{path} must be a model that we can run, got {what}; choose another model")
+    default_bias = kind == "qwen2"  # Qwen2 has q, k, v biases and no flag for it
+    return ModelConfig(
+        vocab_size=hf["vocab_size"], context_length=hf["max_position_embeddings"],
+        d_model=hf["hidden_size"], num_layers=hf["num_hidden_layers"],
+        num_heads=hf["num_attention_heads"], num_kv_heads=hf.get("num_key_value_heads"),
+        d_head=hf.get("head_dim"), d_ff=hf["intermediate_size"],
+        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0),
+        norm_eps=hf.get("rms_norm_eps", 1e-6), tie_embeddings=hf.get("tie_word_embeddings", False),
+        qkv_bias=default_bias, qk_norm=kind == "qwen3",
+        rope_scaling=rope if rope_type == "llama3" else None,
+    )  # fmt: skip
+
+
+def config_to_hf(config, dtype):
+    """The config.json that transformers, vLLM and llama.cpp read. raises ValueError if none fits."""
+    c = config
+    if (c.norm, c.pos, c.ffn) != ("pre", "rope", "swiglu") or (c.qkv_bias and c.qk_norm):
+        raise ValueError(
+            "a Hugging Face model must have norm=pre, pos=rope, ffn=swiglu and not both qkv_bias and "
+            f"qk_norm, got norm={c.norm}, pos={c.pos}, ffn={c.ffn}; keep the checkpoint instead"
+        )
+    kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
+    rope = {"rope_theta": c.rope_theta, "rope_type": "default", **(c.rope_scaling or {})}
+    return dict(
+        model_type=kind, architectures=[f"{kind.capitalize()}ForCausalLM"],
+        vocab_size=c.vocab_size, max_position_embeddings=c.context_length, hidden_size=c.d_model,
+        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads, head_dim=c.d_head, intermediate_size=c.d_ff,
+        hidden_act="silu", rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings,
+        attention_bias=False, mlp_bias=False, use_sliding_window=False,
+        rope_theta=c.rope_theta, rope_parameters=rope, rope_scaling=c.rope_scaling,
+        torch_dtype=str(dtype).removeprefix("torch."), initializer_range=0.02,
+    )  # fmt: skip
+
+
+def from_pretrained(path, device="cpu", dtype=None, **overrides):
+    """The model in a Hugging Face directory: Llama 2/3, Qwen2/2.5 or Qwen3, one file or sharded.
+
+    dtype: of the weights, None for that of the file; overrides: ModelConfig fields, such as
+    attention="eager" or a shorter context_length. The tokenizer: bpe.Tokenizer.load(path).
+    raises ValueError for another architecture, a missing or misshapen tensor, a damaged file.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise ValueError(f"{path} must be a folder with a config.json, got none; give a model folder")
+    with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
+        config = replace(config_from_hf(json.load(f), path), **overrides)
+    tensors = {}
+    for shard in find_shards(path):
+        tensors.update(read_safetensors(shard))
+    with torch.device("meta"):
+        model = TransformerLM(config)
+    expected, state = model.state_dict(), {}
+    for ours, theirs in hf_names(config).items():
+        if theirs not in tensors:
+            raise ValueError(f"{path} must hold the tensor {theirs}, got none; copy the model again")
+        tensor = swap_rotary_layout(ours, tensors[theirs], config.d_head, to_hf=False)
+        if tensor.shape != expected[ours].shape:
+            raise ValueError(
+                f"{theirs} must have shape {tuple(expected[ours].shape)}, got {tuple(tensor.shape)}; "
+                f"config.json and weights in {path} do not belong together"
+            )
+        state[ours] = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+    if config.tie_embeddings:
+        state["lm_head.weight"] = state["token_embeddings.weight"]
+    model.load_state_dict(state, assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.token_embeddings.weight
+    if config.pos == "rope":  # the tables are not in the file: computed on the real device
+        rope = RotaryEmbedding(
+            config.rope_theta, config.d_head, config.context_length, config.rope_scaling, device
+        )
+        for layer in model.layers:
+            layer.attn.rope = rope
+    return model
+
+
+def find_shards(path):
+    """The safetensors files of a model folder."""
+    single, index = (os.path.join(path, "model.safetensors" + end) for end in ("", ".index.json"))
+    if os.path.exists(single):
+        return [single]
+    if not os.path.exists(index):
+        raise ValueError(f"{path} must hold model.safetensors (or an index), got neither; convert it")
+    with open(index, encoding="utf-8") as f:
+        files = sorted(set(json.load(f)["weight_map"].values()))
+    if any(os.path.basename(name) != name for name in files):
+        raise ValueError(f"{index} must name files beside it, got {files}; copy the model again")
+    return [os.path.join(path, name) for name in files]
+
+
+def save_pretrained(model, tokenizer, path, dtype=None):
+    """Writes `path`/config.json, model.safetensors, tokenizer.json: loads in transformers, vLLM and
+    llama.cpp's converter. tokenizer may be None; dtype: of the stored weights, None to keep."""
+    config = model.config
+    os.makedirs(path, exist_ok=True)
+    state = model.state_dict()
+    dtype = dtype or state["lm_head.weight"].dtype
+    hf = config_to_hf(config, dtype)
+    tensors = {
+        theirs: swap_rotary_layout(ours, state[ours], config.d_head, to_hf=True).to(dtype)
+        for ours, theirs in hf_names(config).items()
+    }
+    if tokenizer is not None:
+        end = {t: i for i, t in special_ids(tokenizer).items()}.get("<|endoftext|>")
+        hf.update(bos_token_id=end, eos_token_id=end)
+        tokenizer.save(os.path.join(path, "tokenizer.json"))
+        settings = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.context_length)
+        if end is not None:
+            settings.update(eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+        write_json(settings, os.path.join(path, "tokenizer_config.json"))
+    write_safetensors(tensors, os.path.join(path, "model.safetensors"))
+    write_json(hf, os.path.join(path, "config.json"))
+
+
+def load_model(path, device="cpu", dtype=None, **overrides):
+    """(model, tokenizer or None) from a Hugging Face folder, or a train.py checkpoint or its folder."""
+    from bpe import Tokenizer
+
+    if os.path.isfile(os.path.join(path, "config.json")):
+        model, folder = from_pretrained(path, device, dtype, **overrides), path
+    else:
+        file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
+        content = read_checkpoint(file)
+        if "config" not in content:
+            raise ValueError(f"{file} must hold a config, got none; use a checkpoint of train.py")
+        model = TransformerLM(replace(ModelConfig(**content["config"]), **overrides))
+        restore(content, model)
+        model, folder = model.to(device=device, dtype=dtype), os.path.dirname(os.path.abspath(file))
+    for candidate in (os.path.join(folder, "tokenizer.json"), os.path.join(folder, "model")):
+        if os.path.exists(candidate):
+            return model, Tokenizer.load(candidate)
+    return model, None
+
+
+def special_ids(tokenizer):
+    """{id: text} of a tokenizer's special tokens."""
+    special = set(tokenizer.special_tokens)
+    return {i: b.decode() for i, b in tokenizer.vocab.items() if b.decode(errors="replace") in special}
+
+
+# -------------------------------------------------------------------------------------------------
+# devices
+
+
+def resolve_device(name="auto"):
+    """torch.device for "auto" (CUDA, then Apple's MPS, then CPU) or a name; ValueError if not there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps") or (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
+        raise ValueError(f"device must be one that PyTorch finds here, got {name!r}; use --device auto")
+    return torch.device(name)
+
+
+def resolve_dtype(name, device):
+    """(torch dtype to compute in, reason or None) for "auto", "float32" or "bfloat16". bfloat16 only
+    where the card has it in hardware: emulation is slower than float32."""
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "auto":
+        reason = None if has_bf16 else f"float32: bfloat16 needs an NVIDIA card from 2020 on, not {device}"
+        return (torch.bfloat16 if has_bf16 else torch.float32), reason
+    if name == "bfloat16" and device.type == "cuda" and not has_bf16:
+        return torch.float32, "float32: this card has no bfloat16 in hardware"
+    return getattr(torch, name), None
+
+
+def compile_problem(device):
+    """None where torch.compile is worth using, else the reason why not."""
+    if device.type != "cuda":
+        return f"not compiled: on {device.type} the compiler costs more than it gives in a short run"
+    if importlib.util.find_spec("triton") is None:
+        return "not compiled: triton is not installed"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "not compiled: triton needs compute capability 7.0"
+    return None
+
+
+def compute_context(device, dtype):
+    """Autocast to `dtype` on `device`; nothing for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def peak_flops(device):
+    """The card's dense bf16 matrix rate, FLOP/s, or None for one that PEAK_FLOPS does not list."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
+
+
+# -------------------------------------------------------------------------------------------------
+# accounting
+
+
+def count_parameters(config):
+    """{part: parameters}; their sum is the model's. source: [1] A1, transformer_accounting"""
+    c = config
+    heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.d_head
+    norms = (0 if c.norm == "none" else 2 * c.d_model) + (2 * c.d_head if c.qk_norm else 0)
+    bias = (c.num_heads + 2 * c.num_kv_heads) * c.d_head if c.qkv_bias else 0
+    return {
+        "token_embeddings": 0 if c.tie_embeddings else c.vocab_size * c.d_model,
+        "attention": c.num_layers * (heads * c.d_model + bias),
+        "feed-forward": c.num_layers * (3 if c.ffn == "swiglu" else 2) * c.d_model * c.d_ff,
+        "norms": c.num_layers * norms + (c.d_model if c.norm == "pre" else 0),
+        "lm_head": c.vocab_size * c.d_model,
+    }
+
+
+def count_matmul_flops(config, batch_size=1, time=None, causal=False):
+    """{part: FLOPs} of the matrix products of one forward pass, 2mnk each; a backward pass takes twice
+    as many. causal halves scores and values: what the mask leaves. source: [1] A1, 3.6"""
+    c, T = config, time or config.context_length
+    N = batch_size * T
+    pairs = N * T // 2 if causal else N * T
+    return {
+        "q, k, v projections": 2 * N * c.d_model * c.d_head * (c.num_heads + 2 * c.num_kv_heads) * c.num_layers,
+        "attention scores": 2 * pairs * c.num_heads * c.d_head * c.num_layers,
+        "attention values": 2 * pairs * c.num_heads * c.d_head * c.num_layers,
+        "output projection": 2 * N * c.num_heads * c.d_head * c.d_model * c.num_layers,
+        "feed-forward": 2 * N * (3 if c.ffn == "swiglu" else 2) * c.d_model * c.d_ff * c.num_layers,
+        "lm_head": 2 * N * c.d_model * c.vocab_size,
+    }
+
+
+def flops_per_token(config, time=None):
+    """FLOPs that training on one token needs: 3 forward passes of matmuls, causal half of attention."""
+    T = time or config.context_length
+    return 3 * sum(count_matmul_flops(config, 1, T, causal=True).values()) / T
+
+
+def estimate_memory(config, batch_size, time=None, dtype=torch.float32, checkpoint_every=()):
+    """{part: bytes} that a training step of this model needs at its peak, AdamW and weights in float32.
+
+    Activations are what autograd saves in this file's layers, uncompiled; a test compares them with
+    what it really saves. source: [1] A1 adamwAccounting, A2 gradient_checkpointing
+    """
+    c, T = config, time or config.context_length
+    parameters = sum(count_parameters(c).values())
+    N, size = batch_size * T, 2 if dtype == torch.bfloat16 else 4
+    q_width, kv_width = c.num_heads * c.d_head, c.num_kv_heads * c.d_head
+    norm = 0 if c.norm == "none" else 4 * c.d_model + (2 if size == 2 else 1) * size * c.d_model
+    attention = size * (c.d_model + 3 * q_width + 2 * kv_width)  # input, q, k, v, output, its copy
+    if c.attention == "eager":
+        attention += c.num_heads * T * (3 * 4 + (size if size == 2 else 0) + 1)
+        attention += 2 * size * (q_width - kv_width)
+    ffn = size * (c.d_model + (5 if c.ffn == "swiglu" else 3) * c.d_ff)
+    a_block = N * (2 * norm + attention + ffn)
+    blocks = c.num_layers * a_block
+    if checkpoint_every:
+        inner = min(checkpoint_every[0], c.num_layers)
+        kept = math.ceil(c.num_layers / inner)
+        if len(checkpoint_every) > 1:
+            kept, inner = kept + math.ceil(inner / checkpoint_every[-1]), checkpoint_every[-1]
+        blocks = kept * N * c.d_model * size + inner * a_block
+    chunk = min(N, max(1, (2**29 if size == 2 else 2**21) // c.vocab_size))
+    head = N * (norm + size * c.d_model) + chunk * c.vocab_size * (size + 4) + 4 * c.vocab_size * c.d_model
+    return {
+        "parameters": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer (m and v)": 8 * parameters,
+        "weights cast to bfloat16": 2 * parameters if size == 2 else 0,
+        "activations of the blocks": blocks,
+        "final norm and loss": head,
+    }
+
+
+def largest_batch(config, budget_bytes, **options):
+    """The largest batch size whose `estimate_memory` fits in budget_bytes; 0 if none does."""
+    one = sum(estimate_memory(config, 1, **options).values())
+    per_sequence = sum(estimate_memory(config, 2, **options).values()) - one
+    return max(0, 1 + int((budget_bytes - one) // per_sequence)) if one <= budget_bytes else 0
+
+
+# -------------------------------------------------------------------------------------------------
+# verbs
+
+
+def count(args):
+    """Prints parameters, FLOPs, memory and step time of the model that the flags describe."""
+    config = config_from_flags(args)
+    B, T = args.batch_size, config.context_length
+    parameters, flops = count_parameters(config), count_matmul_flops(config, B)
+    dtype = getattr(torch, args.dtype)
+    memory = estimate_memory(config, B, dtype=dtype, checkpoint_every=args.checkpoint_every)
+    print(config)
+    for title, table, unit, scale in (
+        ("parameters", parameters, "", 1),
+        (f"matmul FLOPs, one forward pass, batch {B} x {T} tokens", flops, " GFLOP", 1e9),
+        (f"memory of a training step at its peak, {args.dtype}", memory, " GiB", 2**30),
+    ):
+        total = sum(table.values())
+        print(f"\n{title}")
+        for part, value in [*table.items(), ("total", total)]:
+            shown = f"{value:,}" if scale == 1 else f"{value / scale:,.2f}"
+            print(f"  {part:<28}{shown:>18}{unit} {value / total:7.1%}")
+    step = 3 * sum(flops.values())
+    seconds = step / (args.peak_tflops * 1e12 * args.utilisation)
+    budget = args.memory_gib * 2**30
+    best = largest_batch(config, budget, dtype=dtype, checkpoint_every=args.checkpoint_every)
+    rest = 10 * sum(parameters.values())  # about 10 operations a parameter: see AdamW's docstring
+    print(f"\ntraining step: {step / 1e12:,.3f} TFLOP of matmuls and {rest / 1e12:.4f} TFLOP of AdamW,")
+    print(f"  {seconds * 1e3:,.1f} ms at {args.utilisation:.0%} of {args.peak_tflops:g} TFLOP/s")
+    days = args.train_steps * seconds / 86_400
+    print(f"  {args.train_steps:,} such steps of {B * T:,} tokens: {days:,.1f} days")
+    print(f"largest batch in {args.memory_gib:g} GiB: {best} sequences of {T} tokens")
+
+
+def bench(args):
+    """The harness of assignment 2: times forward, backward and step; prints a table, then JSON."""
+    global ANNOTATE
+    device = resolve_device(args.device)
+    dtype, reason = resolve_dtype(args.dtype, device)
+    torch.manual_seed(0)
+    config = config_from_flags(args)
+    started = time.perf_counter()
+    with device:
+        model = TransformerLM(config)
+    model.checkpoint_every = args.checkpoint_every
+    ANNOTATE = not args.compile
+    hidden_states = torch.compile(model.hidden_states) if args.compile else model.hidden_states
+    optimizer = AdamW(optimizer_groups(model, 0.1))
+    x, y = torch.randint(config.vocab_size, (2, args.batch_size, config.context_length), device=device)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{config}\n{sum(p.numel() for p in model.parameters()):,} parameters, batch {args.batch_size}, "
+          f"{dtype}, {device} ({card}), torch {torch.__version__}, compile {args.compile}, "
+          f"checkpoint_every {args.checkpoint_every}" + (f"; {reason}" if reason else ""))  # fmt: skip
+
+    def forward():
+        with compute_context(device, dtype):
+            hidden = hidden_states(x)
+            if args.full_logits:
+                return cross_entropy(hidden @ model.lm_head.weight.T, y)
+            return linear_cross_entropy(hidden, model.lm_head.weight, y)
+
+    def run(mode):
+        """Runs one pass; returns the seconds of each part. Synchronised: kernels run behind the host."""
+        parts, clock = {}, synchronised_clock(device)
+        with torch.set_grad_enabled(mode != "forward"), annotate("forward"):
+            loss = forward()
+        parts["forward"] = next(clock)
+        if mode != "forward":
+            with annotate("backward"):
+                loss.backward()
+            parts["backward"] = next(clock)
+        if mode == "step":
+            with annotate("optimizer"):
+                clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+            parts["optimizer"] = next(clock)
+        optimizer.zero_grad(set_to_none=True)
+        return parts
+
+    results = {}
+    for mode in ("forward", "backward", "step") if args.mode == "all" else (args.mode,):
+        try:
+            results[mode] = time_mode(run, mode, args, device)
+        except torch.cuda.OutOfMemoryError:
+            optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            results[mode] = {"out_of_memory": True}
+            print(f"{mode:<9} out of memory: a smaller --batch_size or --checkpoint_every 1 may fit")
+    if args.show_dtypes:
+        show_dtypes(model, forward)
+    if args.profile:
+        print_kernel_table(lambda: run("step" if args.mode == "all" else args.mode), device)
+    print(json.dumps({"preset": args.preset, "batch_size": args.batch_size, "dtype": str(dtype)[6:],
+                      "context_length": config.context_length, "device": card, "compile": args.compile,
+                      "checkpoint_every": args.checkpoint_every, "results": results,
+                      "total_s": round(time.perf_counter() - started, 1)}))  # fmt: skip
+
+
+def synchronised_clock(device):
+    """Yields the seconds since the last reading, with the device idle at each reading."""
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    if device.type == "mps":
+        sync = torch.mps.synchronize
+    sync()
+    last = time.perf_counter()
+    while True:
+        sync()
+        now = time.perf_counter()
+        yield now - last
+        last = now
+
+
+def time_mode(run, mode, args, device):
+    """Times `run(mode)` after a warm-up; prints mean, spread and peak memory, and returns them."""
+    cuda = device.type == "cuda"
+    for _ in range(args.warmup_steps):
+        run(mode)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        if args.memory_snapshot:
+            torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+    repeats = [run(mode) for _ in range(args.repeats)]
+    if cuda and args.memory_snapshot:
+        torch.cuda.memory._dump_snapshot(f"{mode}_{args.memory_snapshot}")
+        torch.cuda.memory._record_memory_history(enabled=None)
+    peak_gib = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else None
+    row, line = {"peak_gib": peak_gib and round(peak_gib, 2)}, f"{mode:<9}"
+    for part in [*repeats[0], "total"]:
+        ms = [1e3 * (sum(r.values()) if part == "total" else r[part]) for r in repeats]
+        row[part] = {"mean_ms": round(statistics.mean(ms), 3), "median_ms": round(statistics.median(ms), 3),
+                     "std_ms": round(statistics.pstdev(ms), 3)}  # fmt: skip
+        line += f"| {part} {row[part]['mean_ms']:.2f} +- {row[part]['std_ms']:.2f} ms "
+    print(line + (f"| peak {peak_gib:.2f} GiB" if cuda else ""), flush=True)
+    return row
+
+
+def show_dtypes(model, forward):
+    """Prints the dtype of each part under the chosen precision. source: [1] A2, mixed precision"""
+    parts = {"embedding": model.token_embeddings, "norm": model.layers[0].ln1, "q_proj": model.layers[0].attn.q_proj,
+             "attention": model.layers[0].attn, "feed-forward": model.layers[0].ffn}  # fmt: skip
+    seen = {"parameters": next(model.parameters()).dtype}
+    hooks = [
+        module.register_forward_hook(lambda m, i, out, name=name: seen.update({f"{name} output": out.dtype}))
+        for name, module in parts.items()
+    ]
+    loss = forward()
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    seen.update({"loss": loss.dtype, "gradients": model.layers[0].attn.q_proj.weight.grad.dtype})
+    model.zero_grad(set_to_none=True)
+    for name, dtype in seen.items():
+        print(f"  {name:<22}{dtype}")
+
+
+def print_kernel_table(run, device):
+    """The 15 costliest kernels (operators on a CPU) of one call, by torch.profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
+        run()
+    key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60))
+
+
+def generate_text(args):
+    """Prints continuations of a prompt."""
+    device = resolve_device(args.device)
+    model, tokenizer = load_model(args.model, device)
+    if tokenizer is None:
+        raise ValueError(f"{args.model} must have a tokenizer.json beside it, got none; copy it there")
+    prompts = args.prompt or ["<|endoftext|>"]
+    rows = generate(
+        model, prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.num_samples,
+        stop_ids=() if args.ignore_end else tuple(special_ids(tokenizer)), stop_strings=tuple(args.stop),
+        tokenizer=tokenizer, seed=args.seed,
+    )  # fmt: skip
+    for row in rows:
+        if len(rows) > 1:
+            print(f"--- prompt {row.prompt_index}, {len(row.tokens)} tokens, {row.finish_reason}")
+        print(prompts[row.prompt_index].removeprefix("<|endoftext|>") + row.text)
+
+
+def export(args):
+    """Writes a Hugging Face directory from a checkpoint or another such directory."""
+    model, tokenizer = load_model(args.model)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    save_pretrained(model, tokenizer, args.out_dir, dtype)
+    print(f"wrote {args.out_dir}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(prog="model.py", description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    spans = dict(type=int, nargs="*", default=[], help="recompute groups of K blocks (K1 K2: nested)")
+
+    p = verbs.add_parser("count", help="parameters, FLOPs, memory, step time")
+    add_model_flags(p)
+    p.add_argument("--batch_size", type=int, default=1)
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    p.add_argument("--checkpoint_every", **spans)
+    p.add_argument("--peak_tflops", type=float, default=19.5, help="of the device (19.5: A100, float32)")
+    p.add_argument("--utilisation", type=float, default=0.5, help="share of the peak that is reached")
+    p.add_argument("--memory_gib", type=float, default=80, help="of the device")
+    p.add_argument("--train_steps", type=int, default=400_000)
+    p.set_defaults(run=count)
+
+    p = verbs.add_parser("bench", help="time and memory of forward, backward and step")
+    add_model_flags(p)
+    p.add_argument("--mode", default="all", choices=("all", "forward", "backward", "step"))
+    p.add_argument("--batch_size", type=int, default=4)
+    p.add_argument("--warmup_steps", type=int, default=5)
+    p.add_argument("--repeats", type=int, default=10)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    p.add_argument("--full_logits", action="store_true", help="the plain loss, with all logits in memory")
+    p.add_argument("--checkpoint_every", **spans)
+    p.add_argument("--memory_snapshot", metavar="FILE", help="writes MODE_FILE for pytorch.org/memory_viz")
+    p.add_argument("--profile", action="store_true", help="print the costliest kernels")
+    p.add_argument("--show_dtypes", action="store_true", help="print the dtype of each part")
+    p.set_defaults(run=bench)
+
+    p = verbs.add_parser("generate", help="text from a trained model")
+    p.add_argument("--model", default="out", help="a Hugging Face folder, a checkpoint or its folder")
+    p.add_argument("--prompt", action="append", help="repeat for several (default: end of text)")
+    p.add_argument("--max_new_tokens", type=int, default=256)
+    p.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
+    p.add_argument("--top_k", type=int, default=0, help="0: all")
+    p.add_argument("--top_p", type=float, default=0.95)
+    p.add_argument("--num_samples", type=int, default=1)
+    p.add_argument("--stop", action="append", default=[], help="a string that ends the text")
+    p.add_argument("--ignore_end", action="store_true", help="go on past the end-of-text token")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="auto")
+    p.set_defaults(run=generate_text)
+
+    p = verbs.add_parser("export", help="write a Hugging Face directory")
+    p.add_argument("--model", required=True, help="a checkpoint, its folder or a Hugging Face folder")
+    p.add_argument("--out_dir", required=True)
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the stored weights")
+    p.set_defaults(run=export)
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"model.py {args.verb}: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
