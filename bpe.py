@@ -1,0 +1,1233 @@
+"""Byte-level BPE from scratch: train a tokenizer, encode and decode text, write files of tokens.
+
+    python bpe.py train  --input corpus.txt --vocab_size 10000 --out_dir tok   # tok/tokenizer.json
+    python bpe.py encode --tokenizer tok --input corpus.txt --out corpus.bin   # and corpus.json
+    python bpe.py decode --tokenizer tok --input corpus.bin --count 200        # the text again
+    python bpe.py bench                                # speed and memory against its rivals
+
+Text is cut into pre-tokens by a pattern, a pre-token is its UTF-8 bytes, and the pair of symbols
+that occurs most often becomes a new symbol until the vocabulary is full.
+
+Sources:
+    [1] Sennrich, Haddow, Birch 2016, Neural Machine Translation of Rare Words with Subword Units
+    [2] Radford et al. 2019, Language Models are Unsupervised Multitask Learners (GPT-2), 2.2
+    [3] Stanford CS336, assignment 1, section 2
+    [4] Hugging Face tokenizers, the file format tokenizer.json
+"""
+
+import argparse
+import hashlib
+import heapq
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import unicodedata
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from functools import cached_property, lru_cache, partial
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import regex
+
+# The patterns as their models publish them. GPT-4's and Llama 3's differ in spelling only.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT4_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "llama3": LLAMA3_PATTERN,
+            "qwen2": QWEN2_PATTERN}
+
+END_OF_TEXT = "<|endoftext|>"
+PIECE_BYTES = 4 << 20  # read at a time by a worker
+TASK_BYTES = 32 << 20  # counted by a worker before it hands over
+MAX_DISTINCT = 1 << 18  # pre-tokens in a worker's counter before it hands over early: about 50 MB
+BLOCK_CHARS = 512  # given to one findall: short enough that most blocks of English are all ASCII
+STREAM_CHARS = 1 << 15  # encoded at a time by encode_iterable
+CACHE_ENTRIES = 1 << 19  # pre-tokens whose ids an encoder remembers: about 100 MB
+CACHED_CHARS = 128  # longer pre-tokens are not worth remembering
+LONG_BYTES = 256  # from here on a heap beats scanning for the lowest rank
+NO_RANK = 1 << 62
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # spawn imports the caller's torch
+
+
+# ---------------------------------------------------------------- text into pre-tokens
+
+def pretokens(pattern, text):
+    """Yields the pre-tokens of `text` in order; what the pattern skips is a pre-token too."""
+    end = 0
+    for match in regex.finditer(pattern, text):
+        if match.start() > end:
+            yield text[end:match.start()]
+        if match.end() > match.start():
+            yield match.group()
+        end = match.end()
+    if end < len(text):
+        yield text[end:]
+
+
+def ascii_twin(pattern):
+    """Returns the pattern for `re` that gives the same pre-tokens of ASCII text, twice as fast.
+
+    Of the known patterns only. `re` has possessive quantifiers since Python 3.11; here the
+    plain ones do, because nothing that follows them could match a shorter run.
+    """
+    twin = re.sub(r"\[[^]]*\]", lambda chars: chars[0].replace(r"\p{L}", "A-Za-z")
+                  .replace(r"\p{N}", "0-9"), pattern)
+    twin = twin.replace(r"\p{L}", "[A-Za-z]").replace(r"\p{N}", "[0-9]")
+    return twin.replace("?+", "?").replace("++", "+")
+
+
+@lru_cache
+def pretokenizer(pattern):
+    """Returns a function text -> iterator of lists that hold the pre-tokens of text in order.
+
+    For a known pattern: blocks of text, each through `findall` (half the time of `finditer`),
+    and through `re` where a block is ASCII. Equal to `pretokens`, which serves the others.
+    """
+    if pattern not in PATTERNS.values():
+        return lambda text: [list(pretokens(pattern, text))]
+    findall = regex.compile(pattern).findall
+    findall_ascii = re.compile(ascii_twin(pattern), re.ASCII).findall
+    find_cut = cut_finder(pattern)
+
+    def blocks(text):
+        start = 0
+        while start < len(text):
+            end = find_cut(text, start + BLOCK_CHARS)
+            block = text[start:end] if end > 0 else text[start:]
+            yield findall_ascii(block) if block.isascii() else findall(block)
+            start += len(block)
+
+    return blocks
+
+
+def check_special_tokens(special_tokens):
+    """Returns them as a list; raises ValueError for an empty one or one given twice."""
+    tokens = list(special_tokens or ())
+    for token in tokens:
+        if not isinstance(token, str) or not token:
+            raise ValueError(f"a special token must be text that is not empty, got {token!r}; "
+                             "leave it out")
+        if tokens.count(token) > 1:
+            raise ValueError(f"special tokens must differ, got {token!r} twice; give it once")
+    return tokens
+
+
+@lru_cache
+def special_splitter(special_tokens):
+    """Returns a function text -> [text, special, text, ..., text]; the longest special wins.
+
+    special_tokens: tuple of str
+    """
+    if not special_tokens:
+        return lambda text: [text]
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
+
+
+@lru_cache
+def cut_finder(pattern, special_tokens=(), nfc=False):
+    """Returns a function (text, start) -> the first safe cut at or after start > 0, or -1.
+
+    A cut is safe where encoding both sides alone gives what encoding the whole gives. In the
+    known patterns a pre-token that reaches a letter ends with the run of letters, and nothing
+    but white space looks ahead: so between a letter and what is neither letter nor mark. NFC can
+    turn a letter into letter and mark, but not these of ASCII. In any pattern: before a special
+    token. Never where a special token begins before and ends after, whether it would be
+    matched there or not: that is known within `longest` characters, whatever came before.
+
+    special_tokens: tuple of str
+    """
+    if nfc:
+        between = [r"(?<=[A-Za-z])(?=[\x00-@\[-`{-\x7f])"]
+    else:  # surrogates (Cs) stand for bytes that are not understood yet
+        between = [r"(?<=\p{L})(?=[^\p{L}\p{M}\p{Cs}])"]
+    if pattern not in PATTERNS.values():
+        between = []
+    candidates = between + [f"(?={regex.escape(token)})" for token in special_tokens]
+    if not candidates:
+        return lambda text, start: -1
+    search = regex.compile("|".join(candidates)).search
+    longest = max(map(len, special_tokens), default=0)
+
+    def find_cut(text, start):
+        while match := search(text, start):
+            cut = match.start()
+            if cut > len(text) - longest:
+                return -1
+            if not any(token in text[max(0, cut - len(token) + 1):cut + len(token) - 1]
+                       for token in special_tokens):
+                return cut
+            start = cut + 1
+        return -1
+
+    return find_cut
+
+
+# ---------------------------------------------------------------- files into pieces, processes
+
+def plan_pieces(paths, piece_bytes, find_cut, special_tokens):
+    """Returns [(path, start, end)] in bytes: the files in order, cut only where it is safe."""
+    margin = 4 * max(map(len, special_tokens), default=1) + 4  # UTF-8 bytes of the longest
+    pieces = []
+    for path in paths:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            start = 0
+            while start < size:
+                end = size
+                if size - start > piece_bytes:
+                    end = next_cut(file, start + piece_bytes, size, find_cut, margin)
+                pieces.append((os.fspath(path), start, end))
+                start = end
+    return pieces
+
+
+def next_cut(file, offset, size, find_cut, margin, window_bytes=1 << 16):
+    """Returns the first safe cut at or after byte `offset`, or size; reads only what it must.
+
+    Undecodable bytes, at the ends of the window too, become surrogates and back.
+    """
+    while offset < size:
+        begin = max(0, offset - margin)
+        file.seek(begin)
+        window = file.read(offset - begin + window_bytes + margin)
+        before = window[:offset - begin].decode(errors="surrogateescape")
+        text = window.decode(errors="surrogateescape")
+        cut = find_cut(text, max(1, len(before)))
+        if cut > 0:
+            return begin + len(text[:cut].encode(errors="surrogateescape"))
+        offset += window_bytes
+    return size
+
+
+def read_piece(path, start, end, errors):
+    """Returns the text of bytes [start, end) of a file; raises ValueError where it is not UTF-8."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        data = file.read(end - start)
+    try:
+        return data.decode(errors=errors)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8, got byte 0x{data[error.start]:02x} at position "
+                         f"{start + error.start}; convert it or use --errors replace") from None
+
+
+def list_files(inputs, suffixes=None):
+    """Returns the sorted list of files that paths and folders name; raises ValueError if none.
+
+    inputs: a path or a list of them; suffixes: of the files taken from folders (None: all)
+    """
+    files = []
+    for path in map(Path, [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs):
+        if path.is_dir():
+            files += sorted(found for found in path.rglob("*") if found.is_file()
+                            and (suffixes is None or found.suffix in suffixes))
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ValueError(f"an input must be a file or a folder, got {path}; check the path")
+    if not files:
+        raise ValueError(f"the input must hold a file, got {inputs}; name other files or folders")
+    return files
+
+
+def files_sha256(paths):
+    """Returns the hex hash over the files' sizes and bytes, in order; names and dates are free.
+
+    About 1 GB a second: each byte is read, so that no edit goes unseen.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(b"%d\n" % os.path.getsize(path))
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def default_workers(num_workers):
+    """Returns num_workers, or for None the CPU cores this process may use."""
+    if num_workers is None:
+        allowed = getattr(os, "sched_getaffinity", None)  # Linux only
+        return len(allowed(0)) if allowed else os.cpu_count() or 1
+    if num_workers < 1:
+        raise ValueError(f"num_workers must be at least 1, got {num_workers}; leave it out")
+    return num_workers
+
+
+def start_worker(tokenizer=None):
+    """Leaves Ctrl-C to the parent, ends with the parent even if that is killed, keeps tokenizer."""
+    global worker_tokenizer
+    worker_tokenizer = tokenizer
+    if parent := multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def run_tasks(function, tasks, num_workers, tokenizer=None):
+    """Yields function(*task) for each task as it finishes, in any order.
+
+    tasks: list, taken from its end; the caller may append to it while it iterates. At most one
+    task waits beside those that run, so results never pile up.
+    """
+    if num_workers == 1:
+        start_worker(tokenizer)
+        while tasks:
+            yield function(*tasks.pop())
+        return
+    context = multiprocessing.get_context(START_METHOD)
+    with ProcessPoolExecutor(num_workers, context, start_worker, (tokenizer,)) as pool:
+        running = set()
+        try:
+            while tasks or running:
+                while tasks and len(running) <= num_workers:
+                    running.add(pool.submit(function, *tasks.pop()))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class Progress:
+    """One line that says how far a long job is: rewritten on a terminal, else every 10 seconds."""
+
+    def __init__(self, name, total, unit, show=True):
+        self.name, self.total, self.unit, self.show = name, total, unit, show
+        self.started = time.perf_counter()
+        self.terminal = sys.stderr.isatty()
+        self.shown = self.started if not self.terminal else 0.0
+
+    def update(self, done):
+        """Shows `done` of the total, if the last showing is long enough ago."""
+        now = time.perf_counter()
+        if not self.show or now - self.shown < (0.1 if self.terminal else 10):
+            return
+        self.shown = now
+        seconds = now - self.started
+        eta = int(seconds / done * (self.total - done)) if done else 0
+        line = (f"{self.name} {100 * done / self.total:5.1f}% | {done:,.0f}/{self.total:,.0f} "
+                f"{self.unit} | {done / seconds:,.0f} {self.unit}/s | "
+                f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")
+        print(f"\r{line}\033[K" if self.terminal else line, file=sys.stderr, flush=True,
+              end="" if self.terminal else "\n")
+
+    def close(self):
+        """Clears the line on a terminal; returns the seconds since the start."""
+        if self.show and self.terminal:
+            print("\r\033[K", file=sys.stderr, flush=True, end="")
+        return time.perf_counter() - self.started
+
+
+def write_atomically(path, data):
+    """Writes bytes to `path` so that it never holds a half of them."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- training
+
+def train_bpe_reference(text, vocab_size, special_tokens, pattern=GPT2_PATTERN):
+    """Returns what `train_bpe` returns for this text: the definition, recounting every time."""
+    words = Counter()
+    for part in special_splitter(tuple(special_tokens))(text)[::2]:
+        words.update(tuple(bytes([byte]) for byte in word.encode())
+                     for word in pretokens(pattern, part))
+    merges = []
+    while 256 + len(merges) + len(special_tokens) < vocab_size:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += count
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        merged_words = Counter()
+        for word, count in words.items():
+            merged, i = [], 0
+            while i < len(word):
+                found = word[i:i + 2] == best
+                merged.append(best[0] + best[1] if found else word[i])
+                i += 2 if found else 1
+            merged_words[tuple(merged)] += count
+        words = merged_words
+    return build_vocab(merges, special_tokens), merges
+
+
+def build_vocab(merges, special_tokens):
+    """Returns {id: bytes}: the 256 bytes, then the merges, then the special tokens."""
+    tokens = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
+    return dict(enumerate(tokens + [token.encode() for token in special_tokens]))
+
+
+def count_pieces(pieces, pattern, special_tokens, errors):
+    """Returns (Counter of the pre-tokens, bytes read, the pieces left when it grew too large)."""
+    counts, done = Counter(), 0
+    blocks, split = pretokenizer(pattern), special_splitter(special_tokens)
+    for index, (path, start, end) in enumerate(pieces, 1):
+        for part in split(read_piece(path, start, end, errors))[::2]:
+            for block in blocks(part):
+                counts.update(block)
+        done += end - start
+        if len(counts) > MAX_DISTINCT:
+            return counts, done, pieces[index:]
+    return counts, done, []
+
+
+def count_pretokens(paths, special_tokens, num_workers, pattern, piece_bytes, errors, progress):
+    """Returns the Counter of all pre-tokens of the files, counted by `num_workers` processes."""
+    find_cut = cut_finder(pattern, special_tokens)
+    pieces = plan_pieces(paths, piece_bytes, find_cut, special_tokens)
+    offsets = list(accumulate((end - start for _, start, end in pieces), initial=0))
+    total = offsets[-1]
+    if total < 2:
+        raise ValueError(f"the corpus must hold at least 2 bytes, got {total}; give more text")
+    if total < PIECE_BYTES:
+        num_workers = 1  # starting processes would take longer
+    # A task hands over one counter: few tasks, but enough of them to keep all workers busy.
+    task_bytes = min(TASK_BYTES, total // (2 * num_workers) + 1)
+    groups = {}
+    for piece, offset in zip(pieces, offsets):
+        groups.setdefault(offset // task_bytes, []).append(piece)
+    tasks = [(group, pattern, special_tokens, errors) for group in groups.values()]
+    counts, done = Counter(), 0
+    line = Progress("count", total, "bytes", progress)
+    for part, part_bytes, rest in run_tasks(count_pieces, tasks, num_workers):
+        counts.update(part)
+        if rest:
+            tasks.append((rest, pattern, special_tokens, errors))
+        done += part_bytes
+        line.update(done)
+    line.close()
+    return counts
+
+
+def descending(token):
+    """Returns a str whose ascending order is the descending order of bytes `token`.
+
+    The end must come after every byte, for "ab" follows "abc": descending(b"a") == "\x9e\u0100"
+    """
+    return "".join(chr(255 - byte) for byte in token) + "\u0100"
+
+
+def every_other(at, length):
+    """Returns the occurrences of a pair of two equal symbols that a scan from the left merges.
+
+    at: sorted positions; neighbours `length` apart overlap: of 0, 1, 2 and 5 stay 0, 2 and 5
+    """
+    index = np.arange(len(at))
+    is_first = np.diff(at, prepend=-length - 1) != length
+    first = np.maximum.accumulate(np.where(is_first, index, 0))
+    return at[(index - first) % 2 == 0]
+
+
+class PairTable:
+    """All distinct pre-tokens in one array of bytes, and all pairs of symbols in them as rows.
+
+    symbol: (N,) a symbol's id stands at its first and at its last byte; -1 before, between and
+    after pre-tokens. Which pre-token a byte belongs to is in `word`, how often that occurs in
+    `weight`. row_at: (N,) the row of the pair that begins here, or -1.
+
+    A pair is born with its newer symbol, by one merge, and only loses occurrences afterwards.
+    So its occurrences are one slice of an array made then (born[newer symbol]), of which those
+    still count where row_at still names its row; and its count in the heap is never too low.
+    """
+
+    def __init__(self, counts, vocab_size):
+        words = [word.encode() for word in counts]
+        text = np.frombuffer(b"\0" + b"\0".join(words) + b"\0", np.uint8)
+        lengths = np.fromiter(map(len, words), np.int64, len(words)) + 1
+        position = np.int32 if len(text) < 2**31 else np.int64
+        self.weight = np.fromiter(counts.values(), np.int64, len(words))
+        self.symbol = text.astype(np.int32)
+        self.symbol[np.concatenate([[0], np.cumsum(lengths)])] = -1
+        self.word = np.concatenate([[0], np.repeat(np.arange(len(words)), lengths)]).astype(np.int32)
+        self.row_at = np.full(len(text), -1, np.int32)
+        self.length = np.ones(vocab_size, position)
+        self.tokens = [bytes([byte]) for byte in range(256)]
+        self.keys = [descending(token) for token in self.tokens]
+        self.num_rows = 0
+        self.count = np.zeros(1 << 16, np.int64)
+        self.left, self.right, self.begin, self.end = np.zeros((4, 1 << 16), position)
+        self.heap, self.threshold = [], 1 << 62
+        both = np.flatnonzero((self.symbol[:-1] >= 0) & (self.symbol[1:] >= 0)).astype(position)
+        self.born = [self.add_rows(self.symbol[both], self.symbol[both + 1], both)] * 256
+        self.threshold = int(self.count.max()) + 1
+
+    def add_rows(self, left, right, at):
+        """Makes a row for each distinct (left, right); returns `at` sorted by row."""
+        if not len(at):
+            return at
+        key = left.astype(np.int64) * len(self.length) + right
+        order = key.argsort()
+        key, at = key[order], at[order]
+        begin = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
+        end = np.append(begin[1:], len(at))
+        rows = slice(self.num_rows, self.num_rows + len(begin))
+        while rows.stop > len(self.count):
+            for name in ("count", "left", "right", "begin", "end"):
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
+        self.num_rows = rows.stop
+        self.left[rows], self.right[rows] = np.divmod(key[begin], len(self.length))
+        self.begin[rows], self.end[rows] = begin, end
+        self.row_at[at] = np.repeat(np.arange(rows.start, rows.stop), end - begin)
+        self.count[rows] = np.add.reduceat(self.weight[self.word[at]], begin)
+        for row in np.flatnonzero(self.count[rows] >= self.threshold).tolist():
+            heapq.heappush(self.heap, self.heap_entry(rows.start + row))
+        return at
+
+    def heap_entry(self, row):
+        """Returns what sorts first for the largest count, then for the greater pair of bytes."""
+        return (-int(self.count[row]), self.keys[self.left[row]], self.keys[self.right[row]], row)
+
+    def best(self):
+        """Returns the row of the pair to merge next, or None when no pair is left.
+
+        The heap holds the rows that had reached `threshold`; it is halved when they are used up,
+        so that most pairs, which are rare, never become Python objects.
+        """
+        while True:
+            while self.heap:
+                count, row = int(self.count[self.heap[0][-1]]), self.heap[0][-1]
+                if count == -self.heap[0][0]:
+                    return row
+                if count >= self.threshold:
+                    heapq.heapreplace(self.heap, self.heap_entry(row))
+                else:
+                    heapq.heappop(self.heap)
+            if self.threshold == 1:
+                return None
+            self.threshold //= 2
+            rows = np.flatnonzero(self.count[:self.num_rows] >= self.threshold).tolist()
+            self.heap = [self.heap_entry(row) for row in rows]
+            heapq.heapify(self.heap)
+
+    def merge(self, row):
+        """Replaces every occurrence of the row's pair by a new symbol; returns (left, right)."""
+        a, b, new = int(self.left[row]), int(self.right[row]), len(self.tokens)
+        self.tokens.append(self.tokens[a] + self.tokens[b])
+        self.keys.append(descending(self.tokens[new]))
+        self.length[new] = len(self.tokens[new])
+        at = self.born[max(a, b)][self.begin[row]:self.end[row]]
+        at = at[self.row_at[at] == row]
+        if a == b:
+            at = every_other(np.sort(at), self.length[a])
+        middle = at + self.length[a]
+        end = middle + self.length[b]
+        self.symbol[at] = self.symbol[end - 1] = new
+        before, after = self.symbol[at - 1], self.symbol[end]
+        # Where two new symbols meet, the one on the left accounts for the pair between them.
+        has_before, has_after = (before >= 0) & (before != new), after >= 0
+        before, after = before[has_before], after[has_after]
+        at_before, at_after = at[has_before] - self.length[before], at[has_after]
+        lost = np.concatenate([self.row_at[at_before], self.row_at[middle[has_after]]])
+        weight = self.weight[self.word[np.concatenate([at_before, at_after])]]
+        np.subtract.at(self.count, lost, weight)
+        self.count[row] = 0
+        self.row_at[at] = self.row_at[middle] = -1
+        self.born.append(self.add_rows(
+            np.concatenate([before, np.full(len(after), new, before.dtype)]),
+            np.concatenate([np.full(len(before), new, after.dtype), after]),
+            np.concatenate([at_before, at_after])))
+        return a, b
+
+
+def learn_merges(counts, num_merges, progress=False):
+    """Returns up to num_merges pairs of bytes, the most frequent first; equal to the reference.
+
+    counts: {pre-token: occurrences}
+    """
+    table = PairTable(counts, 256 + num_merges)
+    merges = []
+    line = Progress("merge", num_merges, "merges", progress)
+    while len(merges) < num_merges and (row := table.best()) is not None:
+        left, right = table.merge(row)
+        merges.append((table.tokens[left], table.tokens[right]))
+        line.update(len(merges))
+    line.close()
+    return merges
+
+
+def train_bpe(input_path, vocab_size, special_tokens, num_workers=None, pattern=GPT2_PATTERN,
+              piece_bytes=PIECE_BYTES, errors="strict", progress=False):
+    """Returns (vocab: {id: bytes}, merges: [(bytes, bytes)]) learned from UTF-8 text files.
+
+    Ids: the 256 bytes, the merges in order, the special tokens. Of pairs equally frequent the
+    lexicographically greater pair of byte strings is merged first. The same for any number of
+    workers, piece size and order of the files; no pre-token spans two files.
+
+    input_path: a path or a list of paths
+    num_workers: processes (None: the CPU cores); piece_bytes: read at a time by each
+    errors: "strict" (ValueError for bytes that are not UTF-8) or "replace" (by U+FFFD)
+    raises: ValueError when the vocabulary cannot hold the bytes and the special tokens, or is
+    larger than the corpus can fill
+    source: [1] algorithm 1; [2] section 2.2; [3] section 2
+    """
+    special_tokens = check_special_tokens(special_tokens)
+    num_workers = default_workers(num_workers)
+    num_merges = vocab_size - 256 - len(special_tokens)
+    if num_merges < 0:
+        raise ValueError(f"vocab_size must be at least {256 + len(special_tokens)} (256 bytes and "
+                         f"{len(special_tokens)} special tokens), got {vocab_size}; raise it")
+    if errors not in ("strict", "replace"):
+        raise ValueError(f"errors must be strict or replace, got {errors!r}; choose one")
+    if piece_bytes < 1:
+        raise ValueError(f"piece_bytes must be at least 1, got {piece_bytes}; raise it")
+    counts = count_pretokens(list_files(input_path), tuple(special_tokens), num_workers, pattern,
+                             piece_bytes, errors, progress)
+    merges = learn_merges(counts, num_merges, progress)
+    if len(merges) < num_merges:
+        raise ValueError(f"vocab_size must be at most {vocab_size - num_merges + len(merges)} for "
+                         f"this corpus, which has {len(merges)} merges, got {vocab_size}; "
+                         "lower it or give more text")
+    return build_vocab(merges, special_tokens), merges
+
+
+# ---------------------------------------------------------------- merging one pre-token
+
+def merge_naive(ids, ranks, merged):
+    """Returns the symbols of one pre-token after all merges: the lowest rank first, leftmost first.
+
+    ids: list of symbols, changed; ranks: {(left, right): rank}; merged: [rank] -> new symbol.
+    Quadratic, and fastest below LONG_BYTES, for `min` and `index` run in C.
+    """
+    found = [ranks.get(pair, NO_RANK) for pair in zip(ids, ids[1:])]
+    while found and (rank := min(found)) != NO_RANK:
+        i = found.index(rank)
+        ids[i:i + 2] = [merged[rank]]
+        del found[i]
+        if i > 0:
+            found[i - 1] = ranks.get((ids[i - 1], ids[i]), NO_RANK)
+        if i < len(found):
+            found[i] = ranks.get((ids[i], ids[i + 1]), NO_RANK)
+    return ids
+
+
+def merge_heap(ids, ranks, merged):
+    """Returns what `merge_naive` returns, in n log n: symbols in a linked list, pairs in a heap.
+
+    An entry (rank, position) is stale when the pair at its position has another rank by now.
+    """
+    size = len(ids)
+    after, before = list(range(1, size + 1)), list(range(-1, size - 1))
+    heap = [(ranks[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        rank, i = heapq.heappop(heap)
+        j = after[i]
+        if ids[i] is None or j == size or ranks.get((ids[i], ids[j])) != rank:
+            continue
+        ids[i], ids[j] = merged[rank], None
+        after[i] = k = after[j]
+        if k < size:
+            before[k] = i
+            if (right := ranks.get((ids[i], ids[k]))) is not None:
+                heapq.heappush(heap, (right, i))
+        if (h := before[i]) >= 0 and (left := ranks.get((ids[h], ids[i]))) is not None:
+            heapq.heappush(heap, (left, h))
+    return [symbol for symbol in ids if symbol is not None]
+
+
+class PretokenCache(dict):
+    """{pre-token: its ids, packed in bytes}; a missing one is encoded, and kept within bounds."""
+
+    def __init__(self, encode):
+        super().__init__()
+        self.encode = encode
+
+    def __missing__(self, pretoken):
+        packed = self.encode(pretoken)
+        if len(pretoken) <= CACHED_CHARS:
+            if len(self) >= CACHE_ENTRIES:
+                self.clear()
+            self[pretoken] = packed
+        return packed
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+class Tokenizer:
+    """Encodes text to ids and decodes ids to text by byte-level BPE.
+
+    vocab: {id: bytes}, gaps allowed; merges: [(bytes, bytes)], first rank first
+    special_tokens: list of str, matched in text before all else, the longest first; those that
+    the vocabulary lacks are appended with new ids
+    pattern: cuts text into pre-tokens; nfc: normalize text to NFC first (Qwen2.5)
+    ignore_merges: a pre-token that is a token needs no merges (Llama 3)
+    post_processor: kept for `save`, never applied: encode adds no begin-of-text
+    raises: ValueError for contents that contradict each other
+    """
+
+    def __init__(self, vocab, merges, special_tokens=None, pattern=GPT2_PATTERN, *, nfc=False,
+                 ignore_merges=False, post_processor=None):
+        self.vocab, self.merges = dict(vocab), [tuple(pair) for pair in merges]
+        self.special_tokens, self.pattern = check_special_tokens(special_tokens), pattern
+        self.nfc, self.ignore_merges, self.post_processor = nfc, ignore_merges, post_processor
+        if any(not isinstance(index, int) or index < 0 for index in self.vocab):
+            raise ValueError("ids must be integers from 0 on, got others in vocab; correct them")
+        ids = {token: index for index, token in sorted(self.vocab.items(), reverse=True)}
+        self._special = {}  # str -> id
+        for token in self.special_tokens:
+            index = ids.setdefault(token.encode(), max(self.vocab, default=-1) + 1)
+            self.vocab[index] = token.encode()
+            self._special[token] = index
+        self._ids, self._ranks, self._merged = ids, {}, []
+        for rank, (left, right) in enumerate(self.merges):
+            for token in (left, right, left + right):
+                if token not in ids:
+                    raise ValueError(f"merges must give tokens of the vocabulary, got {token!r}, "
+                                     "which is none; use a vocab and merges that belong together")
+            self._ranks.setdefault((ids[left], ids[right]), rank)
+            self._merged.append(ids[left + right])
+        self.vocab_size = max(self.vocab, default=-1) + 1
+        self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+        self._bytes = [ids.get(bytes([byte])) for byte in range(256)]
+        self._pretokenize = pretokenizer(pattern)
+        self._cache = PretokenCache(self._encode_pretoken)
+
+    def __reduce__(self):
+        """How a process that is spawned gets its copy: without the cache."""
+        return partial(Tokenizer, nfc=self.nfc, ignore_merges=self.ignore_merges,
+                       post_processor=self.post_processor), (
+            self.vocab, self.merges, self.special_tokens, self.pattern)
+
+    @cached_property
+    def sha256(self):
+        """The hex hash of everything that decides ids: two tokenizers that share it are one."""
+        contents = [sorted((index, token.hex()) for index, token in self.vocab.items()),
+                    [(left.hex(), right.hex()) for left, right in self.merges],
+                    sorted(self._special.items()), self.pattern, self.nfc, self.ignore_merges]
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+    def _encode_pretoken(self, pretoken):
+        data = pretoken.encode()
+        if self.ignore_merges and data in self._ids:
+            ids = [self._ids[data]]
+        else:
+            ids = [self._bytes[byte] for byte in data]
+            if None in ids:
+                missing = data[ids.index(None)]
+                raise ValueError(f"text must be made of bytes in the vocabulary, got "
+                                 f"0x{missing:02x}; use a vocabulary with all 256 bytes")
+            merge = merge_naive if len(ids) < LONG_BYTES else merge_heap
+            ids = merge(ids, self._ranks, self._merged)
+        return np.array(ids, self.dtype).tobytes()
+
+    def encode_packed(self, text, special=True):
+        """Returns the ids of `text` as bytes in `self.dtype`; the form of a file of tokens."""
+        if not text.isascii():
+            text = join_surrogates(text)
+        lookup = self._cache.__getitem__
+        packed = []
+        for i, part in enumerate(special_splitter(tuple(self.special_tokens * special))(text)):
+            if i % 2:
+                packed.append(self.dtype.type(self._special[part]).tobytes())
+                continue
+            if self.nfc:
+                part = unicodedata.normalize("NFC", part)
+            for block in self._pretokenize(part):
+                packed.append(b"".join(map(lookup, block)))
+        return b"".join(packed)
+
+    def encode(self, text, special=True):
+        """Returns the list of ids of `text`.
+
+        special: False takes special tokens in the text as plain text (for text from users).
+        Lone surrogates, which UTF-8 cannot hold, are encoded as U+FFFD.
+        """
+        return np.frombuffer(self.encode_packed(text, special), self.dtype).tolist()
+
+    def encode_iterable(self, iterable, special=True):
+        """Yields the ids of the concatenation of strings, wherever it is cut, in constant memory.
+
+        Constant up to the longest stretch without a safe cut (see cut_finder); with a pattern
+        of your own that is the text between two special tokens.
+        """
+        find_cut = cut_finder(self.pattern, tuple(self.special_tokens * special), self.nfc)
+        waiting, size, target = [], 0, 2 * STREAM_CHARS
+        for chunk in iterable:
+            waiting.append(chunk)
+            size += len(chunk)
+            if size < target:
+                continue
+            text, start = "".join(waiting), 0
+            while (cut := find_cut(text, start + STREAM_CHARS)) > 0:
+                yield from self.encode(text[start:cut], special)
+                start = cut
+            waiting, size = [text[start:]], len(text) - start
+            target = 2 * max(STREAM_CHARS, size)  # doubled, so that no text is searched often
+        yield from self.encode("".join(waiting), special)
+
+    def encode_batch(self, texts, num_workers=None, special=True):
+        """Returns the list of the ids of each text, encoded by `num_workers` processes."""
+        texts = list(texts)
+        num_workers = default_workers(num_workers)
+        if sum(map(len, texts)) < PIECE_BYTES // 2:
+            num_workers = 1  # starting processes would take longer
+        groups, sizes = [], list(accumulate(map(len, texts), initial=0))
+        for index, size in enumerate(sizes[:-1]):
+            if not groups or size - sizes[groups[-1][0]] >= PIECE_BYTES // 8:
+                groups.append([index])
+            else:
+                groups[-1].append(index)
+        tasks = [(group[0], texts[group[0]:group[-1] + 1], special) for group in groups[::-1]]
+        result = [None] * len(texts)
+        for first, encoded in run_tasks(encode_texts, tasks, num_workers, self):
+            for index, packed in enumerate(encoded, first):
+                result[index] = np.frombuffer(packed, self.dtype).tolist()
+        return result
+
+    def decode_bytes(self, ids):
+        """Returns the bytes of ids (list, array or tensor); of an id in a gap, those of U+FFFD."""
+        ids = np.asarray(ids if hasattr(ids, "__len__") else list(ids))
+        if ids.size and ids.dtype.kind not in "iu":
+            raise ValueError(f"ids must be integers, got {ids.dtype}; convert them")
+        ids = ids.ravel()
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise ValueError(f"ids must be from 0 to {self.vocab_size - 1}, got {ids.min()} to "
+                             f"{ids.max()}; use the tokenizer that made them")
+        gap = "\ufffd".encode()
+        return b"".join([self.vocab.get(index, gap) for index in ids.tolist()])
+
+    def decode(self, ids):
+        """Returns the text of ids in range, whatever they are; bytes not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    @classmethod
+    def from_files(cls, vocab_path, merges_path, special_tokens=None, pattern=GPT2_PATTERN):
+        """Returns the tokenizer of GPT-2's pair of files, vocab.json and merges.txt."""
+        spelled = read_json(vocab_path)
+        if not isinstance(spelled, dict) or not spelled:
+            raise ValueError(f"{vocab_path} must hold an object token: id, got something else; "
+                             "give a GPT-2 vocab.json")
+        lines = read_text(merges_path).split("\n")
+        lines = [line.rstrip("\r") for line in lines if line and not line.startswith("#version")]
+        try:
+            merges = [unspell_merge(line) for line in lines]
+            return cls({index: unspell(token) for token, index in spelled.items()}, merges,
+                       special_tokens, pattern)
+        except ValueError as error:
+            raise ValueError(f"{vocab_path} and {merges_path}: {error}") from None
+
+    def save_gpt2(self, folder):
+        """Writes vocab.json and merges.txt into `folder`, which `from_files` reads."""
+        vocab = {spell(token): index for index, token in sorted(self.vocab.items())}
+        merges = [f"{spell(left)} {spell(right)}\n" for left, right in self.merges]
+        write_atomically(Path(folder, "vocab.json"),
+                         json.dumps(vocab, ensure_ascii=False).encode())
+        write_atomically(Path(folder, "merges.txt"),
+                         ("#version: 0.2\n" + "".join(merges)).encode())
+
+    def save(self, path):
+        """Writes one tokenizer.json (into `path` if that is a folder or has no suffix)."""
+        path = Path(path)
+        if path.suffix != ".json":
+            path = path / "tokenizer.json"
+        write_atomically(path, json.dumps(to_hugging_face(self), ensure_ascii=False,
+                                          indent=1).encode())
+
+    @classmethod
+    def load(cls, path):
+        """Returns the tokenizer of a tokenizer.json, or of a folder that holds one.
+
+        raises: ValueError for anything but byte-level BPE, naming what it is
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "tokenizer.json"
+        data = read_json(path)
+        try:
+            return from_hugging_face(data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} must be a whole tokenizer.json, got one without "
+                             f"{error}; save it again") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def join_surrogates(text):
+    """Returns text that UTF-8 can hold: surrogate pairs joined, lone ones replaced by U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def encode_texts(first, texts, special):
+    """Returns (first, the packed ids of each text); runs in a worker."""
+    return first, [worker_tokenizer.encode_packed(text, special) for text in texts]
+
+
+# ---------------------------------------------------------------- tokenizer files
+
+def byte_spelling():
+    """Returns [byte] -> the character that spells it in GPT-2's files.
+
+    Printable Latin-1 stands for itself, the other 68 bytes for U+0100 on: a space is "\u0120".
+    source: [2], the encoder that its authors published
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+BYTE_TO_CHAR = byte_spelling()
+CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
+
+
+def spell(token):
+    """Returns bytes in GPT-2's spelling: spell(b" the") == "\u0120the"."""
+    return "".join([BYTE_TO_CHAR[byte] for byte in token])
+
+
+def unspell(text):
+    """Returns the bytes of a token in GPT-2's spelling; raises ValueError if it is not in it."""
+    try:
+        return bytes([CHAR_TO_BYTE[char] for char in text])
+    except KeyError:
+        raise ValueError(f"tokens must be spelled in GPT-2's byte alphabet, got {text!r}; "
+                         "this is no byte-level BPE") from None
+
+
+def unspell_merge(merge):
+    """Returns the pair of bytes of a merge written "a b" or ["a", "b"]."""
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    if len(pair) != 2 or not all(pair):
+        raise ValueError(f"a merge must be two tokens, got {merge!r}; the file is damaged")
+    return unspell(pair[0]), unspell(pair[1])
+
+
+def read_text(path):
+    """Returns the text of a small UTF-8 file; raises ValueError where there is none."""
+    try:
+        return Path(path).read_bytes().decode()
+    except OSError as error:
+        raise ValueError(f"{path} must be a file that can be read, got: {error.strerror}; "
+                         "check the path") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8, got other bytes at position {error.start}; "
+                         "give another file") from None
+
+
+def read_json(path):
+    """Returns what a JSON file holds; raises ValueError for a missing, cut or foreign file."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be JSON, got an error at position {error.pos}; it is cut "
+                         "off or not a tokenizer's file") from None
+
+
+def to_hugging_face(tokenizer):
+    """Returns the contents of tokenizer.json.
+
+    Special tokens stand in the vocabulary too, as in GPT-2's file: there the library takes their
+    ids from, whatever gaps there are.
+    """
+    special = tokenizer._special
+    vocab = {spell(token): index for index, token in sorted(tokenizer.vocab.items())
+             if index not in special.values()}
+    clash = [token for token in special if token in vocab]
+    if clash:
+        raise ValueError(f"a special token must not be spelled like another token, got {clash[0]!r}"
+                         "; rename it")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    if tokenizer.pattern == GPT2_PATTERN:
+        pre_tokenizer = byte_level | {"use_regex": True}
+    else:
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated",
+             "invert": False}, byte_level | {"use_regex": False}]}
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": index, "content": token, "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False, "special": True}
+                         for token, index in sorted(special.items(), key=lambda item: item[1])],
+        "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
+        "pre_tokenizer": pre_tokenizer, "post_processor": tokenizer.post_processor,
+        "decoder": byte_level | {"use_regex": True},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": tokenizer.ignore_merges, "vocab": vocab | special,
+                  "merges": [f"{spell(left)} {spell(right)}" for left, right in tokenizer.merges]}}
+
+
+def from_hugging_face(data):
+    """Returns the Tokenizer of a tokenizer.json's contents; raises ValueError for other kinds."""
+    model = data["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"the model must be byte-level BPE, got {model['type']}; it is not read")
+    for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
+                 "byte_fallback"):
+        if model.get(name):
+            raise ValueError(f"the model must be plain byte-level BPE, got {name} "
+                             f"{model[name]!r}; it is not read")
+    normalizer = data.get("normalizer")
+    if normalizer is not None and normalizer["type"] != "NFC":
+        raise ValueError(f"the normalizer must be NFC or none, got {normalizer['type']}; "
+                         "it is not read")
+    special = {}
+    for added in data.get("added_tokens") or ():
+        for name in ("lstrip", "rstrip", "single_word"):
+            if added.get(name):
+                raise ValueError(f"added tokens must be matched as they are, got {name} for "
+                                 f"{added['content']!r}; it is not read")
+        special[added["content"]] = added["id"]
+    vocab = {index: unspell(token) for token, index in model["vocab"].items()
+             if token not in special}
+    vocab |= {index: token.encode() for token, index in special.items()}
+    return Tokenizer(vocab, [unspell_merge(merge) for merge in model["merges"]], list(special),
+                     read_pre_tokenizer(data.get("pre_tokenizer")), nfc=normalizer is not None,
+                     ignore_merges=bool(model.get("ignore_merges")),
+                     post_processor=data.get("post_processor"))
+
+
+def read_pre_tokenizer(data):
+    """Returns the pattern of a pre-tokenizer: ByteLevel, or a Split by regex and ByteLevel."""
+    if data is None:
+        raise ValueError("the pre-tokenizer must be ByteLevel, got none; it is not read")
+    parts = data["pretokenizers"] if data["type"] == "Sequence" else [data]
+    kinds = [part["type"] for part in parts]
+    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
+        raise ValueError(f"the pre-tokenizer must be ByteLevel, or Split and ByteLevel, got "
+                         f"{' and '.join(kinds)}; it is not read")
+    if parts[-1].get("add_prefix_space"):
+        raise ValueError("ByteLevel must take text as it is, got add_prefix_space; it is not read")
+    if parts[-1].get("use_regex", True) != (len(parts) == 1):
+        raise ValueError("one pattern must cut the text, got use_regex of ByteLevel "
+                         f"{parts[-1].get('use_regex', True)} in {' and '.join(kinds)}; "
+                         "it is not read")
+    if len(parts) == 1:
+        return GPT2_PATTERN
+    split = parts[0]
+    if split.get("behavior") != "Isolated" or split.get("invert") or "Regex" not in split["pattern"]:
+        raise ValueError(f"Split must isolate the matches of a regex, got {split}; it is not read")
+    return split["pattern"]["Regex"]
+
+
+# ---------------------------------------------------------------- files of tokens
+
+def encode_piece(number, piece, parts, errors):
+    """Writes part `number`: its text bytes, documents, last id, then the ids; returns piece bytes.
+
+    Runs in a worker. A part that exists under its name is whole.
+    """
+    tokenizer = worker_tokenizer
+    path, start, end = piece
+    text = read_piece(path, start, end, errors)
+    plain = special_splitter(tuple(tokenizer.special_tokens))(text)[::2]
+    packed = tokenizer.encode_packed(text)
+    ids = np.frombuffer(packed, tokenizer.dtype)
+    ends = np.count_nonzero(ids == tokenizer._special.get(END_OF_TEXT, -1))
+    header = np.array([sum(len(part.encode(errors="replace")) for part in plain), ends,
+                       ids[-1] if len(ids) else -1], "<i8")
+    write_atomically(Path(parts, f"{number:08d}"), header.tobytes() + packed)
+    return end - start
+
+
+PART_HEADER_BYTES = 24
+
+
+def write_tokens(input_paths, tokenizer, out_path, num_workers=None, piece_bytes=PIECE_BYTES,
+                 errors="strict", progress=False):
+    """Returns the meta of the file of tokens it makes of UTF-8 text files, in order.
+
+    `out_path` NAME.bin: ids, little-endian, uint16 up to 65,536 ids, else uint32. NAME.json, the
+    meta: vocab_size, tokenizer_hash, tokens, dtype, bytes (of UTF-8 text, special tokens not
+    counted: what bits per byte divide by), documents (<|endoftext|> tokens, and files that do
+    not end with one), source_hash (see files_sha256).
+
+    Pieces are encoded in parallel into the folder NAME.bin.parts and put together at the end:
+    whenever it is killed, the next call goes on with the pieces that are done, and nothing
+    stands under the final name before it is whole.
+    """
+    paths, out_path = list_files(input_paths), Path(out_path)
+    if out_path.suffix != ".bin":
+        raise ValueError(f"a file of tokens must be called NAME.bin, got {out_path}; rename it")
+    num_workers = default_workers(num_workers)
+    special = tuple(tokenizer.special_tokens)
+    pieces = plan_pieces(paths, piece_bytes, cut_finder(tokenizer.pattern, special, tokenizer.nfc),
+                         special)
+    meta = {"vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.sha256,
+            "dtype": tokenizer.dtype.name, "source_hash": files_sha256(paths)}
+    parts = Path(f"{out_path}.parts")
+    plan = json.dumps(meta | {"errors": errors, "pieces": pieces}).encode()
+    if not (parts / "plan.json").exists() or (parts / "plan.json").read_bytes() != plan:
+        shutil.rmtree(parts, ignore_errors=True)
+        write_atomically(parts / "plan.json", plan)
+    finished = {name for name in os.listdir(parts) if name.isdigit()}
+    tasks = [(number, piece, str(parts), errors) for number, piece in enumerate(pieces)
+             if f"{number:08d}" not in finished][::-1]
+    total = sum(end - start for _, start, end in pieces)
+    done = total - sum(piece[2] - piece[1] for _, piece, _, _ in tasks)
+    line = Progress("encode", total, "bytes", progress)
+    for piece_size in run_tasks(encode_piece, tasks, num_workers if total > PIECE_BYTES else 1,
+                                tokenizer):
+        done += piece_size
+        line.update(done)
+    line.close()
+    meta |= join_parts(parts, pieces, tokenizer, out_path)
+    write_atomically(out_path.with_suffix(".json"), json.dumps(meta, indent=1).encode())
+    shutil.rmtree(parts)
+    return meta
+
+
+def join_parts(parts, pieces, tokenizer, out_path):
+    """Writes the ids of all parts into out_path; returns {tokens, bytes, documents}."""
+    text_bytes = documents = 0
+    end_of_text = tokenizer._special.get(END_OF_TEXT, -1)
+    temporary = parts / "whole"
+    with open(temporary, "wb") as whole:
+        for number, (path, _, _) in enumerate(pieces):
+            with open(parts / f"{number:08d}", "rb") as part:
+                size, ends, last = np.frombuffer(part.read(PART_HEADER_BYTES), "<i8").tolist()
+                shutil.copyfileobj(part, whole, 1 << 20)
+            text_bytes += size
+            documents += ends
+            if (number + 1 == len(pieces) or pieces[number + 1][0] != path) and last != end_of_text:
+                documents += 1
+        tokens = whole.tell() // tokenizer.dtype.itemsize
+    os.replace(temporary, out_path)
+    return {"tokens": tokens, "bytes": text_bytes, "documents": documents}
+
+
+def read_tokens(path, tokenizer=None, vocab_size=None):
+    """Returns (np.memmap of the ids, meta) of a file that `write_tokens` made.
+
+    tokenizer: the one it must have been made by; vocab_size: of the model that will read it.
+    raises: ValueError for a missing, cut, foreign file, another tokenizer's, ids out of range
+    """
+    path = Path(path)
+    remake = "make it again with bpe.py encode"
+    meta = read_json(path.with_suffix(".json")) if path.exists() else None
+    if meta is None:
+        raise ValueError(f"the file of tokens must exist, got {path}; {remake}")
+    fields = {"vocab_size", "tokenizer_hash", "tokens", "dtype", "bytes", "documents"}
+    if not isinstance(meta, dict) or not fields <= meta.keys():
+        raise ValueError(f"{path.with_suffix('.json')} must describe a file of tokens, got other "
+                         f"contents; {remake}")
+    if meta["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"the dtype of tokens must be uint16 or uint32, got {meta['dtype']!r} for "
+                         f"{path}; {remake}")
+    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    if path.stat().st_size != meta["tokens"] * dtype.itemsize:
+        raise ValueError(f"{path} must hold {meta['tokens'] * dtype.itemsize} bytes "
+                         f"({meta['tokens']} tokens), got {path.stat().st_size}; {remake}")
+    if tokenizer is not None and tokenizer.sha256 != meta["tokenizer_hash"]:
+        raise ValueError(f"{path} must be made by the tokenizer {tokenizer.sha256[:12]}, got one "
+                         f"made by {str(meta['tokenizer_hash'])[:12]}; {remake}")
+    if not meta["tokens"]:
+        raise ValueError(f"{path} must hold a token, got none; {remake} from more text")
+    ids = np.memmap(path, dtype, mode="r")
+    limit = meta["vocab_size"] if vocab_size is None else vocab_size
+    highest = max(int(ids[i:i + (1 << 24)].max()) for i in range(0, len(ids), 1 << 24))
+    if highest >= limit:
+        raise ValueError(f"ids in {path} must be below {limit}, got {highest}; use a larger "
+                         f"vocab_size or {remake}")
+    return ids, meta
+
+
+# ---------------------------------------------------------------- the verbs
+
+def peak_memory_mib(num_workers):
+    """Returns an upper bound of the peak memory of all processes together, or None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    own, children = (resource.getrusage(who).ru_maxrss
+                     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return (own + num_workers * children) / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def train(args):
+    """The verb train."""
+    started = time.perf_counter()
+    files = list_files(args.input)
+    vocab, merges = train_bpe(files, args.vocab_size, args.special_tokens, args.num_workers,
+                              PATTERNS[args.pattern], errors=args.errors, progress=True)
+    tokenizer = Tokenizer(vocab, merges, args.special_tokens, PATTERNS[args.pattern])
+    tokenizer.save(Path(args.out_dir, "tokenizer.json"))
+    longest = max((left + right for left, right in merges), key=len, default=b"")
+    print(f"trained on {sum(map(os.path.getsize, files)):,} bytes of {len(files)} files in "
+          f"{time.perf_counter() - started:.2f} s, peak {peak_memory_mib(args.num_workers):.0f} MiB")
+    print(f"longest token: {longest.decode(errors='replace')!r} ({len(longest)} bytes)")
+    print(f"wrote {Path(args.out_dir, 'tokenizer.json')}")
+
+
+def encode(args):
+    """The verb encode."""
+    tokenizer = Tokenizer.load(args.tokenizer)
+    started = time.perf_counter()
+    meta = write_tokens(args.input, tokenizer, args.out, args.num_workers, errors=args.errors,
+                        progress=True)
+    seconds = time.perf_counter() - started
+    print(f"{meta['tokens']:,} tokens of {meta['bytes']:,} bytes, "
+          f"{meta['bytes'] / max(1, meta['tokens']):.3f} bytes/token, {seconds:.2f} s, "
+          f"{meta['bytes'] / 1e6 / seconds:.2f} MB/s")
+
+
+def decode(args):
+    """The verb decode."""
+    tokenizer = Tokenizer.load(args.tokenizer)
+    ids, _ = read_tokens(args.input, tokenizer)
+    print(tokenizer.decode(ids[args.start:args.start + args.count]))
+
+
+def main(argv=None):
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb in (train, encode, decode):
+        sub = verbs.add_parser(verb.__name__)
+        sub.set_defaults(run=verb, parser=sub)
+        sub.add_argument("--num_workers", type=int, default=default_workers(None))
+        sub.add_argument("--errors", choices=("strict", "replace"), default="strict")
+        if verb is train:
+            sub.add_argument("--input", nargs="+", required=True)
+            sub.add_argument("--vocab_size", type=int, required=True)
+            sub.add_argument("--special_tokens", nargs="*", default=[END_OF_TEXT])
+            sub.add_argument("--pattern", choices=PATTERNS, default="gpt2")
+            sub.add_argument("--out_dir", required=True)
+        elif verb is encode:
+            sub.add_argument("--tokenizer", required=True)
+            sub.add_argument("--input", nargs="+", required=True)
+            sub.add_argument("--out", required=True)
+        else:
+            sub.add_argument("--tokenizer", required=True)
+            sub.add_argument("--input", required=True)
+            sub.add_argument("--start", type=int, default=0)
+            sub.add_argument("--count", type=int, default=1000)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except ValueError as error:
+        args.parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
