@@ -18,13 +18,16 @@ Sources:
 import argparse
 import hashlib
 import heapq
+import importlib.util
 import json
 import multiprocessing
 import os
+import platform
 import re
 import shutil
 import signal
 import statistics
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -34,6 +37,7 @@ import time
 import unicodedata
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -61,6 +65,7 @@ CACHE_ENTRIES = 1 << 19  # pre-tokens whose ids an encoder remembers: about 100 
 CACHED_CHARS = 128  # longer pre-tokens are not worth remembering
 LONG_BYTES = 256  # from here on a heap beats scanning for the lowest rank
 NO_RANK = 1 << 62
+PART_HEADER = "<3q"
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # spawn imports the caller's torch
 
 
@@ -98,9 +103,13 @@ def pretokenizer(pattern):
     For a known pattern: blocks of text, each through `findall` (half the time of `finditer`),
     and through `re` where a block is ASCII. Equal to `pretokens`, which serves the others.
     """
+    try:
+        findall = regex.compile(pattern).findall
+    except regex.error as error:
+        raise ValueError(f"a pattern must be a regular expression, got {pattern!r} ({error}); "
+                         "correct it") from None
     if pattern not in PATTERNS.values():
         return lambda text: [list(pretokens(pattern, text))]
-    findall = regex.compile(pattern).findall
     findall_ascii = re.compile(ascii_twin(pattern), re.ASCII).findall
     find_cut = cut_finder(pattern)
 
@@ -300,6 +309,9 @@ def run_tasks(function, tasks, num_workers, tokenizer=None):
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
+        except BrokenProcessPool:
+            raise ValueError("all workers must live to the end, got one that was killed, probably "
+                             "for memory; use fewer num_workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -328,10 +340,11 @@ class Progress:
               end="" if self.terminal else "\n")
 
     def close(self):
-        """Clears the line on a terminal; returns the seconds since the start."""
-        if self.show and self.terminal:
-            print("\r\033[K", file=sys.stderr, flush=True, end="")
-        return time.perf_counter() - self.started
+        """Replaces the line by what was done in how long."""
+        if self.show:
+            seconds = time.perf_counter() - self.started
+            print(("\r\033[K" if self.terminal else "") + f"{self.name}: {self.total:,} {self.unit} "
+                  f"in {seconds:.2f} s", file=sys.stderr, flush=True)
 
 
 def write_atomically(path, data):
@@ -453,34 +466,36 @@ class PairTable:
     still count where row_at still names its row; and its count in the heap is never too low.
     """
 
-    def __init__(self, counts, vocab_size):
-        words = [word.encode() for word in counts]
+    def __init__(self, words, weight, vocab_size):
+        """words: list of bytes; weight: (len(words),) int64, how often each occurs."""
         text = np.frombuffer(b"\0" + b"\0".join(words) + b"\0", np.uint8)
         lengths = np.fromiter(map(len, words), np.int64, len(words)) + 1
-        position = np.int32 if len(text) < 2**31 else np.int64
-        self.weight = np.fromiter(counts.values(), np.int64, len(words))
+        self.index = np.int32 if len(text) < 2**31 else np.int64  # half the memory where it fits
+        self.weight = weight
         self.symbol = text.astype(np.int32)
-        self.symbol[np.concatenate([[0], np.cumsum(lengths)])] = -1
-        self.word = np.concatenate([[0], np.repeat(np.arange(len(words)), lengths)]).astype(np.int32)
+        self.symbol[0] = self.symbol[np.cumsum(lengths)] = -1
+        self.word = np.zeros(len(text), np.int32)
+        self.word[1:] = np.repeat(np.arange(len(words), dtype=np.int32), lengths)
         self.row_at = np.full(len(text), -1, np.int32)
-        self.length = np.ones(vocab_size, position)
+        self.length = np.ones(vocab_size, self.index)
         self.tokens = [bytes([byte]) for byte in range(256)]
         self.keys = [descending(token) for token in self.tokens]
         self.num_rows = 0
         self.count = np.zeros(1 << 16, np.int64)
-        self.left, self.right, self.begin, self.end = np.zeros((4, 1 << 16), position)
+        self.left, self.right, self.begin, self.end = np.zeros((4, 1 << 16), self.index)
         self.heap, self.threshold = [], 1 << 62
-        both = np.flatnonzero((self.symbol[:-1] >= 0) & (self.symbol[1:] >= 0)).astype(position)
-        self.born = [self.add_rows(self.symbol[both], self.symbol[both + 1], both)] * 256
+        at = np.flatnonzero((self.symbol[:-1] >= 0) & (self.symbol[1:] >= 0)).astype(self.index)
+        key = text[at].astype(np.uint16) << 8 | text[at + 1]  # 16 bits are sorted by radix
+        self.born = [self.add_rows(key, 256, at)] * 256
         self.threshold = int(self.count.max()) + 1
 
-    def add_rows(self, left, right, at):
-        """Makes a row for each distinct (left, right); returns `at` sorted by row."""
+    def add_rows(self, key, base, at):
+        """Makes a row for each distinct key, left * base + right; returns `at` sorted by row."""
         if not len(at):
             return at
-        key = left.astype(np.int64) * len(self.length) + right
-        order = key.argsort()
+        order = key.argsort(kind="stable")
         key, at = key[order], at[order]
+        del order
         begin = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
         end = np.append(begin[1:], len(at))
         rows = slice(self.num_rows, self.num_rows + len(begin))
@@ -489,9 +504,9 @@ class PairTable:
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
         self.num_rows = rows.stop
-        self.left[rows], self.right[rows] = np.divmod(key[begin], len(self.length))
+        self.left[rows], self.right[rows] = np.divmod(key[begin], base)
         self.begin[rows], self.end[rows] = begin, end
-        self.row_at[at] = np.repeat(np.arange(rows.start, rows.stop), end - begin)
+        self.row_at[at] = np.repeat(np.arange(rows.start, rows.stop, dtype=np.int32), end - begin)
         self.count[rows] = np.add.reduceat(self.weight[self.word[at]], begin)
         for row in np.flatnonzero(self.count[rows] >= self.threshold).tolist():
             heapq.heappush(self.heap, self.heap_entry(rows.start + row))
@@ -546,19 +561,22 @@ class PairTable:
         np.subtract.at(self.count, lost, weight)
         self.count[row] = 0
         self.row_at[at] = self.row_at[middle] = -1
-        self.born.append(self.add_rows(
-            np.concatenate([before, np.full(len(after), new, before.dtype)]),
-            np.concatenate([np.full(len(before), new, after.dtype), after]),
-            np.concatenate([at_before, at_after])))
+        base = len(self.length)
+        keys = np.concatenate([before.astype(np.int64) * base + new, after.astype(np.int64) + new * base])
+        self.born.append(self.add_rows(keys, base, np.concatenate([at_before, at_after])))
         return a, b
 
 
 def learn_merges(counts, num_merges, progress=False):
     """Returns up to num_merges pairs of bytes, the most frequent first; equal to the reference.
 
-    counts: {pre-token: occurrences}
+    counts: {pre-token: occurrences}, emptied: its memory is needed
     """
-    table = PairTable(counts, 256 + num_merges)
+    words = [word.encode() for word in counts]
+    weight = np.fromiter(counts.values(), np.int64, len(counts))
+    counts.clear()
+    table = PairTable(words, weight, 256 + num_merges)
+    del words
     merges = []
     line = Progress("merge", num_merges, "merges", progress)
     while len(merges) < num_merges and (row := table.best()) is not None:
@@ -687,12 +705,12 @@ class Tokenizer:
         if any(not isinstance(index, int) or index < 0 for index in self.vocab):
             raise ValueError("ids must be integers from 0 on, got others in vocab; correct them")
         ids = {token: index for index, token in sorted(self.vocab.items(), reverse=True)}
-        self._special = {}  # str -> id
+        self.special_ids = {}
         for token in self.special_tokens:
             index = ids.setdefault(token.encode(), max(self.vocab, default=-1) + 1)
             self.vocab[index] = token.encode()
-            self._special[token] = index
-        self._ids, self._ranks, self._merged = ids, {}, []
+            self.special_ids[token] = index
+        self._ranks, self._merged = {}, []
         for rank, (left, right) in enumerate(self.merges):
             for token in (left, right, left + right):
                 if token not in ids:
@@ -701,8 +719,15 @@ class Tokenizer:
             self._ranks.setdefault((ids[left], ids[right]), rank)
             self._merged.append(ids[left + right])
         self.vocab_size = max(self.vocab, default=-1) + 1
-        self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+        self.dtype, self._letter = ((np.dtype("<u2"), "H") if self.vocab_size <= 1 << 16
+                                    else (np.dtype("<u4"), "I"))
         self._bytes = [ids.get(bytes([byte])) for byte in range(256)]
+        self._whole = {}  # the tokens that need no merges
+        if ignore_merges:
+            self._whole = {token: index for token, index in ids.items()
+                           if index not in self.special_ids.values()}
+        self._split = {True: special_splitter(tuple(self.special_tokens)),
+                       False: special_splitter(())}
         self._pretokenize = pretokenizer(pattern)
         self._cache = PretokenCache(self._encode_pretoken)
 
@@ -712,18 +737,22 @@ class Tokenizer:
                        post_processor=self.post_processor), (
             self.vocab, self.merges, self.special_tokens, self.pattern)
 
+    def clear_cache(self):
+        """Forgets the pre-tokens encoded so far: for memory, or to measure a cold start."""
+        self._cache.clear()
+
     @cached_property
     def sha256(self):
         """The hex hash of everything that decides ids: two tokenizers that share it are one."""
         contents = [sorted((index, token.hex()) for index, token in self.vocab.items()),
                     [(left.hex(), right.hex()) for left, right in self.merges],
-                    sorted(self._special.items()), self.pattern, self.nfc, self.ignore_merges]
+                    sorted(self.special_ids.items()), self.pattern, self.nfc, self.ignore_merges]
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
     def _encode_pretoken(self, pretoken):
         data = pretoken.encode()
-        if self.ignore_merges and data in self._ids:
-            ids = [self._ids[data]]
+        if data in self._whole:
+            ids = [self._whole[data]]
         else:
             ids = [self._bytes[byte] for byte in data]
             if None in ids:
@@ -732,7 +761,7 @@ class Tokenizer:
                                  f"0x{missing:02x}; use a vocabulary with all 256 bytes")
             merge = merge_naive if len(ids) < LONG_BYTES else merge_heap
             ids = merge(ids, self._ranks, self._merged)
-        return np.array(ids, self.dtype).tobytes()
+        return struct.pack(f"<{len(ids)}{self._letter}", *ids)
 
     def encode_packed(self, text, special=True):
         """Returns the ids of `text` as bytes in `self.dtype`; the form of a file of tokens."""
@@ -740,9 +769,9 @@ class Tokenizer:
             text = join_surrogates(text)
         lookup = self._cache.__getitem__
         packed = []
-        for i, part in enumerate(special_splitter(tuple(self.special_tokens * special))(text)):
+        for i, part in enumerate(self._split[bool(special)](text)):
             if i % 2:
-                packed.append(self.dtype.type(self._special[part]).tobytes())
+                packed.append(struct.pack(f"<{self._letter}", self.special_ids[part]))
                 continue
             if self.nfc:
                 part = unicodedata.normalize("NFC", part)
@@ -764,7 +793,8 @@ class Tokenizer:
         Constant up to the longest stretch without a safe cut (see cut_finder); with a pattern
         of your own that is the text between two special tokens.
         """
-        find_cut = cut_finder(self.pattern, tuple(self.special_tokens * special), self.nfc)
+        find_cut = cut_finder(self.pattern, tuple(self.special_tokens if special else ()),
+                              self.nfc)
         waiting, size, target = [], 0, 2 * STREAM_CHARS
         for chunk in iterable:
             waiting.append(chunk)
@@ -821,10 +851,11 @@ class Tokenizer:
         if not isinstance(spelled, dict) or not spelled:
             raise ValueError(f"{vocab_path} must hold an object token: id, got something else; "
                              "give a GPT-2 vocab.json")
-        lines = read_text(merges_path).split("\n")
-        lines = [line.rstrip("\r") for line in lines if line and not line.startswith("#version")]
+        lines = read_text(merges_path).replace("\r\n", "\n").split("\n")
+        if lines[0].startswith("#version:"):
+            del lines[0]
         try:
-            merges = [unspell_merge(line) for line in lines]
+            merges = [unspell_merge(line) for line in lines if line]
             return cls({index: unspell(token) for token, index in spelled.items()}, merges,
                        special_tokens, pattern)
         except ValueError as error:
@@ -946,7 +977,7 @@ def to_hugging_face(tokenizer):
     Special tokens stand in the vocabulary too, as in GPT-2's file: there the library takes their
     ids from, whatever gaps there are.
     """
-    special = tokenizer._special
+    special = tokenizer.special_ids
     vocab = {spell(token): index for index, token in sorted(tokenizer.vocab.items())
              if index not in special.values()}
     clash = [token for token in special if token in vocab]
@@ -977,6 +1008,8 @@ def to_hugging_face(tokenizer):
 
 def from_hugging_face(data):
     """Returns the Tokenizer of a tokenizer.json's contents; raises ValueError for other kinds."""
+    if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
+        raise ValueError("a tokenizer.json must hold a model, got none; give another file")
     model = data["model"]
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"the model must be byte-level BPE, got {model['type']}; it is not read")
@@ -1030,29 +1063,28 @@ def read_pre_tokenizer(data):
 
 # ---------------------------------------------------------------- files of tokens
 
-def encode_piece(number, piece, parts, errors):
-    """Writes part `number`: its text bytes, documents, last id, then the ids; returns piece bytes.
+def encode_piece(number, piece, ends_file, parts, errors):
+    """Writes part `number`: three numbers (its text bytes, documents ended, last id), then ids.
 
-    Runs in a worker. A part that exists under its name is whole.
+    Runs in a worker; returns the bytes read. A part that exists under its name is whole.
+    ends_file: append <|endoftext|> if the piece does not end with it
     """
     tokenizer = worker_tokenizer
-    path, start, end = piece
-    text = read_piece(path, start, end, errors)
+    text = read_piece(*piece, errors)
+    if ends_file and not text.endswith(END_OF_TEXT):
+        text += END_OF_TEXT
     plain = special_splitter(tuple(tokenizer.special_tokens))(text)[::2]
     packed = tokenizer.encode_packed(text)
     ids = np.frombuffer(packed, tokenizer.dtype)
-    ends = np.count_nonzero(ids == tokenizer._special.get(END_OF_TEXT, -1))
-    header = np.array([sum(len(part.encode(errors="replace")) for part in plain), ends,
-                       ids[-1] if len(ids) else -1], "<i8")
-    write_atomically(Path(parts, f"{number:08d}"), header.tobytes() + packed)
-    return end - start
+    documents = np.count_nonzero(ids == tokenizer.special_ids.get(END_OF_TEXT, -1))
+    header = struct.pack(PART_HEADER, len("".join(plain).encode()), documents,
+                         ids[-1] if len(ids) else -1)
+    write_atomically(Path(parts, f"{number:08d}"), header + packed)
+    return piece[2] - piece[1]
 
 
-PART_HEADER_BYTES = 24
-
-
-def write_tokens(input_paths, tokenizer, out_path, num_workers=None, piece_bytes=PIECE_BYTES,
-                 errors="strict", progress=False):
+def write_tokens(input_paths, tokenizer, out_path, num_workers=None, end_files=False,
+                 piece_bytes=PIECE_BYTES, errors="strict", progress=False):
     """Returns the meta of the file of tokens it makes of UTF-8 text files, in order.
 
     `out_path` NAME.bin: ids, little-endian, uint16 up to 65,536 ids, else uint32. NAME.json, the
@@ -1063,10 +1095,15 @@ def write_tokens(input_paths, tokenizer, out_path, num_workers=None, piece_bytes
     Pieces are encoded in parallel into the folder NAME.bin.parts and put together at the end:
     whenever it is killed, the next call goes on with the pieces that are done, and nothing
     stands under the final name before it is whole.
+
+    end_files: append <|endoftext|> to files that do not end with it
     """
     paths, out_path = list_files(input_paths), Path(out_path)
     if out_path.suffix != ".bin":
         raise ValueError(f"a file of tokens must be called NAME.bin, got {out_path}; rename it")
+    if end_files and END_OF_TEXT not in tokenizer.special_ids:
+        raise ValueError(f"to end files the tokenizer must have {END_OF_TEXT}, got one without; "
+                         "train it with that special token")
     num_workers = default_workers(num_workers)
     special = tuple(tokenizer.special_tokens)
     pieces = plan_pieces(paths, piece_bytes, cut_finder(tokenizer.pattern, special, tokenizer.nfc),
@@ -1074,15 +1111,15 @@ def write_tokens(input_paths, tokenizer, out_path, num_workers=None, piece_bytes
     meta = {"vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.sha256,
             "dtype": tokenizer.dtype.name, "source_hash": files_sha256(paths)}
     parts = Path(f"{out_path}.parts")
-    plan = json.dumps(meta | {"errors": errors, "pieces": pieces}).encode()
+    plan = json.dumps(meta | {"errors": errors, "end_files": end_files, "pieces": pieces}).encode()
     if not (parts / "plan.json").exists() or (parts / "plan.json").read_bytes() != plan:
         shutil.rmtree(parts, ignore_errors=True)
         write_atomically(parts / "plan.json", plan)
-    finished = {name for name in os.listdir(parts) if name.isdigit()}
-    tasks = [(number, piece, str(parts), errors) for number, piece in enumerate(pieces)
-             if f"{number:08d}" not in finished][::-1]
+    finished = set(os.listdir(parts))
+    tasks = [(number, piece, end_files and is_last_of_file(pieces, number), str(parts), errors)
+             for number, piece in enumerate(pieces) if f"{number:08d}" not in finished][::-1]
     total = sum(end - start for _, start, end in pieces)
-    done = total - sum(piece[2] - piece[1] for _, piece, _, _ in tasks)
+    done = total - sum(end - start for _, (_, start, end), *_ in tasks)
     line = Progress("encode", total, "bytes", progress)
     for piece_size in run_tasks(encode_piece, tasks, num_workers if total > PIECE_BYTES else 1,
                                 tokenizer):
@@ -1095,20 +1132,24 @@ def write_tokens(input_paths, tokenizer, out_path, num_workers=None, piece_bytes
     return meta
 
 
+def is_last_of_file(pieces, number):
+    """Returns whether the next piece is of another file, or there is none."""
+    return number + 1 == len(pieces) or pieces[number + 1][0] != pieces[number][0]
+
+
 def join_parts(parts, pieces, tokenizer, out_path):
     """Writes the ids of all parts into out_path; returns {tokens, bytes, documents}."""
     text_bytes = documents = 0
-    end_of_text = tokenizer._special.get(END_OF_TEXT, -1)
+    end_of_text = tokenizer.special_ids.get(END_OF_TEXT, -1)
     temporary = parts / "whole"
     with open(temporary, "wb") as whole:
-        for number, (path, _, _) in enumerate(pieces):
+        for number in range(len(pieces)):
             with open(parts / f"{number:08d}", "rb") as part:
-                size, ends, last = np.frombuffer(part.read(PART_HEADER_BYTES), "<i8").tolist()
+                size, ends, last = struct.unpack(PART_HEADER, part.read(struct.calcsize(PART_HEADER)))
                 shutil.copyfileobj(part, whole, 1 << 20)
             text_bytes += size
             documents += ends
-            if (number + 1 == len(pieces) or pieces[number + 1][0] != path) and last != end_of_text:
-                documents += 1
+            documents += is_last_of_file(pieces, number) and last != end_of_text
         tokens = whole.tell() // tokenizer.dtype.itemsize
     os.replace(temporary, out_path)
     return {"tokens": tokens, "bytes": text_bytes, "documents": documents}
@@ -1150,84 +1191,283 @@ def read_tokens(path, tokenizer=None, vocab_size=None):
     return ids, meta
 
 
+# ---------------------------------------------------------------- bench
+
+BENCH_SUFFIXES = (".py", ".md", ".rst", ".txt", ".html", ".js", ".h", ".c", ".pyi")
+
+
+def write_bench_corpus(inputs, megabytes, path):
+    """Writes text files, <|endoftext|> between them, up to that size.
+
+    inputs: files and folders; by default what every machine has, Python's own library and the
+    packages installed beside it
+    """
+    inputs = inputs or {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}
+    written, seen = 0, set()
+    with open(path, "wb") as corpus:
+        for found in list_files(sorted(inputs), BENCH_SUFFIXES):
+            data = found.read_bytes()
+            digest = hashlib.sha256(data).digest()
+            if digest in seen or len(data) > 4 << 20 or not data:
+                continue
+            try:
+                data.decode()
+            except UnicodeDecodeError:
+                continue
+            seen.add(digest)
+            written += corpus.write(data + END_OF_TEXT.encode())
+            if written >= megabytes * 1e6:
+                break
+
+
+def bench_documents(corpus):
+    """Yields the documents of the bench corpus, in memory one piece at a time."""
+    for piece in plan_pieces([corpus], PIECE_BYTES, cut_finder("", (END_OF_TEXT,)), (END_OF_TEXT,)):
+        yield from filter(None, read_piece(*piece, "strict").split(END_OF_TEXT))
+
+
+def train_ours(args):
+    """Trains with this file and leaves the tokenizer in out_dir."""
+    vocab, merges = train_bpe(args.corpus, args.vocab_size, [END_OF_TEXT], args.num_workers)
+    Tokenizer(vocab, merges, [END_OF_TEXT]).save(Path(args.out_dir))
+
+
+def train_tokenizers(args):
+    """Trains with Hugging Face tokenizers, on all cores."""
+    from tokenizers import Tokenizer as HuggingFace, models, pre_tokenizers, trainers
+    rival = HuggingFace(models.BPE())
+    rival.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rival.train_from_iterator(bench_documents(args.corpus), trainers.BpeTrainer(
+        vocab_size=args.vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+
+
+def train_rustbpe(args):
+    """Trains with rustbpe, on all cores."""
+    import rustbpe
+    rustbpe.Tokenizer().train_from_iterator(bench_documents(args.corpus), args.vocab_size - 1,
+                                            pattern=GPT2_PATTERN)
+
+
+TRAINERS = {"ours": train_ours, "tokenizers": train_tokenizers, "rustbpe": train_rustbpe}
+
+
+def bench_train(args):
+    """Returns {trainer: (seconds, MiB of all its processes)}, each trained in its own process."""
+    results = {}
+    for name in TRAINERS:
+        if name != "ours" and importlib.util.find_spec(name) is None:
+            print(f"train   {name:<24} not installed")
+            continue
+        command = [sys.executable, __file__, "bench", "--trainer", name, "--corpus", args.corpus, "--out_dir", args.out_dir,
+                   "--vocab_size", str(args.vocab_size), "--num_workers", str(args.num_workers)]
+        seconds, mib = [], []
+        for _ in range(args.train_repeats):
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+            result = json.loads(output.splitlines()[-1])
+            seconds.append(result["seconds"])
+            mib.append(result["mib"])
+        results[name] = statistics.median(seconds), max(mib)
+        print(f"train   {name:<24} {results[name][0]:8.2f} s ({min(seconds):.2f} to "
+              f"{max(seconds):.2f}, {len(seconds)} runs) | peak {max(mib):,.0f} MiB", flush=True)
+    return results
+
+
+def bench_encode(tokenizer, texts, args):
+    """Returns {encoder: MB/s, the median}; all give the same ids, which is checked first."""
+    contenders = {"ours, 1 process": lambda: tokenizer.encode_batch(texts, 1)}
+    contenders[f"ours, {args.num_workers} processes"] = (
+        lambda: tokenizer.encode_batch(texts, args.num_workers))
+    if importlib.util.find_spec("tokenizers"):
+        from tokenizers import Tokenizer as HuggingFace
+        rival = HuggingFace.from_str(json.dumps(to_hugging_face(tokenizer)))
+        contenders["tokenizers, batch"] = (
+            lambda: [encoding.ids for encoding in rival.encode_batch(texts)])
+    if importlib.util.find_spec("tiktoken"):
+        import tiktoken
+        ordinary = {token: index for index, token in tokenizer.vocab.items()
+                    if index not in tokenizer.special_ids.values()}
+        encoding = tiktoken.Encoding("bench", pat_str=tokenizer.pattern, mergeable_ranks=ordinary,
+                                     special_tokens=tokenizer.special_ids)
+        contenders["tiktoken, 1 thread"] = lambda: [encoding.encode(text) for text in texts]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    expected, speeds = tokenizer.encode_batch(texts, 1), {}
+    for name, run in contenders.items():
+        if run() != expected:
+            raise ValueError(f"all encoders must give the same ids, got others from {name}; "
+                             "report this with the text")
+        rates = []
+        for _ in range(args.repeats):
+            tokenizer.clear_cache()  # each run starts cold
+            started = time.perf_counter()
+            run()
+            rates.append(megabytes / (time.perf_counter() - started))
+        speeds[name] = statistics.median(rates)
+        print(f"encode  {name:<24} {speeds[name]:8.2f} MB/s ({min(rates):.2f} to {max(rates):.2f}, "
+              f"{len(rates)} runs)", flush=True)
+    tokens = sum(map(len, expected))
+    print(f"ratio   {1e6 * megabytes / tokens:.3f} bytes/token on {megabytes:.1f} MB")
+    return speeds
+
+
+def bench(args):
+    """The verb bench: correctness first, then training and encoding, against what is installed."""
+    if args.trainer:  # one contender, in a process of its own so that its memory is its own
+        started = time.perf_counter()
+        TRAINERS[args.trainer](args)
+        print(json.dumps({"seconds": time.perf_counter() - started,
+                          "mib": peak_memory_mib(args.num_workers)}))
+        return
+    with tempfile.TemporaryDirectory() as args.out_dir:
+        folder = args.out_dir
+        if args.corpus is None:
+            args.corpus = os.path.join(folder, "corpus.txt")
+            write_bench_corpus(args.input, args.max_mb, args.corpus)
+        size = os.path.getsize(args.corpus)
+        print(f"corpus  {size / 1e6:.1f} MB | vocab_size {args.vocab_size} | {args.num_workers} "
+              f"workers | {os.cpu_count()} cores | {platform.platform()} | Python "
+              f"{platform.python_version()}")
+        small = Path(folder, "small.txt")
+        with open(args.corpus, "rb") as file:
+            small.write_text(file.read(130_000).decode(errors="replace"), newline="")
+        sample = small.read_bytes().decode()
+        if train_bpe(small, 300, [END_OF_TEXT]) != train_bpe_reference(sample, 300, [END_OF_TEXT]):
+            raise ValueError("merges must equal the reference's, got others; report this corpus")
+        print(f"check   merges equal the reference's on {len(sample):,} characters")
+        times = []
+        for _ in range(args.repeats):
+            started = time.perf_counter()
+            train_bpe(small, 500, [END_OF_TEXT])
+            times.append(time.perf_counter() - started)
+        print(f"train   {'ours, 130 kB, vocab 500':<24} {statistics.median(times):8.3f} s "
+              f"({min(times):.3f} to {max(times):.3f}, {len(times)} runs)")
+        training = bench_train(args)
+        if args.gpt2_dir:
+            files = [next(Path(args.gpt2_dir).glob(f"*{name}"), Path(args.gpt2_dir, name))
+                     for name in ("vocab.json", "merges.txt")]
+            tokenizer = Tokenizer.from_files(*files, [END_OF_TEXT])
+        else:
+            tokenizer = Tokenizer.load(Path(folder, "tokenizer.json"))
+        every = max(1, int(size / 1e6 / args.encode_mb))
+        texts = list(bench_documents(args.corpus))[::every]
+        encoding = bench_encode(tokenizer, texts, args)
+    print(json.dumps({"corpus_bytes": size, "vocab_size": args.vocab_size,
+                      "num_workers": args.num_workers, "small_s": statistics.median(times),
+                      "train_s": {name: result[0] for name, result in training.items()},
+                      "train_mib": {name: result[1] for name, result in training.items()},
+                      "encode_mb_per_s": encoding}))
+
+
 # ---------------------------------------------------------------- the verbs
 
 def peak_memory_mib(num_workers):
-    """Returns an upper bound of the peak memory of all processes together, or None on Windows."""
+    """Returns a bound of the peak memory of all processes together: each at its own peak.
+
+    nan on Windows, which has no `resource`
+    """
     try:
         import resource
     except ImportError:
-        return None
-    own, children = (resource.getrusage(who).ru_maxrss
-                     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return (own + num_workers * children) / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+        return float("nan")
+    own, child = (resource.getrusage(who).ru_maxrss
+                  for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return (own + num_workers * child) / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def train(args):
     """The verb train."""
     started = time.perf_counter()
-    files = list_files(args.input)
-    vocab, merges = train_bpe(files, args.vocab_size, args.special_tokens, args.num_workers,
-                              PATTERNS[args.pattern], errors=args.errors, progress=True)
-    tokenizer = Tokenizer(vocab, merges, args.special_tokens, PATTERNS[args.pattern])
+    pattern = PATTERNS[args.pattern]
+    vocab, merges = train_bpe(args.input, args.vocab_size, args.special_tokens, args.num_workers,
+                              pattern, errors=args.errors, progress=True)
+    tokenizer = Tokenizer(vocab, merges, args.special_tokens, pattern)
     tokenizer.save(Path(args.out_dir, "tokenizer.json"))
+    if args.gpt2_files:
+        tokenizer.save_gpt2(args.out_dir)
     longest = max((left + right for left, right in merges), key=len, default=b"")
-    print(f"trained on {sum(map(os.path.getsize, files)):,} bytes of {len(files)} files in "
-          f"{time.perf_counter() - started:.2f} s, peak {peak_memory_mib(args.num_workers):.0f} MiB")
-    print(f"longest token: {longest.decode(errors='replace')!r} ({len(longest)} bytes)")
-    print(f"wrote {Path(args.out_dir, 'tokenizer.json')}")
+    print(f"{len(vocab):,} tokens in {time.perf_counter() - started:.2f} s | peak memory "
+          f"{peak_memory_mib(args.num_workers):,.0f} MiB, all processes | longest token "
+          f"{longest.decode(errors='replace')!r} | {args.out_dir}/tokenizer.json")
 
 
 def encode(args):
-    """The verb encode."""
+    """The verb encode: text of the command line to ids, or files to a file of tokens."""
     tokenizer = Tokenizer.load(args.tokenizer)
+    if args.text is not None:
+        print(*tokenizer.encode(args.text))
+        return
+    if not args.input:
+        raise ValueError("encode must have --text or --input, got neither; give one")
     started = time.perf_counter()
-    meta = write_tokens(args.input, tokenizer, args.out, args.num_workers, errors=args.errors,
-                        progress=True)
+    with tempfile.TemporaryDirectory() as folder:
+        meta = write_tokens(args.input, tokenizer, args.out or Path(folder, "measured.bin"),
+                            args.num_workers, args.end_files, errors=args.errors, progress=True)
     seconds = time.perf_counter() - started
-    print(f"{meta['tokens']:,} tokens of {meta['bytes']:,} bytes, "
-          f"{meta['bytes'] / max(1, meta['tokens']):.3f} bytes/token, {seconds:.2f} s, "
-          f"{meta['bytes'] / 1e6 / seconds:.2f} MB/s")
+    print(f"{meta['tokens']:,} tokens of {meta['bytes']:,} bytes of text in {meta['documents']:,} "
+          f"documents | {meta['bytes'] / max(1, meta['tokens']):.3f} bytes/token | {seconds:.2f} s "
+          f"| {meta['bytes'] / 1e6 / seconds:.2f} MB/s | {args.out or 'not kept: no --out'}")
 
 
 def decode(args):
-    """The verb decode."""
+    """The verb decode: ids of the command line, or of a file of tokens, to text."""
     tokenizer = Tokenizer.load(args.tokenizer)
-    ids, _ = read_tokens(args.input, tokenizer)
-    print(tokenizer.decode(ids[args.start:args.start + args.count]))
+    if args.ids is None and args.input is None:
+        raise ValueError("decode must have --ids or --input, got neither; give one")
+    ids = args.ids if args.ids is not None else read_tokens(args.input, tokenizer)[0][:args.count]
+    print(tokenizer.decode(ids))
+
+
+def build_parser():
+    """Returns the argparse parser of all verbs."""
+    parser = argparse.ArgumentParser(prog="bpe.py", description=__doc__.split("\n", 1)[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    add = {}
+    for verb in (train, encode, decode, bench):
+        sub = verbs.add_parser(verb.__name__, help=verb.__doc__.split("\n", 1)[0])
+        sub.set_defaults(run=verb)
+        add[verb] = sub.add_argument
+    for verb in (train, encode, bench):
+        add[verb]("--input", nargs="+", help="text files and folders")
+        add[verb]("--num_workers", type=int, default=default_workers(None))
+    for verb in (train, encode):
+        add[verb]("--errors", choices=("strict", "replace"), default="strict",
+                  help="what to do with bytes that are not UTF-8")
+    for verb in (encode, decode):
+        add[verb]("--tokenizer", required=True, help="tokenizer.json, or the folder that holds it")
+    add[train]("--vocab_size", type=int, required=True)
+    add[train]("--special_tokens", nargs="*", default=[END_OF_TEXT])
+    add[train]("--pattern", choices=PATTERNS, default="gpt2")
+    add[train]("--out_dir", required=True)
+    add[train]("--gpt2_files", action="store_true", help="write vocab.json and merges.txt too")
+    add[encode]("--text", help="print the ids of this text")
+    add[encode]("--out", help="NAME.bin; without it the ids are only counted and timed")
+    add[encode]("--end_files", action="store_true", help=f"{END_OF_TEXT} after each file")
+    add[decode]("--ids", nargs="*", type=int)
+    add[decode]("--input", help="NAME.bin")
+    add[decode]("--count", type=int, help="only so many tokens from the start")
+    add[bench]("--vocab_size", type=int, default=32_000)
+    add[bench]("--max_mb", type=float, default=321, help="of text, at most")
+    add[bench]("--corpus", help="use this text file as it is instead of --input")
+    add[bench]("--gpt2_dir", help="encode with the vocab.json and merges.txt in here")
+    add[bench]("--encode_mb", type=float, default=20, help="of text to encode, about")
+    add[bench]("--repeats", type=int, default=5)
+    add[bench]("--train_repeats", type=int, default=1)
+    add[bench]("--trainer", choices=TRAINERS, help="only train with this one, print JSON")
+    add[bench]("--out_dir", help="where --trainer ours leaves its tokenizer")
+    return parser
 
 
 def main(argv=None):
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb in (train, encode, decode):
-        sub = verbs.add_parser(verb.__name__)
-        sub.set_defaults(run=verb, parser=sub)
-        sub.add_argument("--num_workers", type=int, default=default_workers(None))
-        sub.add_argument("--errors", choices=("strict", "replace"), default="strict")
-        if verb is train:
-            sub.add_argument("--input", nargs="+", required=True)
-            sub.add_argument("--vocab_size", type=int, required=True)
-            sub.add_argument("--special_tokens", nargs="*", default=[END_OF_TEXT])
-            sub.add_argument("--pattern", choices=PATTERNS, default="gpt2")
-            sub.add_argument("--out_dir", required=True)
-        elif verb is encode:
-            sub.add_argument("--tokenizer", required=True)
-            sub.add_argument("--input", nargs="+", required=True)
-            sub.add_argument("--out", required=True)
-        else:
-            sub.add_argument("--tokenizer", required=True)
-            sub.add_argument("--input", required=True)
-            sub.add_argument("--start", type=int, default=0)
-            sub.add_argument("--count", type=int, default=1000)
-    args = parser.parse_args(argv)
+    """Runs the command line; a user's error is one line and exit status 2."""
+    args = build_parser().parse_args(argv)
     try:
+        if args.verb == "train" and not args.input:
+            raise ValueError("train must have --input, got none; name text files or folders")
         args.run(args)
-    except ValueError as error:
-        args.parser.error(str(error))
-    return 0
+    except (ValueError, OSError) as error:
+        print(f"bpe.py {args.verb}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
