@@ -67,6 +67,7 @@ LONG_BYTES = 256  # from here on a heap beats scanning for the lowest rank
 NO_RANK = 1 << 62
 PART_HEADER = "<3q"
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # spawn imports the caller's torch
+worker_tokenizer = None  # of this process: see start_worker
 
 
 # ---------------------------------------------------------------- text into pre-tokens
@@ -191,17 +192,14 @@ def cut_finder(pattern, special_tokens=(), nfc=False):
 
 def plan_pieces(paths, piece_bytes, find_cut, special_tokens):
     """Returns [(path, start, end)] in bytes: the files in order, cut only where it is safe."""
-    margin = 4 * max(map(len, special_tokens), default=1) + 4  # UTF-8 bytes of the longest
+    margin = 4 * max(map(len, special_tokens), default=1) + 4  # bytes of the longest, and more
     pieces = []
-    for path in paths:
-        size = os.path.getsize(path)
+    for path in map(os.fspath, paths):
+        start, size = 0, os.path.getsize(path)
         with open(path, "rb") as file:
-            start = 0
             while start < size:
-                end = size
-                if size - start > piece_bytes:
-                    end = next_cut(file, start + piece_bytes, size, find_cut, margin)
-                pieces.append((os.fspath(path), start, end))
+                end = next_cut(file, start + piece_bytes, size, find_cut, margin)
+                pieces.append((path, start, end))
                 start = end
     return pieces
 
@@ -237,19 +235,14 @@ def read_piece(path, start, end, errors):
 
 
 def list_files(inputs, suffixes=None):
-    """Returns the sorted list of files that paths and folders name; raises ValueError if none.
-
-    inputs: a path or a list of them; suffixes: of the files taken from folders (None: all)
-    """
+    """Returns the files that paths name; of folders all (with these suffixes), sorted."""
     files = []
     for path in map(Path, [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs):
-        if path.is_dir():
-            files += sorted(found for found in path.rglob("*") if found.is_file()
-                            and (suffixes is None or found.suffix in suffixes))
-        elif path.is_file():
-            files.append(path)
-        else:
+        if not path.exists():
             raise ValueError(f"an input must be a file or a folder, got {path}; check the path")
+        files += [path] if path.is_file() else sorted(
+            found for found in path.rglob("*")
+            if found.is_file() and (suffixes is None or found.suffix in suffixes))
     if not files:
         raise ValueError(f"the input must hold a file, got {inputs}; name other files or folders")
     return files
@@ -319,32 +312,28 @@ def run_tasks(function, tasks, num_workers, tokenizer=None):
 class Progress:
     """One line that says how far a long job is: rewritten on a terminal, else every 10 seconds."""
 
-    def __init__(self, name, total, unit, show=True):
-        self.name, self.total, self.unit, self.show = name, total, unit, show
-        self.started = time.perf_counter()
-        self.terminal = sys.stderr.isatty()
-        self.shown = self.started if not self.terminal else 0.0
+    def __init__(self, name, total, unit, show=True, done=0):
+        self.name, self.total, self.unit, self.show, self.before = name, total, unit, show, done
+        self.started = self.shown = time.perf_counter()
+        self.start, self.end, self.every_s = ("\r", "\033[K", 0.1) if sys.stderr.isatty() else (
+            "", "\n", 10)
 
     def update(self, done):
         """Shows `done` of the total, if the last showing is long enough ago."""
         now = time.perf_counter()
-        if not self.show or now - self.shown < (0.1 if self.terminal else 10):
-            return
-        self.shown = now
-        seconds = now - self.started
-        eta = int(seconds / done * (self.total - done)) if done else 0
-        line = (f"{self.name} {100 * done / self.total:5.1f}% | {done:,.0f}/{self.total:,.0f} "
-                f"{self.unit} | {done / seconds:,.0f} {self.unit}/s | "
-                f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")
-        print(f"\r{line}\033[K" if self.terminal else line, file=sys.stderr, flush=True,
-              end="" if self.terminal else "\n")
+        if self.show and now - self.shown >= self.every_s and done > self.before:
+            self.shown = now
+            rate = (done - self.before) / (now - self.started)
+            eta = int((self.total - done) / rate)
+            print(f"{self.start}{self.name} {done:,}/{self.total:,} {self.unit} | {rate:,.0f} "
+                  f"{self.unit}/s | eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}",
+                  file=sys.stderr, flush=True, end=self.end)
 
     def close(self):
-        """Replaces the line by what was done in how long."""
+        """Says what was done in how long."""
         if self.show:
-            seconds = time.perf_counter() - self.started
-            print(("\r\033[K" if self.terminal else "") + f"{self.name}: {self.total:,} {self.unit} "
-                  f"in {seconds:.2f} s", file=sys.stderr, flush=True)
+            print(f"{self.start}{self.name}: {self.total:,} {self.unit} in "
+                  f"{time.perf_counter() - self.started:.2f} s{self.end.rstrip()}", file=sys.stderr)
 
 
 def write_atomically(path, data):
@@ -737,10 +726,6 @@ class Tokenizer:
                        post_processor=self.post_processor), (
             self.vocab, self.merges, self.special_tokens, self.pattern)
 
-    def clear_cache(self):
-        """Forgets the pre-tokens encoded so far: for memory, or to measure a cold start."""
-        self._cache.clear()
-
     @cached_property
     def sha256(self):
         """The hex hash of everything that decides ids: two tokenizers that share it are one."""
@@ -1120,7 +1105,7 @@ def write_tokens(input_paths, tokenizer, out_path, num_workers=None, end_files=F
              for number, piece in enumerate(pieces) if f"{number:08d}" not in finished][::-1]
     total = sum(end - start for _, start, end in pieces)
     done = total - sum(end - start for _, (_, start, end), *_ in tasks)
-    line = Progress("encode", total, "bytes", progress)
+    line = Progress("encode", total, "bytes", progress, done)
     for piece_size in run_tasks(encode_piece, tasks, num_workers if total > PIECE_BYTES else 1,
                                 tokenizer):
         done += piece_size
@@ -1298,7 +1283,7 @@ def bench_encode(tokenizer, texts, args):
                              "report this with the text")
         rates = []
         for _ in range(args.repeats):
-            tokenizer.clear_cache()  # each run starts cold
+            tokenizer._cache.clear()  # each run starts cold
             started = time.perf_counter()
             run()
             rates.append(megabytes / (time.perf_counter() - started))

@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -271,7 +270,7 @@ def test_decode_replaces_what_is_not_utf8_and_refuses_ids_out_of_range(tokenizer
 
 def test_the_cache_stays_within_its_bounds(tokenizer, monkeypatch):
     monkeypatch.setattr(bpe, "CACHE_ENTRIES", 10)
-    tokenizer.clear_cache()
+    tokenizer._cache.clear()
     text = sample_text(5000) + " " + "x" * 1000
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and len(tokenizer._cache) <= 10
@@ -341,8 +340,6 @@ def test_files_in_the_layouts_of_known_models_load_save_and_encode_alike(
               for file in (path, tmp_path / "again" / "tokenizer.json")]
     rng = random.Random(12)
     for text in [sample_text(9000)] + [random_text(rng, 40) for _ in range(200)]:
-        if "<a>" in text:  # the library takes the first, not the longest, of overlapping tokens
-            continue
         ids = again.encode(text)
         for rival in rivals:
             assert rival.encode(text, add_special_tokens=False).ids == ids, ascii(text)
@@ -431,7 +428,7 @@ def test_encoding_killed_with_minus_9_goes_on_and_gives_the_same_file(tokenizer,
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list(parts.glob("0000000[3-9]")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+    process.kill()
     process.wait()
     time.sleep(0.3)  # the workers notice and end
     kept = {path: path.stat().st_mtime_ns for path in parts.glob("0*") if path.name.isdigit()}
