@@ -63,7 +63,7 @@ BLOCK_CHARS = 512  # given to one findall: short enough that most blocks of Engl
 STREAM_CHARS = 1 << 15  # encoded at a time by encode_iterable
 CACHE_ENTRIES = 1 << 19  # pre-tokens whose ids an encoder remembers: about 100 MB
 CACHED_CHARS = 128  # longer pre-tokens are not worth remembering
-LONG_BYTES = 256  # from here on a heap beats scanning for the lowest rank
+LONG_BYTES = 48  # from here on a heap beats scanning for the lowest rank
 NO_RANK = 1 << 62
 PART_HEADER = "<3q"
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # spawn imports the caller's torch
@@ -127,6 +127,8 @@ def pretokenizer(pattern):
 
 def check_special_tokens(special_tokens):
     """Returns them as a list; raises ValueError for an empty one or one given twice."""
+    if isinstance(special_tokens, str):
+        raise ValueError(f"special_tokens must be a list, got {special_tokens!r}; put it in one")
     tokens = list(special_tokens or ())
     for token in tokens:
         if not isinstance(token, str) or not token:
@@ -634,25 +636,26 @@ def merge_naive(ids, ranks, merged):
 def merge_heap(ids, ranks, merged):
     """Returns what `merge_naive` returns, in n log n: symbols in a linked list, pairs in a heap.
 
-    An entry (rank, position) is stale when the pair at its position has another rank by now.
+    An entry is rank * size + position in one integer, for tuples take twice the time; it is
+    stale when the pair at its position has another rank by now.
     """
     size = len(ids)
     after, before = list(range(1, size + 1)), list(range(-1, size - 1))
-    heap = [(ranks[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
+    heap = [ranks[pair] * size + i for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
     heapq.heapify(heap)
     while heap:
-        rank, i = heapq.heappop(heap)
+        rank, i = divmod(heapq.heappop(heap), size)
         j = after[i]
-        if ids[i] is None or j == size or ranks.get((ids[i], ids[j])) != rank:
+        if j == size or ranks.get((ids[i], ids[j])) != rank:
             continue
         ids[i], ids[j] = merged[rank], None
         after[i] = k = after[j]
         if k < size:
             before[k] = i
             if (right := ranks.get((ids[i], ids[k]))) is not None:
-                heapq.heappush(heap, (right, i))
+                heapq.heappush(heap, right * size + i)
         if (h := before[i]) >= 0 and (left := ranks.get((ids[h], ids[i]))) is not None:
-            heapq.heappush(heap, (left, h))
+            heapq.heappush(heap, left * size + h)
     return [symbol for symbol in ids if symbol is not None]
 
 
@@ -797,16 +800,13 @@ class Tokenizer:
     def encode_batch(self, texts, num_workers=None, special=True):
         """Returns the list of the ids of each text, encoded by `num_workers` processes."""
         texts = list(texts)
-        num_workers = default_workers(num_workers)
-        if sum(map(len, texts)) < PIECE_BYTES // 2:
-            num_workers = 1  # starting processes would take longer
-        groups, sizes = [], list(accumulate(map(len, texts), initial=0))
-        for index, size in enumerate(sizes[:-1]):
-            if not groups or size - sizes[groups[-1][0]] >= PIECE_BYTES // 8:
-                groups.append([index])
-            else:
-                groups[-1].append(index)
-        tasks = [(group[0], texts[group[0]:group[-1] + 1], special) for group in groups[::-1]]
+        offsets = list(accumulate(map(len, texts), initial=0))
+        # A process gets some texts at a time; few are encoded sooner than processes start.
+        num_workers = default_workers(num_workers) if offsets[-1] > PIECE_BYTES // 2 else 1
+        groups = {}
+        for index, offset in enumerate(offsets[:-1]):
+            groups.setdefault(offset * 8 // PIECE_BYTES, []).append(index)
+        tasks = [(group[0], texts[group[0]:group[-1] + 1], special) for group in groups.values()]
         result = [None] * len(texts)
         for first, encoded in run_tasks(encode_texts, tasks, num_workers, self):
             for index, packed in enumerate(encoded, first):
