@@ -65,7 +65,7 @@ CACHE_ENTRIES = 1 << 19  # pre-tokens whose ids an encoder remembers: about 100 
 CACHED_CHARS = 128  # longer pre-tokens are not worth remembering
 LONG_BYTES = 48  # from here on a heap beats scanning for the lowest rank
 NO_RANK = 1 << 62
-PART_HEADER = "<3q"
+PART_HEADER = struct.Struct("<3q")  # of text bytes, documents ended, last id
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # spawn imports the caller's torch
 worker_tokenizer = None  # of this process: see start_worker
 
@@ -545,16 +545,16 @@ class PairTable:
         before, after = self.symbol[at - 1], self.symbol[end]
         # Where two new symbols meet, the one on the left accounts for the pair between them.
         has_before, has_after = (before >= 0) & (before != new), after >= 0
-        before, after = before[has_before], after[has_after]
-        at_before, at_after = at[has_before] - self.length[before], at[has_after]
+        at_before, at_after = (at - self.length[before])[has_before], at[has_after]
+        at_both = np.concatenate([at_before, at_after])
         lost = np.concatenate([self.row_at[at_before], self.row_at[middle[has_after]]])
-        weight = self.weight[self.word[np.concatenate([at_before, at_after])]]
-        np.subtract.at(self.count, lost, weight)
+        np.subtract.at(self.count, lost, self.weight[self.word[at_both]])
         self.count[row] = 0
         self.row_at[at] = self.row_at[middle] = -1
         base = len(self.length)
-        keys = np.concatenate([before.astype(np.int64) * base + new, after.astype(np.int64) + new * base])
-        self.born.append(self.add_rows(keys, base, np.concatenate([at_before, at_after])))
+        before, after = before[has_before].astype(np.int64), after[has_after].astype(np.int64)
+        keys = np.concatenate([before * base + new, new * base + after])
+        self.born.append(self.add_rows(keys, base, at_both))
         return a, b
 
 
@@ -1041,7 +1041,8 @@ def read_pre_tokenizer(data):
     if len(parts) == 1:
         return GPT2_PATTERN
     split = parts[0]
-    if split.get("behavior") != "Isolated" or split.get("invert") or "Regex" not in split["pattern"]:
+    if (split.get("behavior") != "Isolated" or split.get("invert")
+            or "Regex" not in split["pattern"]):
         raise ValueError(f"Split must isolate the matches of a regex, got {split}; it is not read")
     return split["pattern"]["Regex"]
 
@@ -1062,8 +1063,7 @@ def encode_piece(number, piece, ends_file, parts, errors):
     packed = tokenizer.encode_packed(text)
     ids = np.frombuffer(packed, tokenizer.dtype)
     documents = np.count_nonzero(ids == tokenizer.special_ids.get(END_OF_TEXT, -1))
-    header = struct.pack(PART_HEADER, len("".join(plain).encode()), documents,
-                         ids[-1] if len(ids) else -1)
+    header = PART_HEADER.pack(len("".join(plain).encode()), documents, ids[-1])
     write_atomically(Path(parts, f"{number:08d}"), header + packed)
     return piece[2] - piece[1]
 
@@ -1130,7 +1130,7 @@ def join_parts(parts, pieces, tokenizer, out_path):
     with open(temporary, "wb") as whole:
         for number in range(len(pieces)):
             with open(parts / f"{number:08d}", "rb") as part:
-                size, ends, last = struct.unpack(PART_HEADER, part.read(struct.calcsize(PART_HEADER)))
+                size, ends, last = PART_HEADER.unpack(part.read(PART_HEADER.size))
                 shutil.copyfileobj(part, whole, 1 << 20)
             text_bytes += size
             documents += ends
@@ -1214,17 +1214,18 @@ def bench_documents(corpus):
 def train_ours(args):
     """Trains with this file and leaves the tokenizer in out_dir."""
     vocab, merges = train_bpe(args.corpus, args.vocab_size, [END_OF_TEXT], args.num_workers)
-    Tokenizer(vocab, merges, [END_OF_TEXT]).save(Path(args.out_dir))
+    Tokenizer(vocab, merges, [END_OF_TEXT]).save(args.out_dir)
 
 
 def train_tokenizers(args):
     """Trains with Hugging Face tokenizers, on all cores."""
-    from tokenizers import Tokenizer as HuggingFace, models, pre_tokenizers, trainers
-    rival = HuggingFace(models.BPE())
-    rival.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    rival.train_from_iterator(bench_documents(args.corpus), trainers.BpeTrainer(
+    import tokenizers
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rival = tokenizers.Tokenizer(tokenizers.models.BPE())
+    rival.pre_tokenizer = byte_level
+    rival.train_from_iterator(bench_documents(args.corpus), tokenizers.trainers.BpeTrainer(
         vocab_size=args.vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        initial_alphabet=byte_level.alphabet()))
 
 
 def train_rustbpe(args):
@@ -1238,23 +1239,21 @@ TRAINERS = {"ours": train_ours, "tokenizers": train_tokenizers, "rustbpe": train
 
 
 def bench_train(args):
-    """Returns {trainer: (seconds, MiB of all its processes)}, each trained in its own process."""
+    """Returns {trainer: (median seconds, peak MiB)}, each trained in a process of its own."""
     results = {}
     for name in TRAINERS:
-        if name != "ours" and importlib.util.find_spec(name) is None:
+        if name != "ours" and not importlib.util.find_spec(name):
             print(f"train   {name:<24} not installed")
             continue
-        command = [sys.executable, __file__, "bench", "--trainer", name, "--corpus", args.corpus, "--out_dir", args.out_dir,
-                   "--vocab_size", str(args.vocab_size), "--num_workers", str(args.num_workers)]
-        seconds, mib = [], []
-        for _ in range(args.train_repeats):
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-            result = json.loads(output.splitlines()[-1])
-            seconds.append(result["seconds"])
-            mib.append(result["mib"])
-        results[name] = statistics.median(seconds), max(mib)
+        command = [sys.executable, __file__, "bench", "--trainer", name]
+        for flag in ("corpus", "out_dir", "vocab_size", "num_workers"):
+            command += [f"--{flag}", str(getattr(args, flag))]
+        runs = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+                for _ in range(args.train_repeats)]
+        seconds, mib = [run["seconds"] for run in runs], max(run["mib"] for run in runs)
+        results[name] = statistics.median(seconds), mib
         print(f"train   {name:<24} {results[name][0]:8.2f} s ({min(seconds):.2f} to "
-              f"{max(seconds):.2f}, {len(seconds)} runs) | peak {max(mib):,.0f} MiB", flush=True)
+              f"{max(seconds):.2f}, {len(seconds)} runs) | peak {mib:,.0f} MiB", flush=True)
     return results
 
 

@@ -48,24 +48,31 @@ def sample_text(size=60_000):
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    return write(folder / "corpus.txt", sample_text() + END_OF_TEXT + "Ünïcödé 汉字 🙂, it's 12345.\r\n" * 9)
+    return write(
+        folder / "corpus.txt", sample_text() + END_OF_TEXT + "Ünïcödé 汉字 🙂, it's 12345.\r\n" * 9
+    )
 
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return Tokenizer(*train_bpe(corpus, 700, [END_OF_TEXT, "<a>", "<a><a>"], 1),
-                     [END_OF_TEXT, "<a>", "<a><a>"])
+    return Tokenizer(
+        *train_bpe(corpus, 700, [END_OF_TEXT, "<a>", "<a><a>"], 1), [END_OF_TEXT, "<a>", "<a><a>"]
+    )
 
 
 # ---------------------------------------------------------------- pre-tokens and cuts
+
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_fast_pretokens_equal_the_plain_ones(pattern, monkeypatch):
     monkeypatch.setattr(bpe, "BLOCK_CHARS", 3)
     rng = random.Random(1)
     every_ascii = "".join(f"{a}{b}" for a in map(chr, range(128)) for b in "aA1 \n'.\x1c")
-    for text in [every_ascii] + [random_text(rng, 40) for _ in range(300)] + [
-            random_unicode(rng, 30) for _ in range(300)]:
+    for text in (
+        [every_ascii]
+        + [random_text(rng, 40) for _ in range(300)]
+        + [random_unicode(rng, 30) for _ in range(300)]
+    ):
         blocks = bpe.pretokenizer(pattern)(text)
         assert [word for block in blocks for word in block] == list(bpe.pretokens(pattern, text))
 
@@ -73,9 +80,26 @@ def test_fast_pretokens_equal_the_plain_ones(pattern, monkeypatch):
 def test_pretokens_of_gpt2_and_gpt4_differ_as_published():
     text = "I'LL pay 12345!\n\n  ok"
     assert list(bpe.pretokens(PATTERNS["gpt2"], text)) == [
-        "I", "'", "LL", " pay", " 12345", "!", "\n\n ", " ok"]
+        "I",
+        "'",
+        "LL",
+        " pay",
+        " 12345",
+        "!",
+        "\n\n ",
+        " ok",
+    ]
     assert list(bpe.pretokens(PATTERNS["gpt4"], text)) == [
-        "I", "'LL", " pay", " ", "123", "45", "!\n\n", " ", " ok"]
+        "I",
+        "'LL",
+        " pay",
+        " ",
+        "123",
+        "45",
+        "!\n\n",
+        " ",
+        " ok",
+    ]
     assert list(bpe.pretokens(PATTERNS["qwen2"], "12")) == ["1", "2"]
 
 
@@ -88,8 +112,11 @@ def test_a_pattern_that_skips_characters_or_has_groups_loses_nothing():
 def test_a_cut_anywhere_it_is_called_safe_changes_nothing(pattern, special):
     def split(text):
         parts = bpe.special_splitter(special)(text)
-        return [word for i, part in enumerate(parts)
-                for word in ([part] if i % 2 else bpe.pretokens(pattern, part))]
+        return [
+            word
+            for i, part in enumerate(parts)
+            for word in ([part] if i % 2 else bpe.pretokens(pattern, part))
+        ]
 
     rng, cuts = random.Random(2), 0
     find_cut = bpe.cut_finder(pattern, special)
@@ -103,10 +130,17 @@ def test_a_cut_anywhere_it_is_called_safe_changes_nothing(pattern, special):
 
 # ---------------------------------------------------------------- training
 
+
 def test_the_example_of_the_paper_learns_the_merges_in_the_handout(tmp_path):
     vocab, merges = train_bpe(write(tmp_path / "t", PAPER), 256 + 12, [], 1, pattern=r"\w+|\s")
-    assert merges[:6] == [(b"s", b"t"), (b"e", b"st"), (b"o", b"w"), (b"l", b"ow"), (b"w", b"est"),
-                          (b"n", b"e")]
+    assert merges[:6] == [
+        (b"s", b"t"),
+        (b"e", b"st"),
+        (b"o", b"w"),
+        (b"l", b"ow"),
+        (b"w", b"est"),
+        (b"n", b"e"),
+    ]
     assert vocab[256] == b"st" and vocab[261] == b"ne" and len(vocab) == 268
 
 
@@ -114,19 +148,30 @@ def test_ties_go_to_the_lexicographically_greater_pair_of_byte_strings(tmp_path)
     text = "BA ZA BA ZA"  # (B, A) and (Z, A) occur twice; so do (" ", Z) and others
     assert train_bpe(write(tmp_path / "t", text), 257, [], 1)[1] == [(b"Z", b"A")]
     assert sorted([b"ab", b"abc", b"b", b"a\xff", b""], key=bpe.descending) == [
-        b"b", b"a\xff", b"abc", b"ab", b""]
+        b"b",
+        b"a\xff",
+        b"abc",
+        b"ab",
+        b"",
+    ]
 
 
 def test_runs_of_one_letter_merge_from_the_left(tmp_path):
     assert bpe.every_other(np.array([0, 1, 2, 5, 6]), 1).tolist() == [0, 2, 5]
     assert train_bpe(write(tmp_path / "t", "a" * 7), 259, [], 1)[1] == [
-        (b"a", b"a"), (b"aa", b"aa"), (b"aaaa", b"aa")]
+        (b"a", b"a"),
+        (b"aa", b"aa"),
+        (b"aaaa", b"aa"),
+    ]
 
 
 def test_merges_equal_the_reference_for_random_text_patterns_and_pieces(tmp_path):
     rng, compared = random.Random(3), 0
     for _ in range(250):
-        text, special = random_text(rng, 300), rng.choice([[], [END_OF_TEXT], [END_OF_TEXT, "<a>", "aa"]])
+        text, special = (
+            random_text(rng, 300),
+            rng.choice([[], [END_OF_TEXT], [END_OF_TEXT, "<a>", "aa"]]),
+        )
         pattern = rng.choice([*PATTERNS.values(), r"\w+|\s", r"(?s:.+)"])
         size = 256 + len(special) + rng.randint(0, 40)
         path = write(tmp_path / "t", text)
@@ -137,7 +182,9 @@ def test_merges_equal_the_reference_for_random_text_patterns_and_pieces(tmp_path
                 train_bpe(path, size, special, 1, pattern)
             continue
         compared += 1
-        assert train_bpe(path, size, special, 1, pattern, piece_bytes=rng.randint(1, 60)) == expected
+        assert (
+            train_bpe(path, size, special, 1, pattern, piece_bytes=rng.randint(1, 60)) == expected
+        )
     assert compared > 150
 
 
@@ -148,10 +195,13 @@ def test_merges_equal_the_reference_on_real_text(corpus):
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_merges_do_not_depend_on_workers_pieces_or_the_order_of_files(
-        corpus, tmp_path, monkeypatch, start_method):
+    corpus, tmp_path, monkeypatch, start_method
+):
     if start_method == "fork" and not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
-    other = write(tmp_path / "other.txt", random_text(random.Random(4), 3000, "abc \n") + "low lower")
+    other = write(
+        tmp_path / "other.txt", random_text(random.Random(4), 3000, "abc \n") + "low lower"
+    )
     expected = train_bpe([corpus, other], 600, [END_OF_TEXT], 1)
     monkeypatch.setattr(bpe, "START_METHOD", start_method)
     monkeypatch.setattr(bpe, "PIECE_BYTES", 1)  # even these small files are shared out
@@ -179,6 +229,7 @@ def test_a_pre_token_of_a_megabyte_trains_and_encodes(tmp_path):
 
 # ---------------------------------------------------------------- encoding and decoding
 
+
 def test_the_heap_merges_what_the_naive_loop_merges(tokenizer):
     rng = random.Random(6)
     for _ in range(300):
@@ -188,7 +239,9 @@ def test_the_heap_merges_what_the_naive_loop_merges(tokenizer):
 
 
 def test_the_example_of_the_handout_encodes_as_it_says():
-    vocab = dict(enumerate([b" ", b"a", b"c", b"e", b"h", b"t", b"th", b" c", b" a", b"the", b" at"]))
+    vocab = dict(
+        enumerate([b" ", b"a", b"c", b"e", b"h", b"t", b"th", b" c", b" a", b"the", b" at"])
+    )
     merges = [(b"t", b"h"), (b" ", b"c"), (b" ", b"a"), (b"th", b"e"), (b" a", b"t")]
     handout = Tokenizer(vocab, merges)
     assert handout.encode("the cat ate") == [9, 7, 1, 5, 10, 3]
@@ -215,21 +268,27 @@ def test_special_tokens_are_whole_longest_first_and_plain_where_the_caller_says(
 
 def test_special_tokens_that_the_vocabulary_lacks_get_new_ids():
     grown = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<s>", "a"])
-    assert grown.encode("<s>a") == [256, 97] and grown.vocab[256] == b"<s>" and grown.vocab_size == 257
+    assert (
+        grown.encode("<s>a") == [256, 97] and grown.vocab[256] == b"<s>" and grown.vocab_size == 257
+    )
 
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("nfc", [True, False])
-def test_a_stream_gives_the_ids_of_the_whole_however_it_is_chunked(tokenizer, monkeypatch, special, nfc):
+def test_a_stream_gives_the_ids_of_the_whole_however_it_is_chunked(
+    tokenizer, monkeypatch, special, nfc
+):
     monkeypatch.setattr(bpe, "STREAM_CHARS", 2)
     rng = random.Random(8)
     for pattern in [*PATTERNS.values(), r"\w+|\s"]:
-        streamed = Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens, pattern, nfc=nfc)
+        streamed = Tokenizer(
+            tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens, pattern, nfc=nfc
+        )
         for _ in range(60):
             text = random_text(rng, 30) + random_unicode(rng, 10) + "e\u0301\u0958!\r\n\r\n  x"
             chunks, start = [], 0
             while start < len(text):
-                chunks.append(text[start:start + rng.randint(0, 5)])
+                chunks.append(text[start : start + rng.randint(0, 5)])
                 start += len(chunks[-1])
             assert list(streamed.encode_iterable(chunks, special)) == streamed.encode(text, special)
 
@@ -279,12 +338,21 @@ def test_the_cache_stays_within_its_bounds(tokenizer, monkeypatch):
 
 def test_ids_equal_tiktoken_for_any_string(tokenizer):
     tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is not installed")
-    ordinary = {token: index for index, token in tokenizer.vocab.items()
-                if index not in tokenizer.special_ids.values()}
-    oracle = tiktoken.Encoding("test", pat_str=bpe.GPT2_PATTERN, mergeable_ranks=ordinary,
-                               special_tokens=tokenizer.special_ids)
+    ordinary = {
+        token: index
+        for index, token in tokenizer.vocab.items()
+        if index not in tokenizer.special_ids.values()
+    }
+    oracle = tiktoken.Encoding(
+        "test",
+        pat_str=bpe.GPT2_PATTERN,
+        mergeable_ranks=ordinary,
+        special_tokens=tokenizer.special_ids,
+    )
     rng = random.Random(11)
-    for text in [sample_text()] + [random_unicode(rng, 30) + random_text(rng, 30) for _ in range(2000)]:
+    for text in [sample_text()] + [
+        random_unicode(rng, 30) + random_text(rng, 30) for _ in range(2000)
+    ]:
         if "<a>" not in text:  # tiktoken does not prefer the longest special token
             assert tokenizer.encode(text) == oracle.encode(text, allowed_special="all"), ascii(text)
             assert tokenizer.encode(text, special=False) == oracle.encode_ordinary(text)
@@ -292,41 +360,77 @@ def test_ids_equal_tiktoken_for_any_string(tokenizer):
 
 # ---------------------------------------------------------------- tokenizer files
 
+
 def hugging_face_layout(name, tokenizer, as_lists):
     """The tokenizer.json of that model family, with the given vocabulary and merges."""
     special = tokenizer.special_ids
     merges = [[bpe.spell(left), bpe.spell(right)] for left, right in tokenizer.merges]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    bos = {"type": "TemplateProcessing", "pair": [], "single": [
-        {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [special[END_OF_TEXT]],
-                                         "tokens": [END_OF_TEXT]}}}
-    split = {"type": "Split", "pattern": {"Regex": PATTERNS.get(name)}, "behavior": "Isolated",
-             "invert": False}
+    bos = {
+        "type": "TemplateProcessing",
+        "pair": [],
+        "single": [
+            {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "special_tokens": {
+            END_OF_TEXT: {"id": END_OF_TEXT, "ids": [special[END_OF_TEXT]], "tokens": [END_OF_TEXT]}
+        },
+    }
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": PATTERNS.get(name)},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": index, "content": token, "single_word": False, "lstrip": False,
-                          "rstrip": False, "normalized": False, "special": token == END_OF_TEXT}
-                         for token, index in special.items()],
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": index,
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": token == END_OF_TEXT,
+            }
+            for token, index in special.items()
+        ],
         "normalizer": {"type": "NFC"} if name == "qwen2" else None,
-        "pre_tokenizer": byte_level if name == "gpt2" else {"type": "Sequence", "pretokenizers": [
-            split, byte_level | {"use_regex": False}]},
+        "pre_tokenizer": byte_level
+        if name == "gpt2"
+        else {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]},
         "post_processor": {"type": "Sequence", "processors": [byte_level, bos]}
-        if name == "llama3" else byte_level,
+        if name == "llama3"
+        else byte_level,
         "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                  "continuing_subword_prefix": "" if name == "qwen2" else None,
-                  "end_of_word_suffix": "" if name == "qwen2" else None, "fuse_unk": False,
-                  "byte_fallback": False, "ignore_merges": name == "llama3",
-                  "vocab": {bpe.spell(token): index for index, token in tokenizer.vocab.items()
-                            if index not in special.values()},
-                  "merges": merges if as_lists else [" ".join(pair) for pair in merges]}}
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "" if name == "qwen2" else None,
+            "end_of_word_suffix": "" if name == "qwen2" else None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": name == "llama3",
+            "vocab": {
+                bpe.spell(token): index
+                for index, token in tokenizer.vocab.items()
+                if index not in special.values()
+            },
+            "merges": merges if as_lists else [" ".join(pair) for pair in merges],
+        },
+    }
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2"])
 @pytest.mark.parametrize("as_lists", [True, False], ids=["lists", "strings"])
 def test_files_in_the_layouts_of_known_models_load_save_and_encode_alike(
-        name, as_lists, tokenizer, tmp_path):
+    name, as_lists, tokenizer, tmp_path
+):
     data = hugging_face_layout(name, tokenizer, as_lists)
     path = write(tmp_path / "tokenizer.json", json.dumps(data))
     loaded = Tokenizer.load(path)
@@ -336,8 +440,10 @@ def test_files_in_the_layouts_of_known_models_load_save_and_encode_alike(
     again = Tokenizer.load(tmp_path / "again")
     assert again.sha256 == loaded.sha256 and again.post_processor == data["post_processor"]
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
-    rivals = [tokenizers.Tokenizer.from_file(str(file))
-              for file in (path, tmp_path / "again" / "tokenizer.json")]
+    rivals = [
+        tokenizers.Tokenizer.from_file(str(file))
+        for file in (path, tmp_path / "again" / "tokenizer.json")
+    ]
     rng = random.Random(12)
     for text in [sample_text(9000)] + [random_text(rng, 40) for _ in range(200)]:
         ids = again.encode(text)
@@ -357,7 +463,10 @@ def test_a_vocabulary_with_gaps_keeps_its_ids_in_files(tmp_path):
     vocab = {i + 10 * (i > 100): bytes([i]) for i in range(256)} | {900: b"ab"}
     Tokenizer(vocab, [(b"a", b"b")], ["<s>", "<ü x>"]).save(tmp_path / "t.json")
     loaded = Tokenizer.load(tmp_path / "t.json")
-    assert loaded.encode("ab<s><ü x>") == [900, 901, 902] and loaded.vocab[300 - 44 - 1 + 10] == b"\xff"
+    assert (
+        loaded.encode("ab<s><ü x>") == [900, 901, 902]
+        and loaded.vocab[300 - 44 - 1 + 10] == b"\xff"
+    )
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     rival = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
     assert rival.encode("ab<s><ü x>").ids == [900, 901, 902]
@@ -365,28 +474,37 @@ def test_a_vocabulary_with_gaps_keeps_its_ids_in_files(tmp_path):
 
 def test_the_pair_of_files_of_gpt2_goes_out_and_comes_in(tokenizer, tmp_path):
     tokenizer.save_gpt2(tmp_path)
-    loaded = Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt",
-                                  tokenizer.special_tokens)
+    loaded = Tokenizer.from_files(
+        tmp_path / "vocab.json", tmp_path / "merges.txt", tokenizer.special_tokens
+    )
     assert loaded.sha256 == tokenizer.sha256
     assert bpe.spell(b" the\n") == "ĠtheĊ" and bpe.unspell("ĠtheĊ") == b" the\n"
 
 
 def test_the_hash_tells_tokenizers_apart(tokenizer):
     fields = tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens
-    hashes = {tokenizer.sha256, Tokenizer(*fields, PATTERNS["gpt4"]).sha256,
-              Tokenizer(*fields, nfc=True).sha256, Tokenizer(*fields[:2], [END_OF_TEXT]).sha256,
-              Tokenizer(fields[0], fields[1][:-1], fields[2]).sha256}
+    hashes = {
+        tokenizer.sha256,
+        Tokenizer(*fields, PATTERNS["gpt4"]).sha256,
+        Tokenizer(*fields, nfc=True).sha256,
+        Tokenizer(*fields[:2], [END_OF_TEXT]).sha256,
+        Tokenizer(fields[0], fields[1][:-1], fields[2]).sha256,
+    }
     assert len(hashes) == 5 and Tokenizer(*fields).sha256 == tokenizer.sha256
 
 
 # ---------------------------------------------------------------- files of tokens
 
+
 @pytest.mark.parametrize("workers, piece_bytes", [(1, 100), (2, 7000), (1, 1 << 20)])
 def test_a_file_of_tokens_holds_the_ids_of_the_texts_in_order(
-        tokenizer, corpus, tmp_path, monkeypatch, workers, piece_bytes):
+    tokenizer, corpus, tmp_path, monkeypatch, workers, piece_bytes
+):
     monkeypatch.setattr(bpe, "PIECE_BYTES", 1)
     other = write(tmp_path / "other.txt", f"two{END_OF_TEXT}three")
-    meta = bpe.write_tokens([corpus, other], tokenizer, tmp_path / "x.bin", workers, False, piece_bytes)
+    meta = bpe.write_tokens(
+        [corpus, other], tokenizer, tmp_path / "x.bin", workers, False, piece_bytes
+    )
     ids, read = bpe.read_tokens(tmp_path / "x.bin", tokenizer, tokenizer.vocab_size)
     texts = [path.read_bytes().decode() for path in (corpus, other)]
     assert ids.tolist() == [index for text in texts for index in tokenizer.encode(text)]
@@ -417,13 +535,16 @@ def test_more_than_65536_ids_are_written_in_32_bits(tmp_path):
 def test_encoding_killed_with_minus_9_goes_on_and_gives_the_same_file(tokenizer, tmp_path):
     source = write(tmp_path / "t.txt", sample_text(400_000))
     tokenizer.save(tmp_path / "tok")
-    script = ("import sys, time, bpe; path, tok, out = sys.argv[1:]\n"
-              "write = bpe.write_atomically\n"
-              "bpe.write_atomically = lambda *args: (time.sleep(0.05), write(*args))\n"
-              "bpe.write_tokens(path, bpe.Tokenizer.load(tok), out, 2, piece_bytes=5000)")
+    script = (
+        "import sys, time, bpe; path, tok, out = sys.argv[1:]\n"
+        "write = bpe.write_atomically\n"
+        "bpe.write_atomically = lambda *args: (time.sleep(0.05), write(*args))\n"
+        "bpe.write_tokens(path, bpe.Tokenizer.load(tok), out, 2, piece_bytes=5000)"
+    )
     out = tmp_path / "x.bin"
-    process = subprocess.Popen([sys.executable, "-c", script, source, tmp_path / "tok", out],
-                               cwd=Path(bpe.__file__).parent)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, source, tmp_path / "tok", out], cwd=Path(bpe.__file__).parent
+    )
     parts = tmp_path / "x.bin.parts"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list(parts.glob("0000000[3-9]")):
@@ -457,10 +578,13 @@ def test_changed_text_or_tokenizer_does_not_go_on_from_old_pieces(tokenizer, tmp
 
 # ---------------------------------------------------------------- bad input
 
+
 def whole(tmp_path, **changes):
     """A small tokenizer.json with these fields changed; "model.x" is a field of the model."""
     path = tmp_path / "bad.json"
-    Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"ab"}, [(b"a", b"b")], ["<s>"]).save(path)
+    Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"ab"}, [(b"a", b"b")], ["<s>"]).save(
+        path
+    )
     data = json.loads(path.read_text("utf-8"))
     for name, value in changes.items():
         part = data["model"] if name.startswith("model_") else data
@@ -468,15 +592,18 @@ def whole(tmp_path, **changes):
     return write(path, json.dumps(data))
 
 
-@pytest.mark.parametrize("text, size, special, message", [
-    ("", 300, [], "at least 2 bytes, got 0"),
-    ("a", 256, [], "at least 2 bytes, got 1"),
-    ("some text", 255, [], "at least 256"),
-    ("some text", 256, ["<s>"], "at least 257"),
-    ("ab ab", 300, ["<s>"], "at most 259 for this corpus, which has 2 merges, got 300"),
-    ("some text", 300, [""], "special token must be text that is not empty"),
-    ("some text", 300, ["<s>", "<s>"], "'<s>' twice"),
-])
+@pytest.mark.parametrize(
+    "text, size, special, message",
+    [
+        ("", 300, [], "at least 2 bytes, got 0"),
+        ("a", 256, [], "at least 2 bytes, got 1"),
+        ("some text", 255, [], "at least 256"),
+        ("some text", 256, ["<s>"], "at least 257"),
+        ("ab ab", 300, ["<s>"], "at most 259 for this corpus, which has 2 merges, got 300"),
+        ("some text", 300, [""], "special token must be text that is not empty"),
+        ("some text", 300, ["<s>", "<s>"], "'<s>' twice"),
+    ],
+)
 def test_bad_training_input_is_said_in_one_line(tmp_path, text, size, special, message):
     with pytest.raises(ValueError, match=message) as error:
         train_bpe(write(tmp_path / "t", text), size, special, 1)
@@ -490,7 +617,9 @@ def test_bytes_that_are_not_utf8_are_named_by_position_or_replaced(tmp_path):
         with pytest.raises(ValueError, match=r"t must be UTF-8, got byte 0xff at position 300"):
             train_bpe(path, 270, [], 1, piece_bytes=piece_bytes)
     text = path.read_bytes().decode(errors="replace")
-    assert train_bpe(path, 270, [], 1, errors="replace", piece_bytes=20) == train_bpe_reference(text, 270, [])
+    assert train_bpe(path, 270, [], 1, errors="replace", piece_bytes=20) == train_bpe_reference(
+        text, 270, []
+    )
     with pytest.raises(ValueError, match="errors must be"):
         train_bpe(path, 270, [], 1, errors="ignore")
 
@@ -508,21 +637,24 @@ def test_a_pattern_that_is_no_regex_is_refused(tmp_path):
         train_bpe(write(tmp_path / "t", "text text"), 260, [], 1, pattern="(")
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"model_type": "WordPiece"}, "got WordPiece"),
-    ({"model_type": "Unigram"}, "got Unigram"),
-    ({"model_byte_fallback": True}, "byte_fallback"),
-    ({"model_unk_token": "<unk>"}, "unk_token '<unk>'"),
-    ({"pre_tokenizer": {"type": "Metaspace"}}, "got Metaspace"),
-    ({"pre_tokenizer": None}, "got none"),
-    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
-    ({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "use_regex"),
-    ({"normalizer": {"type": "NFKC"}}, "got NFKC"),
-    ({"model_vocab": {"汉": 0}}, "GPT-2's byte alphabet"),
-    ({"model_merges": ["a b c"]}, "a merge must be two tokens"),
-    ({"model_merges": ["x y"]}, "merges must give tokens"),
-    ({"model": None}, "must hold a model"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "WordPiece"}, "got WordPiece"),
+        ({"model_type": "Unigram"}, "got Unigram"),
+        ({"model_byte_fallback": True}, "byte_fallback"),
+        ({"model_unk_token": "<unk>"}, "unk_token '<unk>'"),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, "got Metaspace"),
+        ({"pre_tokenizer": None}, "got none"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "use_regex"),
+        ({"normalizer": {"type": "NFKC"}}, "got NFKC"),
+        ({"model_vocab": {"汉": 0}}, "GPT-2's byte alphabet"),
+        ({"model_merges": ["a b c"]}, "a merge must be two tokens"),
+        ({"model_merges": ["x y"]}, "merges must give tokens"),
+        ({"model": None}, "must hold a model"),
+    ],
+)
 def test_tokenizer_files_of_another_kind_are_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         Tokenizer.load(whole(tmp_path, **changes))
@@ -532,30 +664,43 @@ def test_tokenizer_files_of_another_kind_are_refused_by_name(tmp_path, changes, 
 def test_missing_and_truncated_tokenizer_files_are_named(tokenizer, tmp_path):
     path = whole(tmp_path)
     path.write_bytes(path.read_bytes()[:500])
-    for bad, message in ((path, "must be JSON"), (tmp_path / "none", "must be a file"),
-                         (write(tmp_path / "list.json", "[]"), "must hold a model"),
-                         (write(tmp_path / "model.json", '{"model": {}}'), "model.json")):
+    for bad, message in (
+        (path, "must be JSON"),
+        (tmp_path / "none", "must be a file"),
+        (write(tmp_path / "list.json", "[]"), "must hold a model"),
+        (write(tmp_path / "model.json", '{"model": {}}'), "model.json"),
+    ):
         with pytest.raises(ValueError, match=message):
             Tokenizer.load(bad)
     tokenizer.save_gpt2(tmp_path)
-    for name, text, message in (("vocab.json", "[]", "vocab.json"), ("merges.txt", "a b c\n", "two tokens"),
-                                ("merges.txt", "q~ q~\n", "merges must give")):
+    for name, text, message in (
+        ("vocab.json", "[]", "vocab.json"),
+        ("merges.txt", "a b c\n", "two tokens"),
+        ("merges.txt", "q~ q~\n", "merges must give"),
+    ):
         tokenizer.save_gpt2(tmp_path)
         write(tmp_path / name, text)
         with pytest.raises(ValueError, match=message):
             Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda path: path.unlink(), "must exist"),
-    (lambda path: path.with_suffix(".json").unlink(), "x.json must be a file"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "must hold"),
-    (lambda path: path.with_suffix(".json").write_text("{}"), "must describe"),
-    (lambda path: path.with_suffix(".json").write_text("{"), "must be JSON"),
-    (lambda path: path.with_suffix(".json").write_text(
-        path.with_suffix(".json").read_text().replace("uint16", "float16")), "dtype"),
-    (lambda path: path.write_bytes(b"\xff" * path.stat().st_size), "must be below"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: path.unlink(), "must exist"),
+        (lambda path: path.with_suffix(".json").unlink(), "x.json must be a file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "must hold"),
+        (lambda path: path.with_suffix(".json").write_text("{}"), "must describe"),
+        (lambda path: path.with_suffix(".json").write_text("{"), "must be JSON"),
+        (
+            lambda path: path.with_suffix(".json").write_text(
+                path.with_suffix(".json").read_text().replace("uint16", "float16")
+            ),
+            "dtype",
+        ),
+        (lambda path: path.write_bytes(b"\xff" * path.stat().st_size), "must be below"),
+    ],
+)
 def test_damaged_files_of_tokens_are_refused(tokenizer, tmp_path, damage, message):
     path = tmp_path / "x.bin"
     bpe.write_tokens(write(tmp_path / "t", "some text"), tokenizer, path, 1)
@@ -579,14 +724,40 @@ def test_a_file_of_tokens_must_suit_tokenizer_and_model(tokenizer, tmp_path):
 
 # ---------------------------------------------------------------- the command line
 
+
 def test_the_verbs_train_encode_and_decode(tmp_path, capsys):
     source = write(tmp_path / "t.txt", sample_text(20_000))
     folder = tmp_path / "tok"
-    bpe.main(["train", "--input", str(source), "--vocab_size", "400", "--out_dir", str(folder),
-              "--num_workers", "1", "--gpt2_files", "--pattern", "gpt4"])
+    bpe.main(
+        [
+            "train",
+            "--input",
+            str(source),
+            "--vocab_size",
+            "400",
+            "--out_dir",
+            str(folder),
+            "--num_workers",
+            "1",
+            "--gpt2_files",
+            "--pattern",
+            "gpt4",
+        ]
+    )
     assert "400 tokens" in capsys.readouterr().out and (folder / "merges.txt").exists()
-    bpe.main(["encode", "--tokenizer", str(folder), "--input", str(source), "--out",
-              str(tmp_path / "x.bin"), "--num_workers", "1"])
+    bpe.main(
+        [
+            "encode",
+            "--tokenizer",
+            str(folder),
+            "--input",
+            str(source),
+            "--out",
+            str(tmp_path / "x.bin"),
+            "--num_workers",
+            "1",
+        ]
+    )
     assert "bytes/token" in capsys.readouterr().out
     bpe.main(["decode", "--tokenizer", str(folder), "--input", str(tmp_path / "x.bin")])
     assert capsys.readouterr().out == source.read_text("utf-8") + "\n"
@@ -599,21 +770,49 @@ def test_the_verbs_train_encode_and_decode(tmp_path, capsys):
 
 def test_bench_checks_itself_and_ends_in_one_json_line(tmp_path, capsys):
     write(tmp_path / "t.txt", sample_text(150_000))
-    bpe.main(["bench", "--input", str(tmp_path), "--vocab_size", "600", "--num_workers", "1",
-              "--repeats", "2", "--encode_mb", "0.1"])
+    bpe.main(
+        [
+            "bench",
+            "--input",
+            str(tmp_path),
+            "--vocab_size",
+            "600",
+            "--num_workers",
+            "1",
+            "--repeats",
+            "2",
+            "--encode_mb",
+            "0.1",
+        ]
+    )
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["train_s"]["ours"] > 0 and result["encode_mb_per_s"]["ours, 1 process"] > 0
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["train", "--input", "none.txt", "--vocab_size", "300", "--out_dir", "x"], "none.txt"),
-    (["train", "--vocab_size", "300", "--out_dir", "x"], "--input"),
-    (["encode", "--tokenizer", "none", "--text", "a"], "none"),
-    (["decode", "--tokenizer", "none", "--ids", "1"], "none"),
-    (["train", "--input", __file__, "--vocab_size", "3", "--out_dir", "x"], "at least 257"),
-    (["train", "--input", __file__, "--vocab_size", "300", "--out_dir", "x", "--num_workers", "0"],
-     "num_workers"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["train", "--input", "none.txt", "--vocab_size", "300", "--out_dir", "x"], "none.txt"),
+        (["train", "--vocab_size", "300", "--out_dir", "x"], "--input"),
+        (["encode", "--tokenizer", "none", "--text", "a"], "none"),
+        (["decode", "--tokenizer", "none", "--ids", "1"], "none"),
+        (["train", "--input", __file__, "--vocab_size", "3", "--out_dir", "x"], "at least 257"),
+        (
+            [
+                "train",
+                "--input",
+                __file__,
+                "--vocab_size",
+                "300",
+                "--out_dir",
+                "x",
+                "--num_workers",
+                "0",
+            ],
+            "num_workers",
+        ),
+    ],
+)
 def test_a_user_error_is_one_line_and_exit_status_2(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_status:
@@ -625,7 +824,20 @@ def test_a_user_error_is_one_line_and_exit_status_2(argv, message, tmp_path, mon
 
 def test_unknown_flags_are_refused(capsys):
     with pytest.raises(SystemExit) as exit_status:
-        bpe.main(["train", "--vocab", "300", "--input", "x", "--out_dir", "x", "--vocab_size", "3", "--no"])
+        bpe.main(
+            [
+                "train",
+                "--vocab",
+                "300",
+                "--input",
+                "x",
+                "--out_dir",
+                "x",
+                "--vocab_size",
+                "3",
+                "--no",
+            ]
+        )
     assert exit_status.value.code == 2
 
 
