@@ -1317,6 +1317,13 @@ def test_sampling_is_reproducible_by_seed_and_independent_of_the_company_in_the_
     assert torch.equal(torch.get_rng_state(), global_state)
 
 
+def test_neighbouring_seeds_share_no_samples():
+    # a trainer that counts its seed up by one must not see last step's samples again, one row later
+    model = exact_model()
+    rows = [M.generate(model, [RAGGED[1]], 8, num_samples=4, seed=seed) for seed in (0, 1, 2)]
+    assert len({tuple(row.tokens) for group in rows for row in group}) == 12
+
+
 def test_several_samples_of_a_prompt_come_in_order_differ_and_share_one_prefill():
     model, seen = exact_model(), []
     inner = model.hidden_states
