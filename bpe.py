@@ -60,13 +60,14 @@ PIECE_BYTES = 4 << 20  # read at a time by a worker
 TASK_BYTES = 32 << 20  # counted by a worker before it hands over
 MAX_DISTINCT = 1 << 18  # pre-tokens in a worker's counter before it hands over early: about 50 MB
 BLOCK_CHARS = 512  # given to one findall: short enough that most blocks of English are all ASCII
-STREAM_CHARS = 1 << 15  # encoded at a time by encode_iterable
+STREAM_CHARS = 1 << 13  # encoded at a time by encode_iterable
 CACHE_ENTRIES = 1 << 19  # pre-tokens whose ids an encoder remembers: about 100 MB
 CACHED_CHARS = 128  # longer pre-tokens are not worth remembering
 LONG_BYTES = 48  # from here on a heap beats scanning for the lowest rank
 NO_RANK = 1 << 62
 PART_HEADER = struct.Struct("<3q")  # of text bytes, documents ended, last id
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # spawn imports the caller's torch
+# A spawned worker imports the calling script anew, with torch seconds of it; a forked one does not.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 worker_tokenizer = None  # of this process: see start_worker
 
 

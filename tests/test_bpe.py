@@ -49,7 +49,8 @@ def sample_text(size=60_000):
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     return write(
-        folder / "corpus.txt", sample_text() + END_OF_TEXT + "Ünïcödé 汉字 🙂, it's 12345.\r\n" * 9
+        folder / "corpus.txt",
+        sample_text() + END_OF_TEXT + "Ünïcödé 汉字 🙂, it's 12345.\r\n" * 9,
     )
 
 
@@ -313,6 +314,8 @@ def test_batches_equal_single_texts_for_any_number_of_workers(tokenizer, monkeyp
     expected = [tokenizer.encode(text) for text in texts]
     assert tokenizer.encode_batch(texts, 1) == tokenizer.encode_batch(texts, 2) == expected
     assert tokenizer.encode_batch([], 2) == []
+    monkeypatch.setattr(bpe, "START_METHOD", "spawn")  # what macOS and Windows do
+    assert tokenizer.encode_batch(texts, 2) == expected
 
 
 def test_decode_replaces_what_is_not_utf8_and_refuses_ids_out_of_range(tokenizer):
