@@ -25,6 +25,7 @@ N tokens (B*T flattened), L layers.
 """
 
 import argparse
+import bisect
 import contextlib
 import functools
 import importlib.util
@@ -48,94 +49,91 @@ CHOICES = {
     "attention": ("eager", "sdpa", "flash"),
 }
 
-# Shapes that the handouts name. "gpt2*": [1] A1 accounting. The others: [1] A2 table of sizes.
+# Shapes that the handouts name: [1] A1 transformer_accounting (gpt2*), A2 table of model sizes.
 PRESETS = {
-    "tinystories": dict(vocab_size=10_000, context_length=256, d_model=512, num_layers=4, num_heads=16),
-    "gpt2": dict(vocab_size=50_257, context_length=1024, d_model=768, num_layers=12, num_heads=12),
-    "gpt2-medium": dict(
-        vocab_size=50_257, context_length=1024, d_model=1024, num_layers=24, num_heads=16
-    ),
-    "gpt2-large": dict(
-        vocab_size=50_257, context_length=1024, d_model=1280, num_layers=36, num_heads=20
-    ),
-    "gpt2-xl": dict(vocab_size=50_257, context_length=1024, d_model=1600, num_layers=48, num_heads=25),
-    "small": dict(d_model=768, d_ff=3072, num_layers=12, num_heads=12),
-    "medium": dict(d_model=1024, d_ff=4096, num_layers=24, num_heads=16),
-    "large": dict(d_model=1280, d_ff=5120, num_layers=36, num_heads=20),
-    "xl": dict(d_model=2560, d_ff=10_240, num_layers=32, num_heads=32),
-    "10B": dict(d_model=4608, d_ff=12_288, num_layers=50, num_heads=36),
-}
+    name: dict(zip(("d_model", "num_layers", "num_heads", "d_ff", "context_length", "vocab_size"),
+                   shape, strict=True))
+    for name, *shape in (
+        ("tinystories", 512, 4, 16, 1344, 256, 10_000),
+        ("gpt2", 768, 12, 12, 2048, 1024, 50_257),
+        ("gpt2-medium", 1024, 24, 16, 2752, 1024, 50_257),
+        ("gpt2-large", 1280, 36, 20, 3392, 1024, 50_257),
+        ("gpt2-xl", 1600, 48, 25, 4288, 1024, 50_257),
+        ("small", 768, 12, 12, 3072, 512, 10_000),
+        ("medium", 1024, 24, 16, 4096, 512, 10_000),
+        ("large", 1280, 36, 20, 5120, 512, 10_000),
+        ("xl", 2560, 32, 32, 10_240, 512, 10_000),
+        ("10B", 4608, 50, 36, 12_288, 512, 10_000),
+    )
+}  # fmt: skip
 
-# Dense bf16 matrix rate in FLOP/s by a part of the device's name (vendors' datasheets).
+# Dense bf16 matrix rate in FLOP/s by a word of the device's name (vendors' datasheets).
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
               "4090": 165e12, "3090": 71e12, "L4": 121e12, "A10": 125e12}  # fmt: skip
+
+# Logits that linear_cross_entropy keeps at one time, by kind of device. Measured: 1 GiB of bf16
+# keeps a GPU's matrix products large; a CPU is fastest while a chunk stays in its cache (8 MiB).
+CHUNK_LOGITS = {"cuda": 2**29, "cpu": 2**21, "mps": 2**25}
 
 
 # -------------------------------------------------------------------------------------------------
 # configuration
 
 
+def setting(default, help):
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model. None means derived: see `__post_init__`, which fills every None."""
+    """The shape of a model. None means derived: `__post_init__` fills it in."""
 
-    vocab_size: int = field(default=10_000, metadata={"help": "ids that the model knows"})
-    context_length: int = field(default=512, metadata={"help": "longest sequence, tokens"})
-    d_model: int = field(default=512, metadata={"help": "width of the residual stream"})
-    num_layers: int = field(default=4, metadata={"help": "Transformer blocks"})
-    num_heads: int = field(default=16, metadata={"help": "query heads"})
-    num_kv_heads: int | None = field(
-        default=None, metadata={"help": "key/value heads, a divisor of num_heads (default: the same)"}
-    )
-    d_head: int | None = field(
-        default=None, metadata={"help": "width of a head (default: d_model / num_heads)"}
-    )
-    d_ff: int | None = field(
-        default=None,
-        metadata={"help": "width inside the feed-forward layer (default: 8/3 d_model to the nearest "
-                          "multiple of 64; 4 d_model with --ffn silu)"},
-    )  # fmt: skip
-    rope_theta: float = field(default=10_000.0, metadata={"help": "base of the rotary frequencies"})
-    norm_eps: float = field(default=1e-5, metadata={"help": "epsilon inside RMSNorm's root"})
-    tie_embeddings: bool = field(default=False, metadata={"help": "output head = token embeddings"})
-    qkv_bias: bool = field(default=False, metadata={"help": "bias on q, k and v (Qwen2)"})
-    qk_norm: bool = field(default=False, metadata={"help": "RMSNorm on each q and k head (Qwen3)"})
-    pos: str = field(default="rope", metadata={"help": "positions"})
-    norm: str = field(default="pre", metadata={"help": "place of RMSNorm"})
-    ffn: str = field(default="swiglu", metadata={"help": "feed-forward layer"})
-    attention: str = field(default="sdpa", metadata={"help": "attention kernel"})
+    vocab_size: int = setting(10_000, "ids that the model knows")
+    context_length: int = setting(512, "longest sequence, tokens")
+    d_model: int = setting(512, "width of the residual stream")
+    num_layers: int = setting(4, "Transformer blocks")
+    num_heads: int = setting(16, "query heads")
+    num_kv_heads: int | None = setting(None, "key/value heads (default: num_heads)")
+    d_head: int | None = setting(None, "width of a head (default: d_model / num_heads)")
+    d_ff: int | None = setting(None, "width inside the feed-forward layer (default: 8/3 d_model to "
+                               "the nearest multiple of 64; 4 d_model with --ffn silu)")
+    rope_theta: float = setting(10_000.0, "base of the rotary frequencies")
+    norm_eps: float = setting(1e-5, "epsilon inside RMSNorm's root")
+    tie_embeddings: bool = setting(False, "output head = token embeddings")
+    qkv_bias: bool = setting(False, "bias on q, k and v (Qwen2)")
+    qk_norm: bool = setting(False, "RMSNorm on each head of q and k (Qwen3)")
+    pos: str = setting("rope", "positions")
+    norm: str = setting("pre", "place of RMSNorm")
+    ffn: str = setting("swiglu", "feed-forward layer")
+    attention: str = setting("sdpa", "attention kernel")
     rope_scaling: dict | None = None  # the "llama3" rule of a Hugging Face config [9]
 
     def __post_init__(self):
         derive = functools.partial(object.__setattr__, self)
-        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; raise it")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}; "
-                    "choose one of these"
-                )
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got "
+                                 f"{getattr(self, name)!r}; choose one of these")
         if self.num_kv_heads is None:
             derive("num_kv_heads", self.num_heads)
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and {self.num_heads}; "
-                "change one of them"
-            )
         if self.d_head is None:
-            if self.d_model % self.num_heads:
-                raise ValueError(
-                    f"d_model must be a multiple of num_heads, got {self.d_model} and "
-                    f"{self.num_heads}; change one of them or give d_head"
-                )
+            if self.num_heads < 1 or self.d_model % self.num_heads:
+                raise ValueError(f"d_model must be a multiple of num_heads, got {self.d_model} and "
+                                 f"{self.num_heads}; change one of them or give d_head")
             derive("d_head", self.d_model // self.num_heads)
-        if self.pos == "rope" and self.d_head % 2:
-            raise ValueError(f"d_head must be even with pos=rope, got {self.d_head}; change num_heads")
         if self.d_ff is None:
             nearest = max(1, round(8 * self.d_model / 3 / 64)) * 64
             derive("d_ff", nearest if self.ffn == "swiglu" else 4 * self.d_model)
+        for f in fields(self):
+            if isinstance(getattr(self, f.name), int) and f.default not in (True, False):
+                if getattr(self, f.name) < 1:
+                    raise ValueError(f"{f.name} must be at least 1, got {getattr(self, f.name)}; "
+                                     "raise it")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and "
+                             f"{self.num_heads}; change one of them")
+        if self.pos == "rope" and self.d_head % 2:
+            raise ValueError(f"d_head must be even with pos=rope, got {self.d_head}; change num_heads")
 
 
 def add_model_flags(parser, **defaults):
@@ -160,11 +158,11 @@ def add_model_flags(parser, **defaults):
 
 
 def config_from_flags(args, **overrides):
-    """The ModelConfig that the flags of `add_model_flags` ask for: flag, then preset, then default."""
+    """The ModelConfig that the flags of `add_model_flags` ask for; a preset replaces the defaults."""
     given = {f.name: getattr(args, f.name, None) for f in fields(ModelConfig)}
     given = {name: value for name, value in given.items() if value is not None}
-    preset = PRESETS[args.preset] if args.preset else {}
-    return ModelConfig(**{**args.model_defaults, **preset, **overrides, **given})
+    base = PRESETS[args.preset] if args.preset else args.model_defaults
+    return ModelConfig(**{**base, **overrides, **given})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -179,7 +177,7 @@ def silu(x):
 def softmax(x, dim):
     """exp(x) / sum(exp(x)) along `dim`, same shape as x; the maximum is subtracted first, so that no
     exp overflows. softmax([0, ln 3]) = [1/4, 3/4]."""
-    e = (x - x.amax(dim, keepdim=True)).exp()
+    e = (x - x.detach().amax(dim, keepdim=True)).exp()
     return e / e.sum(dim, keepdim=True)
 
 
@@ -221,7 +219,7 @@ def cross_entropy(logits, targets):
     source: [1] A1 section 4.1. Perplexity is its exp.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    peak = logits.amax(-1, keepdim=True)
+    peak = logits.detach().amax(-1, keepdim=True)
     log_total = (logits - peak).exp().sum(-1).log() + peak.squeeze(-1)
     return (log_total - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)).mean()
 
@@ -249,22 +247,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     through rows of `weight` instead of the chunk, which saves a pass and keeps small p exact."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, row_weight, chunk, needs_gradient):
+    def forward(ctx, hidden, weight, targets, row_weight, chunk, wants):
         w = weight.to(hidden.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if needs_gradient else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
+        d_hidden = torch.empty_like(hidden) if wants[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
         fuse = hidden.is_cuda and importlib.util.find_spec("triton") is not None
         softmax_and_loss = _fused_softmax_and_loss() if fuse else _softmax_and_loss
-        for h, t, r, i in zip(
-            hidden.split(chunk), targets.split(chunk), row_weight.split(chunk),
-            range(0, len(hidden), chunk), strict=True,
-        ):  # fmt: skip
+        parts = (hidden.split(chunk), targets.split(chunk), row_weight.split(chunk))
+        for i, (h, t, r) in enumerate(zip(*parts, strict=True)):
             p, losses = softmax_and_loss(h @ w.T, t)
             loss += (losses * r).sum()
-            if needs_gradient:
-                r = r.unsqueeze(-1).to(h.dtype)
-                torch.mul(p @ w - w[t], r, out=d_hidden[i : i + chunk])
+            r = r.unsqueeze(-1).to(h.dtype)
+            if d_hidden is not None:
+                torch.mul(p @ w - w[t], r, out=d_hidden[i * chunk : i * chunk + len(h)])
+            if d_weight is not None:
                 scaled = h * r
                 if d_weight.dtype == h.dtype:
                     d_weight.addmm_(p.T, scaled)
@@ -276,10 +273,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss):
         d_hidden, d_weight = ctx.saved_tensors
-        d_weight = (d_weight * d_loss).to(ctx.weight_dtype)
-        return d_hidden * d_loss.to(d_hidden.dtype), d_weight, None, None, None, None
+        if d_hidden is not None:
+            d_hidden = d_hidden * d_loss.to(d_hidden.dtype)
+        if d_weight is not None:
+            d_weight = (d_weight * d_loss).to(ctx.weight_dtype)
+        return d_hidden, d_weight, None, None, None, None
 
 
 def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, reduction="mean", chunk=None):
@@ -299,12 +300,12 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, reduction="
     valid = targets != ignore_index
     row_weight = valid.float()
     if reduction == "mean":
-        row_weight = row_weight / valid.sum()
-    if chunk is None:  # measured: 1 GiB of bf16 logits keeps a GPU's matmuls large; a CPU likes 8 MB
-        chunk = max(1, (2**29 if hidden.is_cuda else 2**21) // weight.shape[0])
-    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        row_weight = row_weight / valid.sum().clamp(min=1)
+    if chunk is None:
+        chunk = max(1, CHUNK_LOGITS[kind] // weight.shape[0])
+    wants = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     targets = targets.masked_fill(~valid, 0)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, row_weight, chunk, needs_gradient)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, row_weight, chunk, wants)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -338,7 +339,8 @@ class Embedding(nn.Module):
         nn.init.trunc_normal_(self.weight, 0, 1, -3, 3)
 
     def forward(self, ids):
-        return self.weight[ids]
+        # index_select, not weight[ids]: its gradient adds up in a fixed order on the CPU, and faster
+        return self.weight.index_select(0, ids.flatten()).unflatten(0, ids.shape)
 
 
 class RMSNorm(nn.Module):
@@ -398,14 +400,31 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
+    def _apply(self, fn, recurse=True):  # a cast of the model moves the tables, it must not round them
+        return super()._apply(lambda t: fn(t) if t.is_meta else t.to(fn(t).device), recurse)
+
     def forward(self, x, positions=None):
         if positions is None:
             cos, sin = self.cos[: x.shape[-2]], self.sin[: x.shape[-2]]
         else:
             cos, sin = self.cos[positions], self.sin[positions]
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
+        pairs = x.unflatten(-1, (-1, 2))
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            # the same turn as one complex product: 8 times faster on a CPU, not fusible on a GPU
+            pairs = pairs.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+            turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+        else:
+            even, odd = pairs.unbind(-1)
+            turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
         return turned.flatten(-2).to(x.dtype)
+
+
+def make_rope(config, device=None):
+    """The RotaryEmbedding of a model, None with pos=none."""
+    c = config
+    if c.pos == "none":
+        return None
+    return RotaryEmbedding(c.rope_theta, c.d_head, c.context_length, c.rope_scaling, device)
 
 
 def scale_rotary_frequencies(frequency, scaling):
@@ -458,9 +477,7 @@ class CausalSelfAttention(nn.Module):
         self.output_proj = Linear(c.num_heads * c.d_head, c.d_model)
         self.q_norm = RMSNorm(c.d_head, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.d_head, c.norm_eps) if c.qk_norm else None
-        if rope is None and c.pos == "rope":
-            rope = RotaryEmbedding(c.rope_theta, c.d_head, c.context_length, c.rope_scaling)
-        self.rope = rope
+        self.rope = rope or make_rope(c)
 
     def forward(self, x, positions=None, cache=None, layer=0):
         """x: (B, T, C); positions: (B, T) int or None for 0..T-1; cache: where earlier keys are."""
@@ -536,9 +553,7 @@ class TransformerLM(nn.Module):
         c = self.config = config
         self.checkpoint_every = ()
         self.token_embeddings = Embedding(c.vocab_size, c.d_model)
-        rope = None
-        if c.pos == "rope":
-            rope = RotaryEmbedding(c.rope_theta, c.d_head, c.context_length, c.rope_scaling)
+        rope = make_rope(c)  # one table for all layers
         self.layers = nn.ModuleList(TransformerBlock(c, rope) for _ in range(c.num_layers))
         self.ln_final = RMSNorm(c.d_model, c.norm_eps) if c.norm == "pre" else nn.Identity()
         self.lm_head = Linear(c.d_model, c.vocab_size)
@@ -594,12 +609,12 @@ def recompute_blocks(blocks, x, spans):
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay; torch.optim.Optimizer gives groups and state_dict only.
 
-    Each step, in the handout's order, g the gradient and t the step from 1:
+    Each step, in the 2026 handout's order, g the gradient and t the step from 1:
         theta -= lr * weight_decay * theta
         m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g^2
         theta -= lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
-    The 2025 handout decays last and adds eps before correcting v: a difference of order lr^2, and of
-    eps. Lists of tensors go through torch._foreach_*: one kernel a list, not one a tensor.
+    The 2025 handout decays last and adds eps before correcting v: differences of order lr^2 and eps.
+    Equal to torch.optim.AdamW. Lists of tensors go through torch._foreach_*: one kernel a list, not one a tensor.
     raises ValueError on rates out of range. source: [6] algorithm 2
     """
 
@@ -698,6 +713,44 @@ def get_batch(dataset, batch_size, context_length, device, generator=None):
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
+@torch.no_grad()
+def evaluate(hidden_states, model, dataset, num_tokens, batch_size, device, dtype=torch.float32):
+    """Mean loss, nats a token, over about num_tokens tokens of `dataset` (1-D ids): windows of
+    context_length that do not overlap, spread evenly, the same at every call.
+
+    hidden_states: model.hidden_states, or its compiled form; dtype: to compute in
+    """
+    T = min(model.config.context_length, len(dataset) - 1)
+    windows = (len(dataset) - 1) // T
+    chosen = np.linspace(0, windows - 1, min(windows, max(1, num_tokens // T))).astype(np.int64) * T
+    total = 0.0
+    for first in range(0, len(chosen), batch_size):
+        starts = chosen[first : first + batch_size, None]
+        batch = torch.from_numpy(dataset[starts + np.arange(T + 1)].astype(np.int64)).to(device)
+        with compute_context(device, dtype):
+            hidden = hidden_states(batch[:, :-1])
+            targets = batch[:, 1:]
+            loss = linear_cross_entropy(hidden, model.lm_head.weight, targets, reduction="sum")
+        total += loss.item()
+    return total / (len(chosen) * T)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A binary file that takes `path`'s place when the block ends well, and is on disk by then; on an
+    error, a full disk or Ctrl-C `path` stays as it was."""
+    partial = f"{path}.tmp"
+    try:
+        with open(partial, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):  # already in place when all went well
+            os.remove(partial)
+
+
 def save_checkpoint(model, optimizer, iteration, out, **extra):
     """Writes weights, optimizer state, iteration and `extra` (tensors, numbers, strings, lists, dicts)
     to `out`, a path or a binary file. A path is replaced only when the new file is complete and on
@@ -709,19 +762,11 @@ def save_checkpoint(model, optimizer, iteration, out, **extra):
     if hasattr(out, "write"):
         torch.save(content, out)
         return
-    partial = f"{out}.tmp"
-    try:
-        with open(partial, "wb") as f:
-            torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-    except (OSError, RuntimeError):
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        raise
+    with atomic_write(f"{out}.new") as f:
+        torch.save(content, f)
     if os.path.exists(out):
         os.replace(out, f"{out}.prev")
-    os.replace(partial, out)
+    os.replace(f"{out}.new", out)
 
 
 def read_checkpoint(src):
@@ -730,18 +775,23 @@ def read_checkpoint(src):
     A path that is missing or damaged falls back to NAME.prev, and says so on stderr.
     raises FileNotFoundError when there is neither, ValueError when neither can be read.
     """
+    def load(file):
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not {"model", "iteration"} <= content.keys():
+            raise ValueError("a checkpoint must hold model and iteration, got other contents; "
+                             "give a file of save_checkpoint")
+        return content
+
     if hasattr(src, "read"):
-        return torch.load(src, map_location="cpu", weights_only=True)
+        return load(src)
     tried = []
     for path in (os.fspath(src), f"{os.fspath(src)}.prev"):
         if not os.path.exists(path):
             continue
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(content, dict) or not {"model", "iteration"} <= content.keys():
-                raise ValueError("not a checkpoint of these scripts")
+            content = load(path)
         except Exception as error:  # torch.load raises half a dozen types on damaged files
-            tried.append(f"{path}: {str(error).splitlines()[0][:100]}")
+            tried.append(f"{path}: {' '.join(f'{type(error).__name__} {error}'.split())[:100]}")
             continue
         for message in tried or ([f"{src} is missing"] if path != os.fspath(src) else []):
             print(f"warning: {message}; using {path}", file=sys.stderr)
@@ -814,7 +864,6 @@ def sample(logits, uniform, temperature, top_k=0, top_p=1.0):
     mass = p.cumsum(-1)
     # right=True never lands on a token of probability 0: its mass does not exceed its neighbour's
     rank = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
-    rank = torch.minimum(rank, (mass < mass[:, -1:]).sum(-1, keepdim=True))
     ids = rank if order is None else order.gather(-1, rank)
     return ids[:, 0], logprobs.gather(-1, ids)[:, 0]
 
@@ -827,20 +876,19 @@ def generate(
     """Samples `num_samples` continuations of each prompt: a list of Completion, prompt by prompt.
 
     prompts: lists of ids (or strings, with `tokenizer`), of any lengths, run as one batch
-    stop_ids, stop_strings: end a row (strings need `tokenizer`); seed: row r draws from seed + r, so
+    stop_ids, stop_strings: end a row (strings need `tokenizer`); seed: row r draws from (seed, r), so
     it samples the same alone as in company.
     When a row is full (context_length tokens), it goes on from its last context_length // 2 tokens.
     use_cache=False recomputes everything at every token: the oracle of the cached path.
     """
     if prompts and isinstance(prompts[0], str):
         prompts = [tokenizer.encode(p) for p in prompts]
-    check_generation(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_strings, tokenizer)
-    was_training = model.training
-    model.eval()
+    check_generation(model, prompts, tokenizer, max_new_tokens, temperature, top_k, top_p, num_samples,
+                     stop_strings)  # fmt: skip
     device = next(model.parameters()).device
     rows = [Completion(i, [], []) for i in range(len(prompts)) for _ in range(num_samples)]
     draws = [
-        torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed + r))
+        torch.rand(max_new_tokens, generator=torch.Generator().manual_seed((seed << 20) + r))
         for r in range(len(rows))
     ]
     windows = [clip_window(list(p), model.config.context_length) for p in prompts]
@@ -882,7 +930,6 @@ def generate(
     if tokenizer:
         for row in rows:
             row.text = completion_text(row, stop_ids, stop_strings, tokenizer)
-    model.train(was_training)
     return rows
 
 
@@ -931,23 +978,24 @@ def completion_text(row, stop_ids, stop_strings, tokenizer):
     return text[: min(ends)] if ends else text
 
 
-def check_generation(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_strings, tokenizer):
+def check_generation(model, prompts, tokenizer, max_new_tokens, temperature, top_k, top_p,
+                     num_samples, stop_strings):  # fmt: skip
     """raises ValueError on arguments that `generate` cannot use."""
     V = model.config.vocab_size
-    if not prompts or not all(len(p) for p in prompts):
-        raise ValueError("every prompt must hold at least one token, got an empty one; give some text")
-    for p in prompts:
-        if min(p) < 0 or max(p) >= V:
-            raise ValueError(
-                f"prompt ids must lie in 0..{V - 1}, got {min(p)}..{max(p)}; use the model's tokenizer"
-            )
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            "max_new_tokens must be at least 1, temperature and top_k at least 0, top_p in (0, 1], got "
-            f"{max_new_tokens}, {temperature}, {top_k}, {top_p}; correct them"
-        )
-    if stop_strings and tokenizer is None:
-        raise ValueError("stop_strings need a tokenizer, got none; pass one or use stop_ids")
+    ids = [i for p in prompts for i in (min(p), max(p))] if all(map(len, prompts)) else []
+    problems = [
+        (not ids, "every prompt must hold at least one token, got an empty one; give some text"),
+        (ids and (min(ids) < 0 or max(ids) >= V), f"prompt ids must lie in 0..{V - 1}, got "
+         f"{min(ids, default=0)}..{max(ids, default=0)}; use the model's tokenizer"),
+        (min(max_new_tokens, num_samples) < 1, "max_new_tokens and num_samples must be at least 1, "
+         f"got {max_new_tokens} and {num_samples}; raise them"),
+        (temperature < 0 or top_k < 0 or not 0 < top_p <= 1, "temperature and top_k must be at least "
+         f"0 and top_p in (0, 1], got {temperature}, {top_k}, {top_p}; correct them"),
+        (stop_strings and tokenizer is None, "stop_strings need a tokenizer, got none; pass one"),
+    ]  # fmt: skip
+    for found, message in problems:
+        if found:
+            raise ValueError(message)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -973,13 +1021,13 @@ def read_safetensors(path):
             if name == "__metadata__":
                 continue
             first, last = (start + offset for offset in entry["data_offsets"])
-            if last > size:
-                raise ValueError(f"tensor {name} ends beyond the file")
+            if not start <= first <= last <= size:
+                raise ValueError(f"tensor {name} lies outside the file")
             dtype = SAFETENSORS_DTYPES[entry["dtype"]]
             raw = torch.from_numpy(data[first:last])
             aligned = first % dtype.itemsize == 0
             tensors[name] = (raw if aligned else raw.clone()).view(dtype).reshape(entry["shape"])
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} must be a whole safetensors file, got {error!r}; copy it again") from None
     return tensors
 
@@ -996,21 +1044,15 @@ def write_safetensors(tensors, path):
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data starts aligned
-    partial = f"{path}.tmp"
-    with open(partial, "wb") as f:
+    with atomic_write(path) as f:
         f.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
             f.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
 
 
 def write_json(content, path):
-    """Writes `content` as JSON, atomically."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=2)
-    os.replace(f"{path}.tmp", path)
+    with atomic_write(path) as f:
+        f.write(json.dumps(content, indent=2).encode())
 
 
 def hf_names(config):
@@ -1106,7 +1148,11 @@ def from_pretrained(path, device="cpu", dtype=None, **overrides):
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(f"{path} must be a folder with a config.json, got none; give a model folder")
     with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
-        config = replace(config_from_hf(json.load(f), path), **overrides)
+        try:
+            config = config_from_hf(json.load(f), path)
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{f.name} must be a whole config, got {error!r}; copy it again") from None
+    config = replace(config, **overrides)
     tensors = {}
     for shard in find_shards(path):
         tensors.update(read_safetensors(shard))
@@ -1128,12 +1174,9 @@ def from_pretrained(path, device="cpu", dtype=None, **overrides):
     model.load_state_dict(state, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.token_embeddings.weight
-    if config.pos == "rope":  # the tables are not in the file: computed on the real device
-        rope = RotaryEmbedding(
-            config.rope_theta, config.d_head, config.context_length, config.rope_scaling, device
-        )
-        for layer in model.layers:
-            layer.attn.rope = rope
+    rope = make_rope(config, device)  # the tables are not in the file: made on the real device
+    for layer in model.layers:
+        layer.attn.rope = rope
     return model
 
 
@@ -1154,11 +1197,10 @@ def find_shards(path):
 def save_pretrained(model, tokenizer, path, dtype=None):
     """Writes `path`/config.json, model.safetensors, tokenizer.json: loads in transformers, vLLM and
     llama.cpp's converter. tokenizer may be None; dtype: of the stored weights, None to keep."""
-    config = model.config
-    os.makedirs(path, exist_ok=True)
-    state = model.state_dict()
+    config, state = model.config, model.state_dict()
     dtype = dtype or state["lm_head.weight"].dtype
     hf = config_to_hf(config, dtype)
+    os.makedirs(path, exist_ok=True)
     tensors = {
         theirs: swap_rotary_layout(ours, state[ours], config.d_head, to_hf=True).to(dtype)
         for ours, theirs in hf_names(config).items()
@@ -1184,9 +1226,11 @@ def load_model(path, device="cpu", dtype=None, **overrides):
     else:
         file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
         content = read_checkpoint(file)
-        if "config" not in content:
-            raise ValueError(f"{file} must hold a config, got none; use a checkpoint of train.py")
-        model = TransformerLM(replace(ModelConfig(**content["config"]), **overrides))
+        try:
+            config = ModelConfig(**content["config"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file} must hold a config, got {error}; use one of train.py") from None
+        model = TransformerLM(replace(config, **overrides))
         restore(content, model)
         model, folder = model.to(device=device, dtype=dtype), os.path.dirname(os.path.abspath(file))
     for candidate in (os.path.join(folder, "tokenizer.json"), os.path.join(folder, "model")):
@@ -1211,7 +1255,10 @@ def resolve_device(name="auto"):
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
     kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps") or (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
+    there = {"cpu": True, "mps": mps, "cuda": cuda}.get(kind, False)
+    if cuda and name[5:].isdigit() and int(name[5:]) >= torch.cuda.device_count():
+        there = False
+    if not there:
         raise ValueError(f"device must be one that PyTorch finds here, got {name!r}; use --device auto")
     return torch.device(name)
 
@@ -1246,12 +1293,21 @@ def compute_context(device, dtype):
     return torch.autocast(device.type, dtype=dtype)
 
 
+def free_memory(device):
+    """Bytes that are free on `device` (on a CPU: of the machine), infinity where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
+
+
 def peak_flops(device):
     """The card's dense bf16 matrix rate, FLOP/s, or None for one that PEAK_FLOPS does not list."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    return next((rate for part, rate in PEAK_FLOPS.items() if part in words), None)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1295,37 +1351,37 @@ def flops_per_token(config, time=None):
     return 3 * sum(count_matmul_flops(config, 1, T, causal=True).values()) / T
 
 
-def estimate_memory(config, batch_size, time=None, dtype=torch.float32, checkpoint_every=()):
+def estimate_memory(config, batch_size, dtype=torch.float32, checkpoint_every=(), device_type="cuda"):
     """{part: bytes} that a training step of this model needs at its peak, AdamW and weights in float32.
 
     Activations are what autograd saves in this file's layers, uncompiled; a test compares them with
     what it really saves. source: [1] A1 adamwAccounting, A2 gradient_checkpointing
     """
-    c, T = config, time or config.context_length
-    parameters = sum(count_parameters(c).values())
+    c, T = config, config.context_length
+    parts = count_parameters(c)
+    parameters = sum(parts.values())
     N, size = batch_size * T, 2 if dtype == torch.bfloat16 else 4
     q_width, kv_width = c.num_heads * c.d_head, c.num_kv_heads * c.d_head
     norm = 0 if c.norm == "none" else 4 * c.d_model + (2 if size == 2 else 1) * size * c.d_model
     attention = size * (c.d_model + 3 * q_width + 2 * kv_width)  # input, q, k, v, output, its copy
+    if c.qk_norm:
+        attention += 2 * 4 * (q_width + kv_width)  # input and normed, float32
     if c.attention == "eager":
-        attention += c.num_heads * T * (3 * 4 + (size if size == 2 else 0) + 1)
+        attention += c.num_heads * T * (8 if size == 4 else 6)  # exp and weights; exp in float32
         attention += 2 * size * (q_width - kv_width)
     ffn = size * (c.d_model + (5 if c.ffn == "swiglu" else 3) * c.d_ff)
     a_block = N * (2 * norm + attention + ffn)
-    blocks = c.num_layers * a_block
-    if checkpoint_every:
-        inner = min(checkpoint_every[0], c.num_layers)
-        kept = math.ceil(c.num_layers / inner)
-        if len(checkpoint_every) > 1:
-            kept, inner = kept + math.ceil(inner / checkpoint_every[-1]), checkpoint_every[-1]
-        blocks = kept * N * c.d_model * size + inner * a_block
-    chunk = min(N, max(1, (2**29 if size == 2 else 2**21) // c.vocab_size))
-    head = N * (norm + size * c.d_model) + chunk * c.vocab_size * (size + 4) + 4 * c.vocab_size * c.d_model
+    kept, inner = 0, c.num_layers  # inputs of groups; blocks whose activations exist at one time
+    for span in checkpoint_every:
+        kept, inner = kept + math.ceil(inner / span), min(span, inner)
+    blocks = kept * N * c.d_model * size + inner * a_block
+    logits = min(N * c.vocab_size, CHUNK_LOGITS[device_type]) * (size + 4)
+    head = N * (norm + size * c.d_model) + logits + 4 * c.vocab_size * c.d_model
     return {
         "parameters": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer (m and v)": 8 * parameters,
-        "weights cast to bfloat16": 2 * parameters if size == 2 else 0,
+        "weights cast to bfloat16": 2 * (parameters - parts["token_embeddings"]) if size == 2 else 0,
         "activations of the blocks": blocks,
         "final norm and loss": head,
     }
@@ -1333,9 +1389,9 @@ def estimate_memory(config, batch_size, time=None, dtype=torch.float32, checkpoi
 
 def largest_batch(config, budget_bytes, **options):
     """The largest batch size whose `estimate_memory` fits in budget_bytes; 0 if none does."""
-    one = sum(estimate_memory(config, 1, **options).values())
-    per_sequence = sum(estimate_memory(config, 2, **options).values()) - one
-    return max(0, 1 + int((budget_bytes - one) // per_sequence)) if one <= budget_bytes else 0
+    return bisect.bisect_right(
+        range(1, 2**24), budget_bytes, key=lambda b: sum(estimate_memory(config, b, **options).values())
+    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1375,6 +1431,8 @@ def count(args):
 def bench(args):
     """The harness of assignment 2: times forward, backward and step; prints a table, then JSON."""
     global ANNOTATE
+    if args.memory_snapshot and resolve_device(args.device).type != "cuda":
+        raise ValueError("memory_snapshot needs an NVIDIA GPU, got none; leave it out")
     device = resolve_device(args.device)
     dtype, reason = resolve_dtype(args.dtype, device)
     torch.manual_seed(0)
@@ -1383,7 +1441,7 @@ def bench(args):
     with device:
         model = TransformerLM(config)
     model.checkpoint_every = args.checkpoint_every
-    ANNOTATE = not args.compile
+    ANNOTATE = not args.compile  # main() switches it off again
     hidden_states = torch.compile(model.hidden_states) if args.compile else model.hidden_states
     optimizer = AdamW(optimizer_groups(model, 0.1))
     x, y = torch.randint(config.vocab_size, (2, args.batch_size, config.context_length), device=device)
@@ -1391,6 +1449,9 @@ def bench(args):
     print(f"{config}\n{sum(p.numel() for p in model.parameters()):,} parameters, batch {args.batch_size}, "
           f"{dtype}, {device} ({card}), torch {torch.__version__}, compile {args.compile}, "
           f"checkpoint_every {args.checkpoint_every}" + (f"; {reason}" if reason else ""))  # fmt: skip
+
+    if config.context_length > 1:
+        check_forward(model, x, device, dtype)
 
     def forward():
         with compute_context(device, dtype):
@@ -1400,22 +1461,23 @@ def bench(args):
             return linear_cross_entropy(hidden, model.lm_head.weight, y)
 
     def run(mode):
-        """Runs one pass; returns the seconds of each part. Synchronised: kernels run behind the host."""
-        parts, clock = {}, synchronised_clock(device)
+        """Runs one pass; returns the seconds of each part."""
+        marks = [synchronised_time(device)]
         with torch.set_grad_enabled(mode != "forward"), annotate("forward"):
             loss = forward()
-        parts["forward"] = next(clock)
+        marks.append(synchronised_time(device))
         if mode != "forward":
             with annotate("backward"):
                 loss.backward()
-            parts["backward"] = next(clock)
+            marks.append(synchronised_time(device))
         if mode == "step":
             with annotate("optimizer"):
                 clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
-            parts["optimizer"] = next(clock)
+            marks.append(synchronised_time(device))
         optimizer.zero_grad(set_to_none=True)
-        return parts
+        seconds = [b - a for a, b in zip(marks, marks[1:])]
+        return dict(zip(("forward", "backward", "optimizer"), seconds))
 
     results = {}
     for mode in ("forward", "backward", "step") if args.mode == "all" else (args.mode,):
@@ -1436,18 +1498,31 @@ def bench(args):
                       "total_s": round(time.perf_counter() - started, 1)}))  # fmt: skip
 
 
-def synchronised_clock(device):
-    """Yields the seconds since the last reading, with the device idle at each reading."""
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    if device.type == "mps":
-        sync = torch.mps.synchronize
-    sync()
-    last = time.perf_counter()
-    while True:
-        sync()
-        now = time.perf_counter()
-        yield now - last
-        last = now
+def check_forward(model, x, device, dtype):
+    """Stops unless the loss in this precision agrees with plain attention and full float32 logits."""
+    x, y = x[:1, :64], x[:1, 1:65]
+    x = x[:, : y.shape[1]]
+    fast = {"attention": model.config.attention}
+    with torch.no_grad():
+        with compute_context(device, dtype):
+            got = model.loss(x, y).item()
+        for layer in model.layers:
+            layer.attn.config = replace(model.config, attention="eager")
+        expected = cross_entropy(model(x), y).item()
+        for layer in model.layers:
+            layer.attn.config = replace(model.config, **fast)
+    bound = 1e-4 if dtype == torch.float32 else 2e-2  # bf16 keeps 8 bits: 4e-3 a rounding
+    print(f"check: loss {got:.5f}, plain float32 {expected:.5f}")
+    if not abs(got - expected) <= bound * expected:
+        raise ValueError(f"the fast loss must be within {bound} of the plain one, got {got} and "
+                         f"{expected}; this is a bug")
+
+
+def synchronised_time(device):
+    """Seconds on the clock once the device has finished: kernels run behind the host."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def time_mode(run, mode, args, device):
@@ -1501,7 +1576,12 @@ def print_kernel_table(run, device):
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
         run()
     key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60))
+    averages = profiler.key_averages()
+    print(averages.table(sort_by=key, row_limit=15, max_name_column_width=60))
+    for part in averages:  # the ranges of scaled_dot_product_attention, with --attention eager
+        if part.key.startswith("attention "):
+            us = part.device_time_total if cuda else part.cpu_time_total
+            print(f"{part.key:<20}{us / 1e3:10.3f} ms in {part.count} calls")
 
 
 def generate_text(args):
@@ -1530,28 +1610,40 @@ def export(args):
     print(f"wrote {args.out_dir}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
+def positive(kind):
+    """An argparse type: a number above 0."""
+
+    def convert(text):
+        if (value := kind(text)) <= 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}; raise it")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
 def build_parser():
     parser = argparse.ArgumentParser(prog="model.py", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    spans = dict(type=int, nargs="*", default=[], help="recompute groups of K blocks (K1 K2: nested)")
+    spans = dict(type=positive(int), nargs="*", default=[], help="recompute groups of K blocks (K1 K2: nested)")
 
     p = verbs.add_parser("count", help="parameters, FLOPs, memory, step time")
     add_model_flags(p)
-    p.add_argument("--batch_size", type=int, default=1)
+    p.add_argument("--batch_size", type=positive(int), default=1)
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     p.add_argument("--checkpoint_every", **spans)
-    p.add_argument("--peak_tflops", type=float, default=19.5, help="of the device (19.5: A100, float32)")
-    p.add_argument("--utilisation", type=float, default=0.5, help="share of the peak that is reached")
-    p.add_argument("--memory_gib", type=float, default=80, help="of the device")
+    p.add_argument("--peak_tflops", type=positive(float), default=19.5, help="of the device (19.5: A100, float32)")
+    p.add_argument("--utilisation", type=positive(float), default=0.5, help="share of the peak that is reached")
+    p.add_argument("--memory_gib", type=positive(float), default=80, help="of the device")
     p.add_argument("--train_steps", type=int, default=400_000)
     p.set_defaults(run=count)
 
     p = verbs.add_parser("bench", help="time and memory of forward, backward and step")
     add_model_flags(p)
     p.add_argument("--mode", default="all", choices=("all", "forward", "backward", "step"))
-    p.add_argument("--batch_size", type=int, default=4)
+    p.add_argument("--batch_size", type=positive(int), default=4)
     p.add_argument("--warmup_steps", type=int, default=5)
-    p.add_argument("--repeats", type=int, default=10)
+    p.add_argument("--repeats", type=positive(int), default=10)
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks")
@@ -1591,6 +1683,8 @@ def main(argv=None):
         args.run(args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"model.py {args.verb}: error: {error}\n")
+    finally:
+        globals()["ANNOTATE"] = False
 
 
 if __name__ == "__main__":
