@@ -1,9 +1,9 @@
 """The Transformer language model, and everything whose value must agree between the scripts.
 
-    python model.py count --preset gpt2-xl               # parameters, FLOPs and memory, part by part
-    python model.py bench --preset small --batch_size 4  # time and memory of forward, backward, step
-    python model.py generate --model out/model --prompt "def main("     # text from a trained model
-    python model.py export --model out/checkpoint.pt --out_dir hf       # to a Hugging Face directory
+    python model.py count --preset gpt2-xl               # parameters, FLOPs and memory by part
+    python model.py bench --preset small --batch_size 4  # time of forward, backward and step
+    python model.py generate --prompt "def main("        # text from what train.py left in out/
+    python model.py export --model out --out_dir hf      # the same model for transformers or vLLM
 
 From scratch: layers, attention, loss, optimizer, schedule, sampling and the safetensors format are
 written out below on torch tensors; torch.nn gives Module and Parameter only. `attention="sdpa"` is
@@ -42,12 +42,8 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-CHOICES = {
-    "pos": ("rope", "none"),
-    "norm": ("pre", "post", "none"),
-    "ffn": ("swiglu", "silu"),
-    "attention": ("eager", "sdpa", "flash"),
-}
+CHOICES = {"pos": ("rope", "none"), "norm": ("pre", "post", "none"), "ffn": ("swiglu", "silu"),
+           "attention": ("eager", "sdpa", "flash")}
 
 # Shapes that the handouts name: [1] A1 transformer_accounting (gpt2*), A2 table of model sizes.
 PRESETS = {
@@ -65,14 +61,15 @@ PRESETS = {
         ("xl", 2560, 32, 32, 10_240, 512, 10_000),
         ("10B", 4608, 50, 36, 12_288, 512, 10_000),
     )
-}  # fmt: skip
+}
 
 # Dense bf16 matrix rate in FLOP/s by a word of the device's name (vendors' datasheets).
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-              "4090": 165e12, "3090": 71e12, "L4": 121e12, "A10": 125e12}  # fmt: skip
+              "4090": 165e12, "3090": 71e12, "L4": 121e12, "A10": 125e12}
 
-# Logits that linear_cross_entropy keeps at one time, by kind of device. Measured: 1 GiB of bf16
-# keeps a GPU's matrix products large; a CPU is fastest while a chunk stays in its cache (8 MiB).
+# About the most logits that linear_cross_entropy holds at one time, by kind of device. Measured:
+# 1 GiB of bf16 keeps a GPU's matrix products large; a CPU is fastest while a chunk stays in its
+# cache (8 MiB of float32). Not measured: mps.
 CHUNK_LOGITS = {"cuda": 2**29, "cpu": 2**21, "mps": 2**25}
 
 
@@ -80,8 +77,8 @@ CHUNK_LOGITS = {"cuda": 2**29, "cpu": 2**21, "mps": 2**25}
 # configuration
 
 
-def setting(default, help):
-    return field(default=default, metadata={"help": help})
+def setting(default, meaning):
+    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True)
@@ -125,25 +122,25 @@ class ModelConfig:
             nearest = max(1, round(8 * self.d_model / 3 / 64)) * 64
             derive("d_ff", nearest if self.ffn == "swiglu" else 4 * self.d_model)
         for f in fields(self):
-            if isinstance(getattr(self, f.name), int) and f.default not in (True, False):
-                if getattr(self, f.name) < 1:
-                    raise ValueError(f"{f.name} must be at least 1, got {getattr(self, f.name)}; "
-                                     "raise it")
+            value = getattr(self, f.name)
+            if isinstance(value, int) and f.default not in (True, False) and value < 1:
+                raise ValueError(f"{f.name} must be at least 1, got {value}; raise it")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and "
                              f"{self.num_heads}; change one of them")
         if self.pos == "rope" and self.d_head % 2:
-            raise ValueError(f"d_head must be even with pos=rope, got {self.d_head}; change num_heads")
+            raise ValueError(f"d_head must be even with pos=rope, got {self.d_head}; "
+                             "change num_heads")
 
 
 def add_model_flags(parser, **defaults):
-    """Adds one flag a field of ModelConfig, and --preset. `defaults` replaces the class's defaults."""
+    """Adds --preset and a flag for each field of ModelConfig; `defaults` replace the class's."""
     group = parser.add_argument_group("model")
     group.add_argument("--preset", choices=PRESETS, help="a named shape; other flags override it")
     for f in fields(ModelConfig):
         if f.name == "rope_scaling":
             continue
-        options = dict(default=None, help=f.metadata["help"])
+        options = {"help": f.metadata["help"]}
         shown = defaults.get(f.name, f.default)
         if shown is not None and shown is not False:
             options["help"] += f" (default: {shown})"
@@ -158,9 +155,10 @@ def add_model_flags(parser, **defaults):
 
 
 def config_from_flags(args, **overrides):
-    """The ModelConfig that the flags of `add_model_flags` ask for; a preset replaces the defaults."""
-    given = {f.name: getattr(args, f.name, None) for f in fields(ModelConfig)}
-    given = {name: value for name, value in given.items() if value is not None}
+    """The ModelConfig that the flags of `add_model_flags` ask for. A flag that was given goes
+    before `overrides`, they before the preset or, without one, the parser's defaults."""
+    flags = {f.name: getattr(args, f.name, None) for f in fields(ModelConfig)}
+    given = {name: value for name, value in flags.items() if value is not None}
     base = PRESETS[args.preset] if args.preset else args.model_defaults
     return ModelConfig(**{**base, **overrides, **given})
 
@@ -180,8 +178,8 @@ def silu(x):
 
 
 def softmax(x, dim):
-    """exp(x) / sum(exp(x)) along `dim`, same shape as x; the maximum is subtracted first, so that no
-    exp overflows. softmax([0, ln 3]) = [1/4, 3/4]."""
+    """exp(x) / sum(exp(x)) along `dim`, same shape as x; the maximum is subtracted first, so that
+    no exp overflows. softmax([0, ln 3]) = [1/4, 3/4]."""
     e = (x - x.detach().amax(dim, keepdim=True)).exp()
     return e / e.sum(dim, keepdim=True)
 
@@ -204,7 +202,7 @@ def scaled_dot_product_attention(q, k, v, mask=None):
     """Attention output (..., Tq, Dv) = softmax(q k^T / sqrt(D)) v.
 
     q: (..., Tq, D), k: (..., Tk, D), v: (..., Tk, Dv), any leading dims that broadcast
-    mask: bool, broadcasts to (..., Tq, Tk); True where the query may look. Every query needs one key.
+    mask: bool, broadcasts to (..., Tq, Tk); True where the query may look, one key at least
     source: [2] section 3.2.1
     """
     with annotate("attention scores"):
@@ -230,7 +228,7 @@ def cross_entropy(logits, targets):
 
 
 def _exp_and_loss(logits, targets):
-    """Of logits (n, V): e = exp(x - max), in their dtype; 1 / the sum of e (n,) and the loss (n,), both
+    """Of logits (n, V): e = exp(x - max), in their dtype; 1 / the sum of e, and the loss, both (n,)
     float32. Float32 logits are overwritten: on a CPU that halves the traffic."""
     picked = logits.gather(-1, targets.unsqueeze(-1)).float()
     x = logits.float()
@@ -242,8 +240,8 @@ def _exp_and_loss(logits, targets):
 
 @functools.cache
 def _exp_and_loss_kernel():
-    """`_exp_and_loss` in Triton, in place: a row comes from memory once, the second time from the cache.
-    Half the time of the compiled function; 2.5% of a GPT-2 training step on an H200."""
+    """`_exp_and_loss` in Triton, in place: a row comes from memory once, the second time from the
+    cache. Half the time of torch.compile: 2.5% of a GPT-2 training step on an H200."""
     import triton
     import triton.language as tl
 
@@ -271,16 +269,17 @@ def _exp_and_loss_kernel():
     def launch(logits, targets):
         inverse, loss = torch.empty(2, len(logits), device=logits.device)
         # 32 warps: few rows at a time on the chip, so that they stay in its cache
-        kernel[(len(logits),)](logits, targets, inverse, loss, logits.shape[1], BLOCK=4096, num_warps=32)
+        kernel[(len(logits),)](logits, targets, inverse, loss, logits.shape[1], BLOCK=4096,
+                               num_warps=32)
         return logits, inverse, loss
 
     return launch
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradient of softmax cross entropy is (p - onehot): known as soon as the logits are. So each
-    chunk of tokens is finished in the forward pass and its logits are dropped. The one-hot part goes
-    through rows of `weight` instead of the chunk, which saves a pass and keeps small p exact."""
+    """The gradient of softmax cross entropy is (p - onehot): known as soon as the logits are. So
+    each chunk of tokens is finished in the forward pass and its logits are dropped. The one-hot
+    part goes through rows of `weight`, not the chunk: that saves a pass and keeps small p exact."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, row_weight, chunk, wants):
@@ -294,10 +293,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for i, (h, t, r) in enumerate(zip(*parts, strict=True)):
             e, inverse, losses = exp_and_loss(h @ w.T, t)
             loss += (losses * r).sum()
-            scale = (r * inverse).unsqueeze(-1).to(h.dtype)  # p = e * inverse: on rows of C, not of V
+            scale = (r * inverse).unsqueeze(-1).to(h.dtype)  # p = e * inverse: on rows of C, not V
             r = r.unsqueeze(-1).to(h.dtype)
             if d_hidden is not None:
-                torch.sub((e @ w).mul_(scale), w[t] * r, out=d_hidden[i * chunk : i * chunk + len(h)])
+                torch.sub((e @ w).mul_(scale), w[t] * r,
+                          out=d_hidden[i * chunk : i * chunk + len(h)])
             if d_weight is not None:
                 if d_weight.dtype == h.dtype:
                     d_weight.addmm_(e.T, h * scale)
@@ -325,9 +325,9 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, reduction="
     """cross_entropy(hidden @ weight.T, targets), a float32 scalar, without the (N, V) logits.
 
     hidden: (..., C); weight: (V, C); targets: (...) int, `ignore_index` where a token has no loss
-    reduction: "mean" over the tokens that have a loss, or "sum"; chunk: tokens whose logits exist at
-    one time. The gradients of both inputs are computed chunk by chunk in the forward pass, so the
-    memory is one chunk of logits, a float32 (V, C), and no second pass.
+    reduction: "mean" over the tokens that have a loss, or "sum"
+    chunk: tokens whose logits exist at one time. The gradients of both inputs are computed chunk by
+    chunk in the forward pass: the memory is one chunk of logits and a float32 (V, C).
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be mean or sum, got {reduction!r}; choose one")
@@ -354,13 +354,14 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, reduction="
 
 
 class Linear(nn.Module):
-    """y = x W^T (+ b): (..., in_features) to (..., out_features). weight: (out_features, in_features),
+    """y = x W^T (+ b): (..., in_features) to (..., out_features). weight: (out, in),
     N(0, 2 / (in + out)) cut at 3 sigma. source: [1] A1 section 3.4"""
 
     def __init__(self, in_features, out_features, bias=False, device=None, dtype=None):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        kind = dict(device=device, dtype=dtype)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **kind))
+        self.bias = nn.Parameter(torch.zeros(out_features, **kind)) if bias else None
         std = math.sqrt(2 / (in_features + out_features))
         nn.init.trunc_normal_(self.weight, 0, std, -3 * std, 3 * std)
 
@@ -380,7 +381,7 @@ class Embedding(nn.Module):
         nn.init.trunc_normal_(self.weight, 0, 1, -3, 3)
 
     def forward(self, ids):
-        # index_select, not weight[ids]: its gradient adds up in a fixed order on the CPU, and faster
+        # not weight[ids]: index_select's gradient is faster on a CPU and adds up in a fixed order
         return self.weight.index_select(0, ids.flatten()).unflatten(0, ids.shape)
 
 
@@ -425,7 +426,7 @@ class SiLUFeedForward(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns the pair (x[2j], x[2j+1]) at position p by the angle p * theta^(-2j/D). source: [3] 3.4.2
+    """Turns the pair (x[2j], x[2j+1]) at position p by the angle p * theta^(-2j/D). source: [3]
 
     forward(x, positions): x (..., T, D), positions (..., T) int, broadcast over x's leading dims;
     None means 0..T-1. The result has x's shape and dtype. No learned state; tables are float32.
@@ -433,7 +434,8 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, theta, d_head, context_length, scaling=None, device=None):
         super().__init__()
-        frequency = theta ** (-torch.arange(0, d_head, 2, dtype=torch.float32, device=device) / d_head)
+        pair = torch.arange(0, d_head, 2, dtype=torch.float32, device=device)
+        frequency = theta ** (-pair / d_head)
         if scaling is not None:
             frequency = scale_rotary_frequencies(frequency, scaling)
         position = torch.arange(context_length, dtype=torch.float32, device=device)
@@ -441,14 +443,12 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def _apply(self, fn, recurse=True):  # a cast of the model moves the tables, it must not round them
+    def _apply(self, fn, recurse=True):  # a cast of the model moves the tables, never rounds them
         return super()._apply(lambda t: fn(t) if t.is_meta else t.to(fn(t).device), recurse)
 
     def forward(self, x, positions=None):
-        if positions is None:
-            cos, sin = self.cos[: x.shape[-2]], self.sin[: x.shape[-2]]
-        else:
-            cos, sin = self.cos[positions], self.sin[positions]
+        index = slice(x.shape[-2]) if positions is None else positions
+        cos, sin = self.cos[index], self.sin[index]
         pairs = x.unflatten(-1, (-1, 2))
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             # the same turn as one complex product: 8 times faster on a CPU, not fusible on a GPU
@@ -487,7 +487,7 @@ class KVCache:
     def __init__(self, config, batch_size, max_length, device, dtype):
         shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.d_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.end = 0  # on the host: max(lengths), so that slicing needs no device sync
 
@@ -500,7 +500,7 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def select(self, rows):
-        """Keeps these rows, in this order, repeats allowed (samples of one prompt share a prefill)."""
+        """Keeps these rows, in this order; repeats let samples of one prompt share a prefill."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
         self.lengths = self.lengths[rows]
 
@@ -521,14 +521,14 @@ class CausalSelfAttention(nn.Module):
         self.rope = rope or make_rope(c)
 
     def forward(self, x, positions=None, cache=None, layer=0):
-        """x: (B, T, C); positions: (B, T) int or None for 0..T-1; cache: where earlier keys are."""
+        """x: (B, T, C); positions: (B, T) int, None for 0..T-1; layer: its number in `cache`."""
         q = self.q_proj(x).unflatten(-1, (-1, self.config.d_head))  # (B, T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.config.d_head))  # (B, T, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.config.d_head))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
-            # before the transpose: in the order of memory, so that a GPU copies neither q nor its gradient
+            # before the transpose, in memory's order: a GPU then copies neither q nor its gradient
             place = torch.arange(x.shape[1], device=x.device) if positions is None else positions
             q, k = self.rope(q, place[..., None]), self.rope(k, place[..., None])
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, D)
@@ -544,8 +544,10 @@ class CausalSelfAttention(nn.Module):
 
 
 def attend(q, k, v, mask, backend):
-    """Attention of grouped heads by the named back end, (B, H, Tq, D). q: (B, H, Tq, D); k, v: (B, G,
-    Tk, D); mask: bool (B, 1, Tq, Tk), or None for causal with Tq = Tk."""
+    """Attention of grouped heads by the named back end, (B, H, Tq, D).
+
+    q: (B, H, Tq, D); k, v: (B, G, Tk, D); mask: bool (B, 1, Tq, Tk), None for causal with Tq = Tk
+    """
     if backend == "flash" and mask is None:
         from flash_attn import flash_attention
 
@@ -557,14 +559,14 @@ def attend(q, k, v, mask, backend):
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         return scaled_dot_product_attention(q, k, v, mask)
-    return nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    grouped = q.shape[1] != k.shape[1]
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                                      is_causal=mask is None, enable_gqa=grouped)
 
 
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward, each added to the residual stream: (B, T, C) to (B, T, C).
-    norm "pre": x + f(norm(x)); "post": norm(x + f(x)); "none": x + f(x). source: [1] A1 section 3.5"""
+    norm "pre": x + f(norm(x)); "post": norm(x + f(x)); "none": x + f(x). source: [1] A1 3.5"""
 
     def __init__(self, config, rope=None):
         super().__init__()
@@ -587,8 +589,8 @@ class TransformerBlock(nn.Module):
 class TransformerLM(nn.Module):
     """Token ids (B, T) to next-token logits (B, T, V). source: [1] A1 section 3.6
 
-    `checkpoint_every` trades time for memory: (8,) keeps the input of every 8th block and recomputes
-    the rest in the backward pass; (8, 1) recomputes within each group block by block (nested).
+    `checkpoint_every` trades time for memory: (8,) keeps the input of every 8th block and computes
+    the rest again in the backward pass; (8, 1) does that block by block within each group (nested).
     """
 
     def __init__(self, config):
@@ -600,14 +602,14 @@ class TransformerLM(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(c, rope) for _ in range(c.num_layers))
         self.ln_final = RMSNorm(c.d_model, c.norm_eps) if c.norm == "pre" else nn.Identity()
         self.lm_head = Linear(c.d_model, c.vocab_size)
-        if c.tie_embeddings:  # the head's small weights serve both: N(0, 1) rows would give huge logits
+        if c.tie_embeddings:  # the head's small weights serve both: N(0, 1) would give huge logits
             self.token_embeddings.weight = self.lm_head.weight
 
     def forward(self, ids, cache=None):
         return self.lm_head(self.hidden_states(ids, cache))
 
     def hidden_states(self, ids, cache=None):
-        """The input of the output head, (B, T, C). With `cache`, ids follow what the cache holds."""
+        """The input of the output head, (B, T, C). With `cache`, ids follow what it holds."""
         T, limit = ids.shape[1], self.config.context_length
         if T > limit:
             raise ValueError(f"at most context_length = {limit} tokens, got {T}; cut the input")
@@ -634,8 +636,8 @@ class TransformerLM(nn.Module):
 
 
 def recompute_blocks(blocks, x, spans):
-    """Runs `blocks` on x keeping only the input of each group of spans[0] of them; spans[1:] does the
-    same within a group while it is recomputed. source: [1] A2, gradient_checkpointing"""
+    """Runs `blocks` on x keeping only the input of each group of spans[0] of them; spans[1:] does
+    the same within a group while it is recomputed. source: [1] A2, gradient_checkpointing"""
     if not spans:
         for block in blocks:
             x = block(x)
@@ -656,18 +658,18 @@ class AdamW(torch.optim.Optimizer):
         theta -= lr * weight_decay * theta
         m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g^2
         theta -= lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
-    The 2025 handout decays last and adds eps before correcting v: differences of order lr^2 and eps.
-    Equal to torch.optim.AdamW. Lists of tensors go through torch._foreach_*: one kernel a list, not one a tensor.
-    raises ValueError on rates out of range. source: [6] algorithm 2
+    as torch.optim.AdamW does. The 2025 handout decays last and adds eps before correcting v:
+    differences of order lr^2 and eps. raises ValueError on rates out of range.
+    source: [6] algorithm 2
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
             raise ValueError(
                 "lr, eps and weight_decay must be at least 0 and betas in [0, 1), got "
-                f"lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}; correct them"
-            )
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
+                f"lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}; correct them")
+        rates = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+        super().__init__(params, rates)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -685,54 +687,31 @@ class AdamW(torch.optim.Optimizer):
                     state["step"] += 1
                     by_age.setdefault((state["step"], p.device, p.dtype), []).append(p)
             for (t, _, _), params in by_age.items():
-                self._update(params, t, **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")})
+                self._update(params, t, group)
         return loss
 
-    def _update(self, params, t, lr, betas, eps, weight_decay):
+    def _update(self, params, t, group):
+        """One step of parameters that share t, device and dtype: _foreach is one kernel a list."""
+        lr, (beta1, beta2) = group["lr"], group["betas"]
         grads = [p.grad for p in params]
         m = [self.state[p]["m"] for p in params]
         v = [self.state[p]["v"] for p in params]
-        beta1, beta2 = betas
-        fuse = params[0].is_cuda and params[0].dtype == torch.float32 and has_triton()
-        if fuse and all(p.is_contiguous() for p in params):
-            # one pass over memory, not seven; the rates as tensors on the CPU: new values compile
-            # nothing and are kernel arguments, with no copy to the device to wait for
-            rates = (1 - lr * weight_decay, lr / (1 - beta1**t), math.sqrt(1 - beta2**t))
-            rates = [torch.tensor(rate) for rate in rates]
-            for p, g, m, v in zip(params, grads, m, v, strict=True):
-                flat = (x.detach().reshape(-1) for x in (p, g, m, v))
-                _fused_adamw()(*flat, *rates, beta1, beta2, eps)
-            return
-        if weight_decay:
-            torch._foreach_mul_(params, 1 - lr * weight_decay)
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
         denominator = torch._foreach_sqrt(v)
         torch._foreach_div_(denominator, math.sqrt(1 - beta2**t))
-        torch._foreach_add_(denominator, eps)
+        torch._foreach_add_(denominator, group["eps"])
         torch._foreach_addcdiv_(params, m, denominator, -lr / (1 - beta1**t))
-
-
-def _adamw(p, g, m, v, keep, rate, root, beta1, beta2, eps):
-    """AdamW's update of one flat tensor; keep, rate, root: 0-d tensors."""
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    p.mul_(keep).sub_(rate * m / (v.sqrt() / root + eps))
-
-
-@functools.cache
-def _fused_adamw():
-    return torch.compile(_adamw, dynamic=True)  # one kernel for every size
 
 
 def optimizer_groups(model, weight_decay):
     """Parameter groups for AdamW: matrices decay; norms' gains and biases (1-D) do not."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    return [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
 
 
 def lr_cosine_schedule(step, max_lr, min_lr, warmup_steps, cosine_steps):
@@ -748,8 +727,8 @@ def lr_cosine_schedule(step, max_lr, min_lr, warmup_steps, cosine_steps):
 
 @torch.no_grad()
 def clip_grad_norm_(parameters, max_norm):
-    """Scales the gradients in place so that their joint L2 norm is at most max_norm; returns the norm
-    before, a scalar tensor (not read here: no device sync). eps 1e-6. source: [1] A1 section 4.5"""
+    """Scales the gradients in place so that their joint L2 norm is at most max_norm; returns the
+    norm before, a scalar tensor (not read here: no device sync). source: [1] A1 section 4.5"""
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(())
@@ -759,16 +738,15 @@ def clip_grad_norm_(parameters, max_norm):
 
 
 def get_batch(dataset, batch_size, context_length, device, generator=None):
-    """Random windows (x, y), both (batch_size, context_length) int64 on `device`, y one token later.
+    """Random windows (x, y), both (batch_size, context_length) int64 on `device`, y one token on.
 
     dataset: 1-D array or memmap of token ids; only the windows are read. Starts are uniform, drawn
     from `generator` (a CPU torch.Generator; its state is the position in the data) or torch's own.
+    raises ValueError where the data is shorter than a window and its target
     """
     if len(dataset) <= context_length:
-        raise ValueError(
-            f"the data must hold more than context_length = {context_length} tokens, got "
-            f"{len(dataset)}; give more text or a shorter --context_length"
-        )
+        raise ValueError(f"the data must hold more than context_length = {context_length} tokens, "
+                         f"got {len(dataset)}; give more text or a shorter --context_length")
     starts = torch.randint(len(dataset) - context_length, (batch_size, 1), generator=generator)
     windows = dataset[starts.numpy() + np.arange(context_length + 1)]
     windows = torch.from_numpy(windows.astype(np.int64))
@@ -793,8 +771,7 @@ def evaluate(hidden_states, model, dataset, num_tokens, batch_size, device, dtyp
         starts = chosen[first : first + batch_size, None]
         batch = torch.from_numpy(dataset[starts + np.arange(T + 1)].astype(np.int64)).to(device)
         with compute_context(device, dtype):
-            hidden = hidden_states(batch[:, :-1])
-            targets = batch[:, 1:]
+            hidden, targets = hidden_states(batch[:, :-1]), batch[:, 1:]
             loss = linear_cross_entropy(hidden, model.lm_head.weight, targets, reduction="sum")
         total += loss.item()
     return total / (len(chosen) * T)
@@ -802,8 +779,8 @@ def evaluate(hidden_states, model, dataset, num_tokens, batch_size, device, dtyp
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A binary file that takes `path`'s place when the block ends well, and is on disk by then; on an
-    error, a full disk or Ctrl-C `path` stays as it was."""
+    """A binary file that takes `path`'s place when the block ends well, and is on disk by then; on
+    an error, a full disk or Ctrl-C `path` stays as it was."""
     partial = f"{path}.tmp"
     try:
         with open(partial, "wb") as f:
@@ -817,13 +794,11 @@ def atomic_write(path):
 
 
 def save_checkpoint(model, optimizer, iteration, out, **extra):
-    """Writes weights, optimizer state, iteration and `extra` (tensors, numbers, strings, lists, dicts)
-    to `out`, a path or a binary file. A path is replaced only when the new file is complete and on
-    disk, and what it held stays beside it as NAME.prev: a kill or a full disk loses neither."""
-    content = dict(
-        model=model.state_dict(), optimizer=optimizer and optimizer.state_dict(),
-        iteration=iteration, **extra,
-    )  # fmt: skip
+    """Writes weights, optimizer state, iteration and `extra` (tensors, numbers, strings, lists,
+    dicts) to `out`, a path or a binary file. A path is replaced only when the new file is complete
+    and on disk, and what it held stays as NAME.prev: a kill or a full disk loses neither."""
+    content = dict(model=model.state_dict(), optimizer=optimizer and optimizer.state_dict(),
+                   iteration=iteration, **extra)
     if hasattr(out, "write"):
         torch.save(content, out)
         return
@@ -849,20 +824,19 @@ def read_checkpoint(src):
 
     if hasattr(src, "read"):
         return load(src)
-    tried = []
-    for path in (os.fspath(src), f"{os.fspath(src)}.prev"):
-        if not os.path.exists(path):
-            continue
+    newest, tried = os.fspath(src), []
+    for path in filter(os.path.exists, (newest, f"{newest}.prev")):
         try:
             content = load(path)
         except Exception as error:  # torch.load raises half a dozen types on damaged files
             tried.append(f"{path}: {' '.join(f'{type(error).__name__} {error}'.split())[:100]}")
             continue
-        for message in tried or ([f"{src} is missing"] if path != os.fspath(src) else []):
+        for message in tried or ([f"{src} is missing"] if path != newest else []):
             print(f"warning: {message}; using {path}", file=sys.stderr)
         return content
     if tried:
-        raise ValueError(f"a checkpoint must be readable, got {'; '.join(tried)}; remove it to start anew")
+        raise ValueError(f"a checkpoint must be readable, got {'; '.join(tried)}; "
+                         "remove it to start anew")
     raise FileNotFoundError(f"no checkpoint at {src}; train one first")
 
 
@@ -878,12 +852,10 @@ def restore(content, model, optimizer=None):
     """Copies the state in `content` (of `read_checkpoint`) into model and optimizer."""
     mine, theirs = model.state_dict(), content["model"]
     for name in sorted(mine.keys() | theirs.keys()):
-        shapes = [tuple(s[name].shape) if name in s else "nothing" for s in (mine, theirs)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"the checkpoint must have the model's shape, got {name} {shapes[1]} for {shapes[0]}; "
-                "give the flags it was trained with"
-            )
+        want, got = (tuple(s[name].shape) if name in s else "nothing" for s in (mine, theirs))
+        if want != got:
+            raise ValueError(f"the checkpoint must have the model's shape, got {name} {got} for "
+                             f"{want}; give the flags it was trained with")
     model.load_state_dict(theirs)
     if optimizer is not None:
         if content.get("optimizer") is None:
@@ -897,10 +869,10 @@ def restore(content, model, optimizer=None):
 
 @dataclass
 class Completion:
-    """One sampled continuation. `tokens` ends with the stop id if one was drawn; `logprobs[i]` is the
-    natural log of tokens[i]'s probability under softmax(logits / temperature), before top-k and top-p
-    (temperature 0: under softmax(logits)); `text` lacks the stop id and ends with the stop string that
-    ended it, if one did; finish_reason is "stop" or "length"."""
+    """One sampled continuation. `tokens` ends with the stop id if one was drawn; `logprobs[i]` is
+    the natural log of tokens[i]'s probability under softmax(logits / temperature), before top-k and
+    top-p (temperature 0: under softmax(logits)); `text` lacks the stop id and ends with the stop
+    string that ended it, if one did; finish_reason is "stop" or "length"."""
 
     prompt_index: int
     tokens: list[int]
@@ -910,9 +882,9 @@ class Completion:
 
 
 def sample(logits, uniform, temperature, top_k=0, top_p=1.0):
-    """Next ids (B,) and their log-probabilities (B,), from logits (B, V) and uniform numbers (B,) in
-    [0, 1): the draw is the inverse of the cumulative distribution, so a row's result depends on its
-    own number alone. top_k 0 keeps all; top_p keeps the fewest tokens whose mass reaches it [8]."""
+    """Next ids (B,) and their log-probabilities (B,), from logits (B, V) and uniform numbers (B,)
+    in [0, 1): the draw is the inverse of the cumulative distribution, so a row's result depends on
+    its own number alone. top_k 0 keeps all; top_p the fewest tokens whose mass reaches it [8]."""
     logits = logits.float()
     if temperature == 0:
         ids = logits.argmax(-1)
@@ -934,29 +906,28 @@ def sample(logits, uniform, temperature, top_k=0, top_p=1.0):
 
 
 @torch.no_grad()
-def generate(
-    model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1,
-    stop_ids=(), stop_strings=(), tokenizer=None, seed=0, use_cache=True,
-):  # fmt: skip
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1,
+             stop_ids=(), stop_strings=(), tokenizer=None, seed=0, use_cache=True):
     """Samples `num_samples` continuations of each prompt: a list of Completion, prompt by prompt.
 
     prompts: lists of ids (or strings, with `tokenizer`), of any lengths, run as one batch
-    stop_ids, stop_strings: end a row (strings need `tokenizer`); seed: row r draws from (seed, r), so
-    it samples the same alone as in company.
-    When a row is full (context_length tokens), it goes on from its last context_length // 2 tokens.
+    temperature, top_k, top_p: see `sample`; stop_ids, stop_strings: end a row (strings need
+    `tokenizer`); seed: row r draws from (seed, r), whatever the other rows are and when they end
     use_cache=False recomputes everything at every token: the oracle of the cached path.
+    When a row is full (context_length tokens), it goes on from its last context_length // 2 tokens.
+    raises ValueError on arguments that it cannot use
     """
     if prompts and isinstance(prompts[0], str):
+        if tokenizer is None:
+            raise ValueError("prompts of text need a tokenizer, got none; pass one")
         prompts = [tokenizer.encode(p) for p in prompts]
-    check_generation(model, prompts, tokenizer, max_new_tokens, temperature, top_k, top_p, num_samples,
-                     stop_strings)  # fmt: skip
-    device = next(model.parameters()).device
+    check_generation(model, prompts, tokenizer, max_new_tokens, temperature, top_k, top_p,
+                     num_samples, stop_strings)
+    device, limit = next(model.parameters()).device, model.config.context_length
     rows = [Completion(i, [], []) for i in range(len(prompts)) for _ in range(num_samples)]
-    draws = [
-        torch.rand(max_new_tokens, generator=torch.Generator().manual_seed((seed << 20) + r))
-        for r in range(len(rows))
-    ]
-    windows = [clip_window(list(p), model.config.context_length) for p in prompts]
+    draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed((seed << 20) + r))
+             for r in range(len(rows))]
+    windows = [clip_window(list(p), limit) for p in prompts]
     last, cache = prefill(model, windows, max_new_tokens, device, use_cache)
     shared = torch.tensor([row.prompt_index for row in rows], device=device)
     last = last[shared]
@@ -968,27 +939,24 @@ def generate(
         logits = model.lm_head(last)
         uniform = torch.stack([draws[r][n] for r in alive]).to(device)
         ids, logprobs = sample(logits, uniform, temperature, top_k, top_p)
-        ids_list, logprobs_list = ids.tolist(), logprobs.tolist()
-        keep = []
-        for j, r in enumerate(alive):
-            row = rows[r]
-            row.tokens.append(ids_list[j])
-            row.logprobs.append(logprobs_list[j])
-            windows[r].append(ids_list[j])
-            if not is_finished(row, stop_ids, stop_strings, tokenizer):
+        keep = []  # places in the batch
+        for j, (r, token, logprob) in enumerate(zip(alive, ids.tolist(), logprobs.tolist())):
+            rows[r].tokens.append(token)
+            rows[r].logprobs.append(logprob)
+            windows[r].append(token)
+            if not is_finished(rows[r], stop_ids, stop_strings, tokenizer):
                 keep.append(j)
-        if not keep or n == max_new_tokens - 1:
+        left = max_new_tokens - n - 1
+        if not keep or not left:
             break
         if len(keep) < len(alive):
             alive = [alive[j] for j in keep]
             ids = ids[keep]
             if cache:
                 cache.select(torch.tensor(keep, device=device))
-        full = any(len(windows[r]) > model.config.context_length for r in alive)
-        if full or not use_cache:
+        if not use_cache or any(len(windows[r]) > limit for r in alive):
             for r in alive:
-                windows[r] = clip_window(windows[r], model.config.context_length)
-            left = max_new_tokens - n - 1
+                windows[r] = clip_window(windows[r], limit)
             last, cache = prefill(model, [windows[r] for r in alive], left, device, use_cache)
         else:
             last = model.hidden_states(ids[:, None], cache)[:, 0]
@@ -999,7 +967,8 @@ def generate(
 
 
 def prefill(model, windows, room, device, use_cache):
-    """The hidden state (B, C) after each window, and a cache that holds the windows and has room."""
+    """The hidden state (B, C) after each window, and a cache of the windows with room for `room`
+    more tokens, up to context_length (None without use_cache)."""
     lengths = torch.tensor([len(w) for w in windows], device=device)
     longest = max(len(w) for w in windows)
     ids = torch.zeros(len(windows), longest, dtype=torch.long)
@@ -1007,11 +976,11 @@ def prefill(model, windows, room, device, use_cache):
         row[: len(window)] = torch.tensor(window)  # padded on the right: no real token sees the pad
     cache = None
     if use_cache:
-        limit = min(model.config.context_length, longest + room)
+        max_length = min(model.config.context_length, longest + room)
         dtype = next(model.parameters()).dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        cache = KVCache(model.config, len(windows), limit, device, dtype)
+        cache = KVCache(model.config, len(windows), max_length, device, dtype)
     hidden = model.hidden_states(ids.to(device), cache)
     if cache:
         cache.lengths = lengths
@@ -1044,7 +1013,7 @@ def completion_text(row, stop_ids, stop_strings, tokenizer):
 
 
 def check_generation(model, prompts, tokenizer, max_new_tokens, temperature, top_k, top_p,
-                     num_samples, stop_strings):  # fmt: skip
+                     num_samples, stop_strings):
     """raises ValueError on arguments that `generate` cannot use."""
     V = model.config.vocab_size
     ids = [i for p in prompts for i in (min(p), max(p))] if all(map(len, prompts)) else []
@@ -1054,10 +1023,10 @@ def check_generation(model, prompts, tokenizer, max_new_tokens, temperature, top
          f"{min(ids, default=0)}..{max(ids, default=0)}; use the model's tokenizer"),
         (min(max_new_tokens, num_samples) < 1, "max_new_tokens and num_samples must be at least 1, "
          f"got {max_new_tokens} and {num_samples}; raise them"),
-        (temperature < 0 or top_k < 0 or not 0 < top_p <= 1, "temperature and top_k must be at least "
-         f"0 and top_p in (0, 1], got {temperature}, {top_k}, {top_p}; correct them"),
+        (temperature < 0 or top_k < 0 or not 0 < top_p <= 1, "temperature and top_k must be at "
+         f"least 0 and top_p in (0, 1], got {temperature}, {top_k}, {top_p}; correct them"),
         (stop_strings and tokenizer is None, "stop_strings need a tokenizer, got none; pass one"),
-    ]  # fmt: skip
+    ]
     for found, message in problems:
         if found:
             raise ValueError(message)
@@ -1067,12 +1036,19 @@ def check_generation(model, prompts, tokenizer, max_new_tokens, temperature, top
 # Hugging Face directories: config.json, model.safetensors (one or sharded), tokenizer.json
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-                      "BF16": torch.bfloat16}  # fmt: skip
+                      "BF16": torch.bfloat16}
+
+HF_FIELDS = {  # of ModelConfig: of config.json
+    "vocab_size": "vocab_size", "context_length": "max_position_embeddings",
+    "d_model": "hidden_size", "num_layers": "num_hidden_layers", "d_ff": "intermediate_size",
+    "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
+    "d_head": "head_dim", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"}
 
 
 def read_safetensors(path):
-    """The tensors of one file, {name: read-only view of a memory map}. The format: 8 bytes of header
-    length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, the data."""
+    """The tensors of one file, {name: view of a memory map; writing to one leaves the file alone}.
+    The format: 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape,
+    data_offsets}}, the data. raises ValueError for a damaged file."""
     size = os.path.getsize(path)
     try:
         with open(path, "rb") as f:
@@ -1080,7 +1056,7 @@ def read_safetensors(path):
             if size < start:
                 raise ValueError("shorter than its header")
             header = json.loads(f.read(start - 8))
-        data = np.memmap(path, dtype=np.uint8, mode="c", offset=0)  # copy-on-write: torch wants writable
+        data = np.memmap(path, dtype=np.uint8, mode="c")  # copy-on-write: torch wants writable
         tensors = {}
         for name, entry in header.items():
             if name == "__metadata__":
@@ -1093,7 +1069,8 @@ def read_safetensors(path):
             aligned = first % dtype.itemsize == 0
             tensors[name] = (raw if aligned else raw.clone()).view(dtype).reshape(entry["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} must be a whole safetensors file, got {error!r}; copy it again") from None
+        raise ValueError(f"{path} must be a whole safetensors file, got {error!r}; "
+                         "copy it again") from None
     return tensors
 
 
@@ -1103,9 +1080,8 @@ def write_safetensors(tensors, path):
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = dict(
-            dtype=names[tensor.dtype], shape=list(tensor.shape), data_offsets=[offset, end]
-        )
+        header[name] = dict(dtype=names[tensor.dtype], shape=list(tensor.shape),
+                            data_offsets=[offset, end])
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data starts aligned
@@ -1122,15 +1098,14 @@ def write_json(content, path):
 
 def hf_names(config):
     """{our parameter name: Hugging Face's}, for Llama, Qwen2 and Qwen3 alike."""
-    block = {
-        "ln1": "input_layernorm", "ln2": "post_attention_layernorm",
-        "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj",
-        "attn.v_proj": "self_attn.v_proj", "attn.output_proj": "self_attn.o_proj",
-        "ffn.w1": "mlp.gate_proj", "ffn.w2": "mlp.down_proj", "ffn.w3": "mlp.up_proj",
-    }  # fmt: skip
+    block = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm",
+             "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj",
+             "attn.v_proj": "self_attn.v_proj", "attn.output_proj": "self_attn.o_proj",
+             "ffn.w1": "mlp.gate_proj", "ffn.w2": "mlp.down_proj", "ffn.w3": "mlp.up_proj"}
     if config.qk_norm:
         block.update({"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"})
-    names = {"token_embeddings.weight": "model.embed_tokens.weight", "ln_final.weight": "model.norm.weight"}
+    names = {"token_embeddings.weight": "model.embed_tokens.weight",
+             "ln_final.weight": "model.norm.weight"}
     for i in range(config.num_layers):
         for ours, theirs in block.items():
             names[f"layers.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
@@ -1142,8 +1117,8 @@ def hf_names(config):
 
 
 def swap_rotary_layout(name, tensor, d_head, to_hf):
-    """q and k rows between our pairs (2j, 2j+1) and Hugging Face's pairs (j, j + D/2); others as are.
-    Only the order of a head's rows differs: scores are the same sums."""
+    """q and k rows between our pairs (2j, 2j+1) and Hugging Face's pairs (j, j + D/2); others as
+    are. Only the order of a head's rows differs: scores are the same sums."""
     if not any(part in name for part in ("q_proj", "k_proj", "q_norm", "k_norm")):
         return tensor
     heads = tensor.unflatten(0, (-1, d_head // 2, 2) if to_hf else (-1, 2, d_head // 2))
@@ -1166,40 +1141,33 @@ def config_from_hf(hf, path):
     ]
     for found, what in problems:
         if found:
-            raise ValueError(f"{path} must be a model that we can run, got {what}; choose another model")
-    default_bias = kind == "qwen2"  # Qwen2 has q, k, v biases and no flag for it
+            raise ValueError(f"{path} must be a model that we can run, got {what}; "
+                             "choose another model")
+    optional = dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6,
+                    tie_word_embeddings=False)
     return ModelConfig(
-        vocab_size=hf["vocab_size"], context_length=hf["max_position_embeddings"],
-        d_model=hf["hidden_size"], num_layers=hf["num_hidden_layers"],
-        num_heads=hf["num_attention_heads"], num_kv_heads=hf.get("num_key_value_heads"),
-        d_head=hf.get("head_dim"), d_ff=hf["intermediate_size"],
+        **{ours: {**optional, **hf}[theirs] for ours, theirs in HF_FIELDS.items()},
         rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0),
-        norm_eps=hf.get("rms_norm_eps", 1e-6), tie_embeddings=hf.get("tie_word_embeddings", False),
-        qkv_bias=default_bias, qk_norm=kind == "qwen3",
         rope_scaling=rope if rope_type == "llama3" else None,
-    )  # fmt: skip
+        qkv_bias=kind == "qwen2",  # has biases on q, k and v, and no flag for them
+        qk_norm=kind == "qwen3")
 
 
 def config_to_hf(config, dtype):
-    """The config.json that transformers, vLLM and llama.cpp read. raises ValueError if none fits."""
+    """The config.json that transformers, vLLM and llama.cpp read; ValueError if none fits."""
     c = config
     if (c.norm, c.pos, c.ffn) != ("pre", "rope", "swiglu") or (c.qkv_bias and c.qk_norm):
-        raise ValueError(
-            "a Hugging Face model must have norm=pre, pos=rope, ffn=swiglu and not both qkv_bias and "
-            f"qk_norm, got norm={c.norm}, pos={c.pos}, ffn={c.ffn}; keep the checkpoint instead"
-        )
+        raise ValueError("a Hugging Face model must have norm=pre, pos=rope, ffn=swiglu and not "
+                         f"both qkv_bias and qk_norm, got norm={c.norm}, pos={c.pos}, "
+                         f"ffn={c.ffn}; keep the checkpoint instead")
     kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
     rope = {"rope_theta": c.rope_theta, "rope_type": "default", **(c.rope_scaling or {})}
     return dict(
         model_type=kind, architectures=[f"{kind.capitalize()}ForCausalLM"],
-        vocab_size=c.vocab_size, max_position_embeddings=c.context_length, hidden_size=c.d_model,
-        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads, head_dim=c.d_head, intermediate_size=c.d_ff,
-        hidden_act="silu", rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings,
+        **{theirs: getattr(c, ours) for ours, theirs in HF_FIELDS.items()}, hidden_act="silu",
         attention_bias=False, mlp_bias=False, use_sliding_window=False,
         rope_theta=c.rope_theta, rope_parameters=rope, rope_scaling=c.rope_scaling,
-        torch_dtype=str(dtype).removeprefix("torch."), initializer_range=0.02,
-    )  # fmt: skip
+        torch_dtype=str(dtype).removeprefix("torch."), initializer_range=0.02)
 
 
 def from_pretrained(path, device="cpu", dtype=None, **overrides):
@@ -1210,13 +1178,16 @@ def from_pretrained(path, device="cpu", dtype=None, **overrides):
     raises ValueError for another architecture, a missing or misshapen tensor, a damaged file.
     """
     path = os.fspath(path)
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        raise ValueError(f"{path} must be a folder with a config.json, got none; give a model folder")
-    with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
+    file = os.path.join(path, "config.json")
+    if not os.path.isfile(file):
+        raise ValueError(f"{path} must be a folder with a config.json, got none; "
+                         "give a model folder")
+    with open(file, encoding="utf-8") as f:
         try:
             config = config_from_hf(json.load(f), path)
         except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{f.name} must be a whole config, got {error!r}; copy it again") from None
+            raise ValueError(f"{file} must be a whole config, got {error!r}; "
+                             "copy it again") from None
     config = replace(config, **overrides)
     tensors = {}
     for shard in find_shards(path):
@@ -1226,13 +1197,13 @@ def from_pretrained(path, device="cpu", dtype=None, **overrides):
     expected, state = model.state_dict(), {}
     for ours, theirs in hf_names(config).items():
         if theirs not in tensors:
-            raise ValueError(f"{path} must hold the tensor {theirs}, got none; copy the model again")
+            raise ValueError(f"{path} must hold the tensor {theirs}, got none; "
+                             "copy the model again")
         tensor = swap_rotary_layout(ours, tensors[theirs], config.d_head, to_hf=False)
-        if tensor.shape != expected[ours].shape:
-            raise ValueError(
-                f"{theirs} must have shape {tuple(expected[ours].shape)}, got {tuple(tensor.shape)}; "
-                f"config.json and weights in {path} do not belong together"
-            )
+        want, got = tuple(expected[ours].shape), tuple(tensor.shape)
+        if want != got:
+            raise ValueError(f"{theirs} must have shape {want}, got {got}; "
+                             f"config.json and weights in {path} do not belong together")
         state[ours] = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
     if config.tie_embeddings:
         state["lm_head.weight"] = state["token_embeddings.weight"]
@@ -1247,11 +1218,12 @@ def from_pretrained(path, device="cpu", dtype=None, **overrides):
 
 def find_shards(path):
     """The safetensors files of a model folder."""
-    single, index = (os.path.join(path, "model.safetensors" + end) for end in ("", ".index.json"))
+    single, index = (os.path.join(path, f"model.safetensors{end}") for end in ("", ".index.json"))
     if os.path.exists(single):
         return [single]
     if not os.path.exists(index):
-        raise ValueError(f"{path} must hold model.safetensors (or an index), got neither; convert it")
+        raise ValueError(f"{path} must hold model.safetensors (or an index), got neither; "
+                         "convert it")
     with open(index, encoding="utf-8") as f:
         files = sorted(set(json.load(f)["weight_map"].values()))
     if any(os.path.basename(name) != name for name in files):
@@ -1266,15 +1238,14 @@ def save_pretrained(model, tokenizer, path, dtype=None):
     dtype = dtype or state["lm_head.weight"].dtype
     hf = config_to_hf(config, dtype)
     os.makedirs(path, exist_ok=True)
-    tensors = {
-        theirs: swap_rotary_layout(ours, state[ours], config.d_head, to_hf=True).to(dtype)
-        for ours, theirs in hf_names(config).items()
-    }
+    tensors = {theirs: swap_rotary_layout(ours, state[ours], config.d_head, to_hf=True).to(dtype)
+               for ours, theirs in hf_names(config).items()}
     if tokenizer is not None:
         end = {t: i for i, t in special_ids(tokenizer).items()}.get("<|endoftext|>")
         hf.update(bos_token_id=end, eos_token_id=end)
         tokenizer.save(os.path.join(path, "tokenizer.json"))
-        settings = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.context_length)
+        settings = dict(tokenizer_class="PreTrainedTokenizerFast",
+                        model_max_length=config.context_length)
         if end is not None:
             settings.update(eos_token="<|endoftext|>", bos_token="<|endoftext|>")
         write_json(settings, os.path.join(path, "tokenizer_config.json"))
@@ -1283,9 +1254,8 @@ def save_pretrained(model, tokenizer, path, dtype=None):
 
 
 def load_model(path, device="cpu", dtype=None, **overrides):
-    """(model, tokenizer or None) from a Hugging Face folder, or a train.py checkpoint or its folder."""
+    """(model, tokenizer or None) from a Hugging Face folder, or train.py's checkpoint or folder."""
     from bpe import Tokenizer
-
     if os.path.isfile(os.path.join(path, "config.json")):
         model, folder = from_pretrained(path, device, dtype, **overrides), path
     else:
@@ -1294,7 +1264,8 @@ def load_model(path, device="cpu", dtype=None, **overrides):
         try:
             config = ModelConfig(**content["config"])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{file} must hold a config, got {error}; use one of train.py") from None
+            raise ValueError(f"{file} must hold a config, got {error}; "
+                             "use one of train.py") from None
         model = TransformerLM(replace(config, **overrides))
         restore(content, model)
         model, folder = model.to(device=device, dtype=dtype), os.path.dirname(os.path.abspath(file))
@@ -1306,8 +1277,8 @@ def load_model(path, device="cpu", dtype=None, **overrides):
 
 def special_ids(tokenizer):
     """{id: text} of a tokenizer's special tokens."""
-    special = set(tokenizer.special_tokens)
-    return {i: b.decode() for i, b in tokenizer.vocab.items() if b.decode(errors="replace") in special}
+    special = {text.encode(): text for text in tokenizer.special_tokens}
+    return {i: special[token] for i, token in tokenizer.vocab.items() if token in special}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1315,26 +1286,26 @@ def special_ids(tokenizer):
 
 
 def resolve_device(name="auto"):
-    """torch.device for "auto" (CUDA, then Apple's MPS, then CPU) or a name; ValueError if not there."""
+    """torch.device for "auto" (CUDA, else MPS, else CPU) or a name; ValueError if not there."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
-    kind = name.split(":")[0]
-    there = {"cpu": True, "mps": mps, "cuda": cuda}.get(kind, False)
+    there = {"cpu": True, "mps": mps, "cuda": cuda}.get(name.split(":")[0], False)
     if cuda and name[5:].isdigit() and int(name[5:]) >= torch.cuda.device_count():
         there = False
     if not there:
-        raise ValueError(f"device must be one that PyTorch finds here, got {name!r}; use --device auto")
+        raise ValueError(f"device must be one that PyTorch finds here, got {name!r}; "
+                         "use --device auto")
     return torch.device(name)
 
 
 def resolve_dtype(name, device):
-    """(torch dtype to compute in, reason or None) for "auto", "float32" or "bfloat16". bfloat16 only
-    where the card has it in hardware: emulation is slower than float32."""
+    """(torch dtype to compute in, reason or None) for "auto", "float32" or "bfloat16". bfloat16
+    only where the card has it in hardware: emulation is slower than float32."""
     has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "auto":
-        reason = None if has_bf16 else f"float32: bfloat16 needs an NVIDIA card from 2020 on, not {device}"
-        return (torch.bfloat16 if has_bf16 else torch.float32), reason
+        reason = f"float32: bfloat16 needs an NVIDIA card from 2020 on, not {device}"
+        return (torch.bfloat16, None) if has_bf16 else (torch.float32, reason)
     if name == "bfloat16" and device.type == "cuda" and not has_bf16:
         return torch.float32, "float32: this card has no bfloat16 in hardware"
     return getattr(torch, name), None
@@ -1342,8 +1313,9 @@ def resolve_dtype(name, device):
 
 def compile_problem(device):
     """None where torch.compile is worth using, else the reason why not."""
-    if device.type != "cuda":
-        return f"not compiled: on {device.type} the compiler costs more than it gives in a short run"
+    kind = device.type
+    if kind != "cuda":
+        return f"not compiled: on {kind} the compiler costs more than it gives in a short run"
     if not has_triton():
         return "not compiled: triton is not installed"
     if torch.cuda.get_device_capability(device) < (7, 0):
@@ -1394,30 +1366,31 @@ def count_parameters(config):
     }
 
 
-def count_matmul_flops(config, batch_size=1, time=None, causal=False):
-    """{part: FLOPs} of the matrix products of one forward pass, 2mnk each; a backward pass takes twice
-    as many. causal halves scores and values: what the mask leaves. source: [1] A1, 3.6"""
-    c, T = config, time or config.context_length
-    N = batch_size * T
+def count_matmul_flops(config, batch_size=1, causal=False):
+    """{part: FLOPs} of the matrix products of one forward pass over whole contexts, 2mnk each; a
+    backward pass takes twice as many. causal halves scores and values: what the mask leaves.
+    source: [1] A1, 3.6"""
+    c, T = config, config.context_length
+    N, width = batch_size * T, c.num_heads * c.d_head
     pairs = N * T // 2 if causal else N * T
-    return {
-        "q, k, v projections": 2 * N * c.d_model * c.d_head * (c.num_heads + 2 * c.num_kv_heads) * c.num_layers,
-        "attention scores": 2 * pairs * c.num_heads * c.d_head * c.num_layers,
-        "attention values": 2 * pairs * c.num_heads * c.d_head * c.num_layers,
-        "output projection": 2 * N * c.num_heads * c.d_head * c.d_model * c.num_layers,
-        "feed-forward": 2 * N * (3 if c.ffn == "swiglu" else 2) * c.d_model * c.d_ff * c.num_layers,
-        "lm_head": 2 * N * c.d_model * c.vocab_size,
+    products = {  # of a block
+        "q, k, v projections": N * c.d_model * c.d_head * (c.num_heads + 2 * c.num_kv_heads),
+        "attention scores": pairs * width, "attention values": pairs * width,
+        "output projection": N * width * c.d_model,
+        "feed-forward": N * (3 if c.ffn == "swiglu" else 2) * c.d_model * c.d_ff,
     }
+    blocks = {part: 2 * c.num_layers * value for part, value in products.items()}
+    return {**blocks, "lm_head": 2 * N * c.d_model * c.vocab_size}
 
 
-def flops_per_token(config, time=None):
-    """FLOPs that training on one token needs: 3 forward passes of matmuls, causal half of attention."""
-    T = time or config.context_length
-    return 3 * sum(count_matmul_flops(config, 1, T, causal=True).values()) / T
+def flops_per_token(config):
+    """FLOPs of training on one token: 3 forward passes of matmuls, causal half of attention."""
+    return 3 * sum(count_matmul_flops(config, causal=True).values()) / config.context_length
 
 
-def estimate_memory(config, batch_size, dtype=torch.float32, checkpoint_every=(), device_type="cuda"):
-    """{part: bytes} that a training step of this model needs at its peak, AdamW and weights in float32.
+def estimate_memory(config, batch_size, dtype=torch.float32, checkpoint_every=(),
+                    device_type="cuda"):
+    """{part: bytes} that a training step needs at its peak, AdamW and weights in float32.
 
     Activations are what autograd saves in this file's layers, uncompiled; a test compares them with
     what it really saves. source: [1] A1 adamwAccounting, A2 gradient_checkpointing
@@ -1442,21 +1415,16 @@ def estimate_memory(config, batch_size, dtype=torch.float32, checkpoint_every=()
     blocks = kept * N * c.d_model * size + inner * a_block
     logits = min(N * c.vocab_size, CHUNK_LOGITS[device_type]) * (size + 4)
     head = N * (norm + size * c.d_model) + logits + 4 * c.vocab_size * c.d_model
-    return {
-        "parameters": 4 * parameters,
-        "gradients": 4 * parameters,
-        "optimizer (m and v)": 8 * parameters,
-        "weights cast to bfloat16": 2 * (parameters - parts["token_embeddings"]) if size == 2 else 0,
-        "activations of the blocks": blocks,
-        "final norm and loss": head,
-    }
+    cast = 2 * (parameters - parts["token_embeddings"]) if size == 2 else 0
+    return {"parameters": 4 * parameters, "gradients": 4 * parameters,
+            "optimizer (m and v)": 8 * parameters, "weights cast to bfloat16": cast,
+            "activations of the blocks": blocks, "final norm and loss": head}
 
 
 def largest_batch(config, budget_bytes, **options):
     """The largest batch size whose `estimate_memory` fits in budget_bytes; 0 if none does."""
-    return bisect.bisect_right(
-        range(1, 2**24), budget_bytes, key=lambda b: sum(estimate_memory(config, b, **options).values())
-    )
+    return bisect.bisect_right(range(1, 2**24), budget_bytes, key=lambda size: sum(
+        estimate_memory(config, size, **options).values()))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1468,8 +1436,8 @@ def count(args):
     config = config_from_flags(args)
     B, T = args.batch_size, config.context_length
     parameters, flops = count_parameters(config), count_matmul_flops(config, B)
-    dtype = getattr(torch, args.dtype)
-    memory = estimate_memory(config, B, dtype=dtype, checkpoint_every=args.checkpoint_every)
+    options = dict(dtype=getattr(torch, args.dtype), checkpoint_every=args.checkpoint_every)
+    memory = estimate_memory(config, B, **options)
     print(config)
     for title, table, unit, scale in (
         ("parameters", parameters, "", 1),
@@ -1483,25 +1451,27 @@ def count(args):
             print(f"  {part:<28}{shown:>18}{unit} {value / total:7.1%}")
     step = 3 * sum(flops.values())
     seconds = step / (args.peak_tflops * 1e12 * args.utilisation)
-    budget = args.memory_gib * 2**30
-    best = largest_batch(config, budget, dtype=dtype, checkpoint_every=args.checkpoint_every)
+    best = largest_batch(config, args.memory_gib * 2**30, **options)
     rest = 10 * sum(parameters.values())  # about 10 operations a parameter: see AdamW's docstring
-    print(f"\ntraining step: {step / 1e12:,.3f} TFLOP of matmuls and {rest / 1e12:.4f} TFLOP of AdamW,")
-    print(f"  {seconds * 1e3:,.1f} ms at {args.utilisation:.0%} of {args.peak_tflops:g} TFLOP/s")
     days = args.train_steps * seconds / 86_400
-    print(f"  {args.train_steps:,} such steps of {B * T:,} tokens: {days:,.1f} days")
-    print(f"largest batch in {args.memory_gib:g} GiB: {best} sequences of {T} tokens")
+    print(f"\ntraining step: {step / 1e12:,.3f} TFLOP of matmuls and {rest / 1e12:.4f} TFLOP of "
+          f"AdamW,\n  {seconds * 1e3:,.1f} ms at {args.utilisation:.0%} of {args.peak_tflops:g} "
+          f"TFLOP/s\n  {args.train_steps:,} such steps of {B * T:,} tokens: {days:,.1f} days\n"
+          f"largest batch in {args.memory_gib:g} GiB: {best} sequences of {T} tokens")
 
 
 def bench(args):
     """The harness of assignment 2: times forward, backward and step; prints a table, then JSON."""
     global ANNOTATE
-    if args.memory_snapshot and resolve_device(args.device).type != "cuda":
-        raise ValueError("memory_snapshot needs an NVIDIA GPU, got none; leave it out")
     device = resolve_device(args.device)
+    if args.memory_snapshot and device.type != "cuda":
+        raise ValueError("memory_snapshot needs an NVIDIA GPU, got none; leave it out")
+    if args.nanogpt:
+        return race_nanogpt(args)
     dtype, reason = resolve_dtype(args.dtype, device)
     torch.manual_seed(0)
     config = config_from_flags(args)
+    B, T = args.batch_size, config.context_length
     started = time.perf_counter()
     with device:
         model = TransformerLM(config)
@@ -1509,13 +1479,13 @@ def bench(args):
     ANNOTATE = not args.compile  # main() switches it off again
     hidden_states = torch.compile(model.hidden_states) if args.compile else model.hidden_states
     optimizer = AdamW(optimizer_groups(model, 0.1))
-    x, y = torch.randint(config.vocab_size, (2, args.batch_size, config.context_length), device=device)
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{config}\n{sum(p.numel() for p in model.parameters()):,} parameters, batch {args.batch_size}, "
+    x, y = torch.randint(config.vocab_size, (2, B, T), device=device)
+    cuda = device.type == "cuda"
+    card = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
+    print(f"{config}\n{sum(p.numel() for p in model.parameters()):,} parameters, batch {B}, "
           f"{dtype}, {device} ({card}), torch {torch.__version__}, compile {args.compile}, "
-          f"checkpoint_every {args.checkpoint_every}" + (f"; {reason}" if reason else ""))  # fmt: skip
-
-    if config.context_length > 1:
+          f"checkpoint_every {args.checkpoint_every}" + (f"; {reason}" if reason else ""))
+    if T > 1:
         check_forward(model, x, device, dtype)
 
     def forward():
@@ -1525,25 +1495,8 @@ def bench(args):
                 return cross_entropy(hidden @ model.lm_head.weight.T, y)
             return linear_cross_entropy(hidden, model.lm_head.weight, y)
 
-    def run(mode):
-        """Runs one pass; returns the seconds of each part."""
-        marks = [synchronised_time(device)]
-        with torch.set_grad_enabled(mode != "forward"), annotate("forward"):
-            loss = forward()
-        marks.append(synchronised_time(device))
-        if mode != "forward":
-            with annotate("backward"):
-                loss.backward()
-            marks.append(synchronised_time(device))
-        if mode == "step":
-            with annotate("optimizer"):
-                clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-            marks.append(synchronised_time(device))
-        optimizer.zero_grad(set_to_none=True)
-        seconds = [b - a for a, b in zip(marks, marks[1:])]
-        return dict(zip(("forward", "backward", "optimizer"), seconds))
-
+    run = functools.partial(timed_pass, forward=forward, model=model, optimizer=optimizer,
+                            device=device)
     results = {}
     for mode in ("forward", "backward", "step") if args.mode == "all" else (args.mode,):
         try:
@@ -1552,22 +1505,42 @@ def bench(args):
             optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             results[mode] = {"out_of_memory": True}
-            print(f"{mode:<9} out of memory: a smaller --batch_size or --checkpoint_every 1 may fit")
+            print(f"{mode:<9} out of memory: a smaller --batch_size or --checkpoint_every 1 "
+                  "may fit")
     if args.show_dtypes:
         show_dtypes(model, forward)
     if args.profile:
         print_kernel_table(lambda: run("step" if args.mode == "all" else args.mode), device)
-    print(json.dumps({"preset": args.preset, "batch_size": args.batch_size, "dtype": str(dtype)[6:],
-                      "context_length": config.context_length, "device": card, "compile": args.compile,
+    print(json.dumps({"preset": args.preset, "batch_size": B, "dtype": str(dtype)[6:],
+                      "context_length": T, "device": card, "compile": args.compile,
                       "checkpoint_every": args.checkpoint_every, "results": results,
-                      "total_s": round(time.perf_counter() - started, 1)}))  # fmt: skip
+                      "total_s": round(time.perf_counter() - started, 1)}))
+
+
+def timed_pass(mode, forward, model, optimizer, device):
+    """{part: seconds} of one "forward" pass, of it and its "backward", or of a whole "step"."""
+    marks = [synchronised_time(device)]
+    with torch.set_grad_enabled(mode != "forward"), annotate("forward"):
+        loss = forward()
+    marks.append(synchronised_time(device))
+    if mode != "forward":
+        with annotate("backward"):
+            loss.backward()
+        marks.append(synchronised_time(device))
+    if mode == "step":
+        with annotate("optimizer"):
+            clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        marks.append(synchronised_time(device))
+    optimizer.zero_grad(set_to_none=True)
+    seconds = [b - a for a, b in zip(marks, marks[1:])]
+    return dict(zip(("forward", "backward", "optimizer"), seconds))
 
 
 def check_forward(model, x, device, dtype):
-    """Stops unless the loss in this precision agrees with plain attention and full float32 logits."""
+    """Stops unless the loss in this precision agrees with plain attention and float32 logits."""
     x, y = x[:1, :64], x[:1, 1:65]
     x = x[:, : y.shape[1]]
-    fast = {"attention": model.config.attention}
     with torch.no_grad():
         with compute_context(device, dtype):
             got = model.loss(x, y).item()
@@ -1575,12 +1548,68 @@ def check_forward(model, x, device, dtype):
             layer.attn.config = replace(model.config, attention="eager")
         expected = cross_entropy(model(x), y).item()
         for layer in model.layers:
-            layer.attn.config = replace(model.config, **fast)
+            layer.attn.config = model.config
     bound = 1e-4 if dtype == torch.float32 else 2e-2  # bf16 keeps 8 bits: 4e-3 a rounding
     print(f"check: loss {got:.5f}, plain float32 {expected:.5f}")
     if not abs(got - expected) <= bound * expected:
         raise ValueError(f"the fast loss must be within {bound} of the plain one, got {got} and "
                          f"{expected}; this is a bug")
+
+
+def race_nanogpt(args):
+    """Races our training step against that of the nanoGPT in the folder --nanogpt, same shape,
+    batch, dtype and compiler, in turns of `repeats` steps without a pause; prints tokens a second.
+    """
+    device = resolve_device(args.device)
+    dtype, _ = resolve_dtype(args.dtype, device)
+    c, B = config_from_flags(args), args.batch_size
+    spec = importlib.util.spec_from_file_location("nanogpt", os.path.join(args.nanogpt, "model.py"))
+    nanogpt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
+    theirs = nanogpt.GPT(nanogpt.GPTConfig(
+        block_size=c.context_length, vocab_size=c.vocab_size, n_layer=c.num_layers,
+        n_head=c.num_heads, n_embd=c.d_model, dropout=0.0, bias=False)).to(device)
+    ours = TransformerLM(c).to(device)
+    make_fast = torch.compile if args.compile else lambda f: f
+    their_forward, hidden_states = make_fast(theirs), make_fast(ours.hidden_states)
+    their_optimizer = theirs.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+    our_optimizer = AdamW(optimizer_groups(ours, 0.1), lr=6e-4, betas=(0.9, 0.95))
+    x, y = torch.randint(c.vocab_size, (2, B, c.context_length), device=device)
+
+    def their_step():
+        with compute_context(device, dtype):
+            _, loss = their_forward(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        their_optimizer.step()
+        their_optimizer.zero_grad(set_to_none=True)
+
+    def our_step():
+        with compute_context(device, dtype):
+            loss = linear_cross_entropy(hidden_states(x), ours.lm_head.weight, y)
+        loss.backward()
+        clip_grad_norm_(ours.parameters(), 1.0)
+        our_optimizer.step()
+        our_optimizer.zero_grad(set_to_none=True)
+
+    rates = {"nanoGPT": [], "lmzero": []}
+    for turn in range(6):
+        for name, step in (("nanoGPT", their_step), ("lmzero", our_step)):
+            for _ in range(3):
+                step()
+            started = synchronised_time(device)
+            for _ in range(args.repeats):
+                step()
+            seconds = synchronised_time(device) - started
+            if turn:  # the first turn warms up
+                rates[name].append(args.repeats * B * c.context_length / seconds)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    for name, values in rates.items():
+        print(f"{name:<8} {medians[name]:>12,.0f} tok/s, 5 turns of {args.repeats} steps from "
+              f"{min(values):,.0f} to {max(values):,.0f}")
+    print(json.dumps({"batch_size": B, "context_length": c.context_length, "dtype": str(dtype)[6:],
+                      "compile": args.compile, "tokens_per_s": rates,
+                      "ratio": round(medians["lmzero"] / medians["nanoGPT"], 4)}))
 
 
 def synchronised_time(device):
@@ -1591,7 +1620,8 @@ def synchronised_time(device):
 
 
 def time_mode(run, mode, args, device):
-    """Times `run(mode)` after a warm-up; prints mean, spread and peak memory, and returns them."""
+    """Times `run(mode)` after a warm-up: prints mean, spread and peak memory; returns them and the
+    median, {part: {mean_ms, median_ms, std_ms}} and peak_gib."""
     cuda = device.type == "cuda"
     for _ in range(args.warmup_steps):
         run(mode)
@@ -1607,8 +1637,9 @@ def time_mode(run, mode, args, device):
     row, line = {"peak_gib": peak_gib and round(peak_gib, 2)}, f"{mode:<9}"
     for part in [*repeats[0], "total"]:
         ms = [1e3 * (sum(r.values()) if part == "total" else r[part]) for r in repeats]
-        row[part] = {"mean_ms": round(statistics.mean(ms), 3), "median_ms": round(statistics.median(ms), 3),
-                     "std_ms": round(statistics.pstdev(ms), 3)}  # fmt: skip
+        mean, std = statistics.mean(ms), statistics.pstdev(ms)
+        row[part] = dict(mean_ms=round(mean, 3), median_ms=round(statistics.median(ms), 3),
+                         std_ms=round(std, 3))
         line += f"| {part} {row[part]['mean_ms']:.2f} +- {row[part]['std_ms']:.2f} ms "
     print(line + (f"| peak {peak_gib:.2f} GiB" if cuda else ""), flush=True)
     return row
@@ -1616,18 +1647,20 @@ def time_mode(run, mode, args, device):
 
 def show_dtypes(model, forward):
     """Prints the dtype of each part under the chosen precision. source: [1] A2, mixed precision"""
-    parts = {"embedding": model.token_embeddings, "norm": model.layers[0].ln1, "q_proj": model.layers[0].attn.q_proj,
-             "attention": model.layers[0].attn, "feed-forward": model.layers[0].ffn}  # fmt: skip
+    first = model.layers[0]
+    parts = {"embedding": model.token_embeddings, "norm": first.ln1, "q_proj": first.attn.q_proj,
+             "attention": first.attn, "feed-forward": first.ffn}
     seen = {"parameters": next(model.parameters()).dtype}
     hooks = [
-        module.register_forward_hook(lambda m, i, out, name=name: seen.update({f"{name} output": out.dtype}))
+        module.register_forward_hook(
+            lambda m, i, out, name=name: seen.update({f"{name} output": out.dtype}))
         for name, module in parts.items()
     ]
     loss = forward()
     loss.backward()
     for hook in hooks:
         hook.remove()
-    seen.update({"loss": loss.dtype, "gradients": model.layers[0].attn.q_proj.weight.grad.dtype})
+    seen.update({"loss": loss.dtype, "gradients": first.attn.q_proj.weight.grad.dtype})
     model.zero_grad(set_to_none=True)
     for name, dtype in seen.items():
         print(f"  {name:<22}{dtype}")
@@ -1636,7 +1669,6 @@ def show_dtypes(model, forward):
 def print_kernel_table(run, device):
     """The 15 costliest kernels (operators on a CPU) of one call, by torch.profiler."""
     from torch.profiler import ProfilerActivity, profile
-
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
         run()
@@ -1654,13 +1686,12 @@ def generate_text(args):
     device = resolve_device(args.device)
     model, tokenizer = load_model(args.model, device)
     if tokenizer is None:
-        raise ValueError(f"{args.model} must have a tokenizer.json beside it, got none; copy it there")
+        raise ValueError(f"{args.model} must have a tokenizer.json beside it, got none; "
+                         "copy it there")
     prompts = args.prompt or ["<|endoftext|>"]
-    rows = generate(
-        model, prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.num_samples,
-        stop_ids=() if args.ignore_end else tuple(special_ids(tokenizer)), stop_strings=tuple(args.stop),
-        tokenizer=tokenizer, seed=args.seed,
-    )  # fmt: skip
+    stop_ids = () if args.ignore_end else tuple(special_ids(tokenizer))
+    rows = generate(model, prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                    args.num_samples, stop_ids, tuple(args.stop), tokenizer, args.seed)
     for row in rows:
         if len(rows) > 1:
             print(f"--- prompt {row.prompt_index}, {len(row.tokens)} tokens, {row.finish_reason}")
@@ -1677,71 +1708,78 @@ def export(args):
 
 def positive(kind):
     """An argparse type: a number above 0."""
-
     def convert(text):
         if (value := kind(text)) <= 0:
             raise argparse.ArgumentTypeError(f"must be above 0, got {text}; raise it")
         return value
 
-    convert.__name__ = kind.__name__
+    convert.__name__ = kind.__name__  # argparse names the type in its message
     return convert
 
 
 def build_parser():
     parser = argparse.ArgumentParser(prog="model.py", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    spans = dict(type=positive(int), nargs="*", default=[], help="recompute groups of K blocks (K1 K2: nested)")
+    dtypes, counting, rate = ("float32", "bfloat16"), positive(int), positive(float)
+    spans = dict(type=counting, nargs="*", default=[],
+                 help="recompute groups of K blocks (K1 K2: nested)")
 
     p = verbs.add_parser("count", help="parameters, FLOPs, memory, step time")
     add_model_flags(p)
-    p.add_argument("--batch_size", type=positive(int), default=1)
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    p.add_argument("--checkpoint_every", **spans)
-    p.add_argument("--peak_tflops", type=positive(float), default=19.5, help="of the device (19.5: A100, float32)")
-    p.add_argument("--utilisation", type=positive(float), default=0.5, help="share of the peak that is reached")
-    p.add_argument("--memory_gib", type=positive(float), default=80, help="of the device")
-    p.add_argument("--train_steps", type=int, default=400_000)
+    add = p.add_argument
+    add("--batch_size", type=counting, default=1)
+    add("--dtype", default="float32", choices=dtypes)
+    add("--checkpoint_every", **spans)
+    add("--peak_tflops", type=rate, default=19.5, help="of the device (19.5: A100, float32)")
+    add("--utilisation", type=rate, default=0.5, help="share of the peak that is reached")
+    add("--memory_gib", type=rate, default=80, help="of the device")
+    add("--train_steps", type=int, default=400_000)
     p.set_defaults(run=count)
 
     p = verbs.add_parser("bench", help="time and memory of forward, backward and step")
     add_model_flags(p)
-    p.add_argument("--mode", default="all", choices=("all", "forward", "backward", "step"))
-    p.add_argument("--batch_size", type=positive(int), default=4)
-    p.add_argument("--warmup_steps", type=int, default=5)
-    p.add_argument("--repeats", type=positive(int), default=10)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks")
-    p.add_argument("--full_logits", action="store_true", help="the plain loss, with all logits in memory")
-    p.add_argument("--checkpoint_every", **spans)
-    p.add_argument("--memory_snapshot", metavar="FILE", help="writes MODE_FILE for pytorch.org/memory_viz")
-    p.add_argument("--profile", action="store_true", help="print the costliest kernels")
-    p.add_argument("--show_dtypes", action="store_true", help="print the dtype of each part")
+    add = p.add_argument
+    add("--mode", default="all", choices=("all", "forward", "backward", "step"))
+    add("--batch_size", type=counting, default=4)
+    add("--warmup_steps", type=int, default=5)
+    add("--repeats", type=counting, default=10)
+    add("--device", default="auto")
+    add("--dtype", default="float32", choices=("auto", *dtypes))
+    add("--compile", action="store_true", help="torch.compile the blocks")
+    add("--full_logits", action="store_true", help="the plain loss, with all logits in memory")
+    add("--checkpoint_every", **spans)
+    add("--memory_snapshot", metavar="FILE", help="writes MODE_FILE for pytorch.org/memory_viz")
+    add("--nanogpt", metavar="DIR", help="race the training step of the nanoGPT in this folder")
+    add("--profile", action="store_true", help="print the costliest kernels")
+    add("--show_dtypes", action="store_true", help="print the dtype of each part")
     p.set_defaults(run=bench)
 
     p = verbs.add_parser("generate", help="text from a trained model")
-    p.add_argument("--model", default="out", help="a Hugging Face folder, a checkpoint or its folder")
-    p.add_argument("--prompt", action="append", help="repeat for several (default: end of text)")
-    p.add_argument("--max_new_tokens", type=int, default=256)
-    p.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
-    p.add_argument("--top_k", type=int, default=0, help="0: all")
-    p.add_argument("--top_p", type=float, default=0.95)
-    p.add_argument("--num_samples", type=int, default=1)
-    p.add_argument("--stop", action="append", default=[], help="a string that ends the text")
-    p.add_argument("--ignore_end", action="store_true", help="go on past the end-of-text token")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto")
+    add = p.add_argument
+    add("--model", default="out", help="a Hugging Face folder, a checkpoint or its folder")
+    add("--prompt", action="append", help="repeat for several (default: end of text)")
+    add("--max_new_tokens", type=int, default=256)
+    add("--temperature", type=float, default=0.8, help="0: the likeliest token")
+    add("--top_k", type=int, default=0, help="0: all")
+    add("--top_p", type=float, default=0.95)
+    add("--num_samples", type=int, default=1)
+    add("--stop", action="append", default=[], help="a string that ends the text")
+    add("--ignore_end", action="store_true", help="go on past the end-of-text token")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto")
     p.set_defaults(run=generate_text)
 
     p = verbs.add_parser("export", help="write a Hugging Face directory")
-    p.add_argument("--model", required=True, help="a checkpoint, its folder or a Hugging Face folder")
-    p.add_argument("--out_dir", required=True)
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the stored weights")
+    add = p.add_argument
+    add("--model", required=True, help="a checkpoint, its folder or a Hugging Face folder")
+    add("--out_dir", required=True)
+    add("--dtype", choices=(*dtypes, "float16"), help="of the stored weights")
     p.set_defaults(run=export)
     return parser
 
 
 def main(argv=None):
+    global ANNOTATE
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
@@ -1749,7 +1787,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.exit(2, f"model.py {args.verb}: error: {error}\n")
     finally:
-        globals()["ANNOTATE"] = False
+        ANNOTATE = False
 
 
 if __name__ == "__main__":

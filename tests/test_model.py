@@ -1427,6 +1427,7 @@ def test_sample_never_draws_what_has_no_probability_even_at_the_ends():
     (dict(prompts=[[-1]]), "-1"), (dict(max_new_tokens=0), "max_new_tokens"), (dict(top_k=-1), "top_k"),
     (dict(temperature=-0.1), "temperature"), (dict(top_p=0.0), "top_p"), (dict(top_p=1.5), "top_p"),
     (dict(num_samples=0), "num_samples"), (dict(stop_strings=["x"]), "tokenizer"),
+    (dict(prompts=["x"]), "tokenizer"),
 ])  # fmt: skip
 def test_generation_refuses_what_it_cannot_do(bad, named):
     with pytest.raises(ValueError, match=named):
@@ -1732,21 +1733,22 @@ def test_count_matmul_flops_equals_what_torch_counts_in_a_real_forward_pass(chan
     config = tiny(attention="eager", **changes)  # FlopCounterMode does not see inside the CPU's sdpa
     model = M.TransformerLM(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(tokens(3, 24))
-    assert sum(M.count_matmul_flops(config, 3, 24).values()) == counter.get_total_flops()
+        model(tokens(3, 32))
+    assert sum(M.count_matmul_flops(config, 3).values()) == counter.get_total_flops()
 
 
 def test_matmul_flops_by_hand_and_the_causal_half():
-    config = tiny(num_layers=1, num_kv_heads=2)  # C = 32, 4 query heads and 2 key heads of 8, F = 48
-    N, parts = 2 * 8, M.count_matmul_flops(config, 2, 8)
+    # C = 32, 4 query heads and 2 key heads of 8, F = 48
+    config = tiny(num_layers=1, num_kv_heads=2, context_length=8)
+    N, parts = 2 * 8, M.count_matmul_flops(config, 2)
     assert parts == {
         "q, k, v projections": 2 * N * 32 * (32 + 16 + 16), "attention scores": 2 * N * 8 * 32,
         "attention values": 2 * N * 8 * 32, "output projection": 2 * N * 32 * 32,
         "feed-forward": 2 * N * 3 * 32 * 48, "lm_head": 2 * N * 32 * 61,
     }  # fmt: skip
-    causal = M.count_matmul_flops(config, 2, 8, causal=True)
+    causal = M.count_matmul_flops(config, 2, causal=True)
     assert causal["attention scores"] == N * 8 * 32 and causal["lm_head"] == parts["lm_head"]
-    assert M.flops_per_token(config, 8) == pytest.approx(3 * sum(causal.values()) / N)
+    assert M.flops_per_token(config) == pytest.approx(3 * sum(causal.values()) / N)
 
 
 MEMORY_CONFIGS = {
