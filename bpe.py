@@ -1,4 +1,4 @@
-"""Byte-level BPE from scratch: train a tokenizer, encode and decode text, write files of tokens.
+"""Raw text to tokens by byte-level BPE from scratch: train, encode, decode, write files of tokens.
 
     python bpe.py train  --input corpus.txt --vocab_size 10000 --out_dir tok   # tok/tokenizer.json
     python bpe.py encode --tokenizer tok --input corpus.txt --out corpus.bin   # and corpus.json
@@ -16,6 +16,7 @@ Sources:
 """
 
 import argparse
+import gzip
 import hashlib
 import heapq
 import importlib.util
@@ -1177,6 +1178,240 @@ def read_tokens(path, tokenizer=None, vocab_size=None):
     return ids, meta
 
 
+# ---------------------------------------------------------------- data: from a name to ids
+
+HUB = "https://huggingface.co/datasets"
+# name: {split: (address, sha256; None: the one that the server announces)}
+DATASETS = {
+    "tinystories": {
+        "train": (f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt", None),
+        "valid": (f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt", None),
+    },
+    "owt": {
+        "train": (f"{HUB}/stanford-cs336/owt-sample/resolve/main/owt_train.txt.gz", None),
+        "valid": (f"{HUB}/stanford-cs336/owt-sample/resolve/main/owt_valid.txt.gz", None),
+    },
+    "shakespeare": {
+        "train": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+                  "tinyshakespeare/input.txt",
+                  "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    },
+}
+HELD_OUT = 20  # one document in so many is validation text
+DOWNLOAD_ATTEMPTS = 5
+
+
+def download(url, path, sha256=None):
+    """Fetches `url` to `path`, going on by range where an earlier try stopped.
+
+    sha256: that the file must have; None: the one that the server announces, if it does
+    raises: OSError when it cannot be had (the part is kept), ValueError on a wrong checksum
+    """
+    import requests
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    for attempt in range(DOWNLOAD_ATTEMPTS):
+        try:
+            announced = download_rest(requests, url, part)
+            sha256 = sha256 or announced
+            break
+        except (OSError, requests.RequestException) as error:
+            reply = getattr(error, "response", None)
+            final = reply is not None and 400 <= reply.status_code < 500
+            if final or attempt == DOWNLOAD_ATTEMPTS - 1:
+                raise OSError(f"{url} must be reachable, got {error}; try again (what came is "
+                              f"kept) or put the file at {path} yourself") from None
+            time.sleep(2**attempt)
+    found = hashlib.sha256()
+    with open(part, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    if sha256 and found.hexdigest() != sha256:
+        part.unlink()
+        raise ValueError(f"{url} must have sha256 {sha256}, got {found.hexdigest()}; it was "
+                         "dropped, try again")
+    os.replace(part, path)
+    print(f"{path}: sha256 {found.hexdigest()}"
+          + ("" if sha256 else " (nothing to compare it with)"))
+
+
+def download_rest(requests, url, part):
+    """Appends to `part` what it lacks of `url`; returns the sha256 that the server announces."""
+    have = part.stat().st_size if part.exists() else 0
+    with requests.get(url, headers={"Range": f"bytes={have}-"} if have else {}, stream=True,
+                      timeout=30) as reply:
+        tags = [r.headers.get("X-Linked-ETag", "").strip('"') for r in [*reply.history, reply]]
+        if reply.status_code != 416:  # nothing is left to send: the part is whole
+            reply.raise_for_status()
+            if reply.status_code != 206:  # a server without ranges starts over
+                have = 0
+            total = have + int(reply.headers.get("Content-Length", 0))
+            line = Progress(f"download {part.stem}", max(total, 1), "bytes")
+            with open(part, "ab" if have else "wb") as file:
+                for block in reply.iter_content(1 << 16):  # what a broken reply may lose
+                    file.write(block)
+                    line.update(file.tell())
+            line.close()
+            if part.stat().st_size < total:
+                raise OSError(f"{part.stat().st_size} of {total} bytes")
+    return next((tag for tag in tags if len(tag) == 64), None)
+
+
+def fetch(name, folder):
+    """Downloads a named set into `folder`; returns [train file] or [train file, valid file]."""
+    texts = []
+    for split, (url, sha256) in DATASETS[name].items():
+        text = folder / f"raw_{split}.txt"
+        if not text.exists():
+            packed = url.endswith(".gz")
+            raw = folder / f"raw_{split}.txt.gz" if packed else text
+            if not raw.exists():
+                download(url, raw, sha256)
+            if packed:
+                with gzip.open(raw) as source, open(f"{text}.tmp", "wb") as out:
+                    shutil.copyfileobj(source, out, 1 << 20)
+                os.replace(f"{text}.tmp", text)
+        texts.append(text)
+    return texts
+
+
+def what_was_made(path):
+    """Returns what the JSON file at `path` says, {} where there is none that can be read."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return {}
+
+
+def standard_library():
+    """Returns (folder, .py files in it) of this Python's standard library."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"site-packages", "dist-packages"}
+    return root, [path for path in sorted(root.rglob("*.py"))
+                  if not skip & set(path.relative_to(root).parts)]
+
+
+def read_documents(paths, root, errors):
+    """Yields (key, text) of documents: the files, the "text" of each line of a .jsonl(.gz), what
+    <|endoftext|> separates in a file. The key, not the text, decides what is held out."""
+    for path in paths:
+        name = path.relative_to(root).as_posix() if root else path.name
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    try:
+                        text = json.loads(line)["text"]
+                        text.encode()
+                    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                        raise ValueError(f"each line of {path} must be a JSON object with a "
+                                         f"\"text\", got {error!r} in line {number}; correct it"
+                                         ) from None
+                    yield f"{name}:{number}", text
+        else:
+            parts = read_piece(path, 0, path.stat().st_size, errors).split(END_OF_TEXT)
+            for number, text in enumerate(parts):
+                if text.strip():
+                    yield f"{name}:{number}" if len(parts) > 1 else name, text
+
+
+def write_splits(data, folder, errors):
+    """Writes folder/train.txt and folder/valid.txt, documents ended by <|endoftext|>, from what
+    `data` names; returns the two paths. Made before from the same bytes: left as they are.
+
+    Held out are documents whose key's hash says so, one in HELD_OUT; where that leaves less than
+    a fifth of the share (one long text, few files), the end of the text is.
+    """
+    if data == "python":
+        root, paths = standard_library()
+        errors = "ignore"  # a few test files of the library are not UTF-8, on purpose
+    else:
+        root, paths = Path(data) if Path(data).is_dir() else None, list_files(data)
+    splits = folder / "train.txt", folder / "valid.txt"
+    source = {"sha256": files_sha256(paths), "errors": errors, "held_out": HELD_OUT}
+    if all(path.exists() for path in splits) and what_was_made(folder / "source.json") == source:
+        return splits
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "source.json").unlink(missing_ok=True)
+    sizes = [0, 0]
+    with open(splits[0], "wb") as train_file, open(splits[1], "wb") as valid_file:
+        for key, text in read_documents(paths, root, errors):
+            held_out = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % HELD_OUT == 0
+            encoded = (text + END_OF_TEXT).encode()
+            (valid_file if held_out else train_file).write(encoded)
+            sizes[held_out] += len(encoded)
+    if sizes[1] * 5 * HELD_OUT < sum(sizes):
+        text = b"".join(path.read_bytes() for path in splits)
+        cut = text.rfind(b"\n", 0, len(text) - len(text) // HELD_OUT) + 1
+        splits[0].write_bytes(text[:cut])
+        splits[1].write_bytes(text[cut:])
+    write_atomically(folder / "source.json", json.dumps(source).encode())
+    return splits
+
+
+def prepare_data(data, vocab_size, data_dir="data", valid_data=None, tokenizer=None, pattern="gpt2",
+                 num_workers=None, errors="strict"):
+    """Returns (train ids, valid ids, tokenizer, tokens per byte of the validation text).
+
+    data: "python" (the standard library's source), a name of DATASETS, a .txt, .jsonl(.gz) or
+    folder of them, or a .bin of `write_tokens`; valid_data: the validation text or .bin, None to
+    hold out one document in HELD_OUT; tokenizer: a tokenizer.json, None to train one.
+    What it makes lies under data_dir and is used again while the text is the same.
+    """
+    if str(data).endswith(".bin"):
+        return open_token_files(data, vocab_size, valid_data, tokenizer)
+    name = data if data in DATASETS else Path(data).name.split(".")[0] or "data"
+    folder = Path(data_dir) / name
+    texts = fetch(data, folder) if data in DATASETS else [Path(data)]
+    if valid_data:
+        texts = [texts[0], Path(valid_data)]
+    if len(texts) == 1 or any(path.suffix != ".txt" for path in texts):
+        texts = write_splits(data if data not in DATASETS else texts[0], folder, errors)
+    hashes = [files_sha256([path]) for path in texts]
+    if tokenizer:
+        tokenizer = Tokenizer.load(tokenizer)
+        folder = folder / tokenizer.sha256[:12]
+    else:
+        folder = folder / f"{pattern}_{vocab_size}"
+        source = {"text": hashes[0], "errors": errors}
+        if what_was_made(folder / "source.json") != source:
+            vocab, merges = train_bpe(texts[0], vocab_size, [END_OF_TEXT], num_workers,
+                                      PATTERNS[pattern], errors=errors, progress=True)
+            Tokenizer(vocab, merges, [END_OF_TEXT], PATTERNS[pattern]).save(folder)
+            write_atomically(folder / "source.json", json.dumps(source).encode())
+        tokenizer = Tokenizer.load(folder)
+    ids = []
+    for split, text, sha256 in zip(("train", "valid"), texts, hashes):
+        path = folder / f"{split}.bin"
+        meta = what_was_made(path.with_suffix(".json"))
+        if (not path.exists() or meta.get("tokenizer_hash") != tokenizer.sha256
+                or meta.get("source_hash") != sha256):
+            write_tokens(text, tokenizer, path, num_workers, errors=errors, progress=True)
+        split_ids, meta = read_tokens(path, tokenizer)
+        print(f"{split}: {meta['tokens']:,} tokens of {meta['bytes']:,} bytes, {path}")
+        ids.append(split_ids)
+    return *ids, tokenizer, meta["tokens"] / max(1, meta["bytes"])
+
+
+def open_token_files(data, vocab_size, valid_data=None, tokenizer=None):
+    """`prepare_data` for a .bin; without valid_data the last of HELD_OUT parts is held out.
+
+    vocab_size: above all ids, where no tokenizer.json lies beside the file to say it
+    """
+    beside = Path(data).parent / "tokenizer.json"
+    if tokenizer or beside.exists():
+        tokenizer = Tokenizer.load(tokenizer or beside)
+        vocab_size = tokenizer.vocab_size
+    ids, meta = read_tokens(data, tokenizer, vocab_size)
+    cut = len(ids) - len(ids) // HELD_OUT
+    valid = ids[cut:]
+    if valid_data:
+        cut = len(ids)
+        valid, meta = read_tokens(valid_data, tokenizer, vocab_size)
+    return ids[:cut], valid, tokenizer, meta["tokens"] / max(1, meta["bytes"])
+
+
 # ---------------------------------------------------------------- bench
 
 BENCH_SUFFIXES = (".py", ".md", ".rst", ".txt", ".html", ".js", ".h", ".c", ".pyi")
@@ -1296,7 +1531,7 @@ def bench_encode(tokenizer, texts, args):
 
 
 def bench(args):
-    """The verb bench: correctness first, then training and encoding, against what is installed."""
+    """Correctness first, then the speed of training and encoding against what is installed."""
     if args.trainer:  # one contender, in a process of its own so that its memory is its own
         started = time.perf_counter()
         TRAINERS[args.trainer](args)
@@ -1360,7 +1595,7 @@ def peak_memory_mib(num_workers):
 
 
 def train(args):
-    """The verb train."""
+    """Text to a tokenizer.json; time, memory and longest token are printed."""
     started = time.perf_counter()
     pattern = PATTERNS[args.pattern]
     vocab, merges = train_bpe(args.input, args.vocab_size, args.special_tokens, args.num_workers,
@@ -1376,7 +1611,7 @@ def train(args):
 
 
 def encode(args):
-    """The verb encode: text of the command line to ids, or files to a file of tokens."""
+    """Text of the command line to ids, or files to a file of tokens."""
     tokenizer = Tokenizer.load(args.tokenizer)
     if args.text is not None:
         print(*tokenizer.encode(args.text))
@@ -1394,7 +1629,7 @@ def encode(args):
 
 
 def decode(args):
-    """The verb decode: ids of the command line, or of a file of tokens, to text."""
+    """Ids of the command line, or of a file of tokens, to text."""
     tokenizer = Tokenizer.load(args.tokenizer)
     if args.ids is None and args.input is None:
         raise ValueError("decode must have --ids or --input, got neither; give one")

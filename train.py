@@ -1,0 +1,398 @@
+"""Raw text in, trained language model and sample out, on one device.
+
+    python train.py                                     # Python's own source, 5 minutes on 2 cores
+    python train.py --data shakespeare --out_dir out_s  # or a .txt, .jsonl(.gz), folder or .bin
+    python train.py --resume                            # goes on where a run was killed
+    python train.py --plot out*/log.jsonl               # learning curves of runs, curves.png
+
+The run, in order: find the text and hold some out, train a tokenizer, write token files (all under
+data/, used again while the text is the same), train, evaluate, save and sample (under out/).
+
+Sources: [1] CS336 assignment 1 (basics) handout, Stanford 2025 and 2026, sections 5 to 7
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import bpe
+import model as lm
+
+# What 2 CPU cores can teach in 5 minutes: chosen by bits per byte (README has the candidates).
+CPU_MODEL = dict(vocab_size=2048, context_length=128, d_model=128, num_layers=4, num_heads=2,
+                 tie_embeddings=True)
+
+
+def train_step(hidden_states, model, optimizer, batch, micro_batch_size, grad_clip, context):
+    """One update on batch (x, y), each (B, T) int64, in micro-batches; returns the tensor (loss,
+    gradient norm before clipping). The loss is the mean over all tokens of the batch."""
+    x, y = batch
+    loss_sum = torch.zeros((), device=x.device)
+    optimizer.zero_grad(set_to_none=True)
+    for x_part, y_part in zip(x.split(micro_batch_size), y.split(micro_batch_size), strict=True):
+        with context():
+            hidden = hidden_states(x_part)
+            loss = lm.linear_cross_entropy(hidden, model.lm_head.weight, y_part, reduction="sum")
+        loss = loss / y.numel()
+        loss.backward()
+        loss_sum += loss.detach()
+    norm = lm.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    return torch.stack((loss_sum, norm))
+
+
+@contextlib.contextmanager
+def stop_politely(received):
+    """Notes SIGTERM and SIGINT (Ctrl-C) in the list `received`: the step in hand is finished."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(n, lambda number, frame: received.append(number)) for n in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """The state of a run and what happens to it; `run` is the loop."""
+
+    def __init__(self, args):
+        self.args, self.started = args, time.perf_counter()
+        self.device = lm.resolve_device(args.device)
+        self.out_dir = Path(args.out_dir)
+        self.checkpoint = self.out_dir / "checkpoint.pt"
+        if (self.out_dir / "log.jsonl").exists() and not (args.resume or args.overwrite):
+            raise ValueError(f"out_dir must be a new folder, got {self.out_dir}, which holds a run;"
+                             " give --resume to go on, --overwrite to start anew, or another")
+        self.dtype, reason = lm.resolve_dtype(args.dtype, self.device)
+        problem = lm.compile_problem(self.device)
+        compiled = problem is None if args.compile is None else args.compile
+        for note in (reason, problem if args.compile is None else None):
+            if note:
+                print(note)
+        self.train_ids, self.valid_ids, self.tokenizer, self.tokens_per_byte = bpe.prepare_data(
+            args.data, lm.config_from_flags(args).vocab_size, args.data_dir, args.valid_data,
+            args.tokenizer, args.pattern, args.num_workers, args.errors,
+        )
+        known = {"vocab_size": self.tokenizer.vocab_size} if self.tokenizer else {}
+        config = self.config = lm.config_from_flags(args, **known)
+        for ids in (self.train_ids, self.valid_ids):  # too short ones are found before any work
+            lm.get_batch(ids, 1, config.context_length, "cpu", torch.Generator())
+        self.fit_to_memory()
+        torch.manual_seed(args.seed)
+        self.model = lm.TransformerLM(config).to(self.device)
+        self.model.checkpoint_every = args.checkpoint_every
+        groups = lm.optimizer_groups(self.model, args.weight_decay)
+        self.optimizer = lm.AdamW(groups, args.lr, (args.beta1, args.beta2))
+        self.generator = torch.Generator().manual_seed(args.seed)  # the place in the data
+        self.hidden_states = self.model.hidden_states
+        if compiled:
+            print("compiling: the first step takes up to a minute")
+            self.hidden_states = torch.compile(self.hidden_states)
+        self.step, self.earlier_s = 0, 0.0
+        if args.resume:
+            self.load()
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.log = self.open_log()
+        self.tokens_per_step = args.batch_size * args.grad_accum * config.context_length
+        self.pending = None  # the newest step: its numbers are read while the next one runs
+        self.signals = []
+        print(f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.device}, "
+              f"{str(self.dtype)[6:]}{', compiled' if compiled else ''}")
+
+    def fit_to_memory(self):
+        """Says what memory a step will need; halves the micro-batch until that is free."""
+        args, device, free = self.args, self.device, lm.free_memory(self.device)
+        while True:
+            need = sum(lm.estimate_memory(self.config, args.batch_size, self.dtype,
+                                          args.checkpoint_every, device.type).values())
+            print(f"memory: about {need / 2**30:.2f} of {free / 2**30:.1f} GiB free on {device}")
+            if need <= free or args.batch_size % 2:
+                return
+            self.halve_batch()
+
+    def halve_batch(self):
+        args = self.args
+        args.batch_size, args.grad_accum = args.batch_size // 2, args.grad_accum * 2
+        print(f"not enough memory: batch_size halved to {args.batch_size}, grad_accum doubled to "
+              f"{args.grad_accum}, the same update")
+
+    def open_log(self):
+        """log.jsonl, cut back to this step; a first record of flags and versions if it is new."""
+        path, kept = self.out_dir / "log.jsonl", []
+        if self.step and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # a killed run may leave half a line
+                    if json.loads(line).get("step", 0) <= self.step:
+                        kept.append(line)
+        if not kept:
+            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+            card = torch.cuda.get_device_name() if self.device.type == "cuda" else str(self.device)
+            kept = [json.dumps({"flags": self.flags(), "versions": versions, "device": card})]
+        with lm.atomic_write(path) as file:
+            file.write(("\n".join(kept) + "\n").encode())
+        return open(path, "a", encoding="utf-8")
+
+    def record(self, **entry):
+        self.log.write(json.dumps({**entry, "elapsed_s": round(self.elapsed(), 3)}) + "\n")
+        self.log.flush()
+
+    def elapsed(self):
+        return self.earlier_s + time.perf_counter() - self.started
+
+    def flags(self):
+        skip = ("model_defaults", "plot", "plot_file", "resume", "overwrite")
+        return {name: value for name, value in vars(self.args).items() if name not in skip}
+
+    def save(self):
+        lm.save_checkpoint(
+            self.model, self.optimizer, self.step, self.checkpoint, config=asdict(self.config),
+            flags=self.flags(), generator=self.generator.get_state(), elapsed_s=self.elapsed(),
+        )
+
+    def load(self):
+        try:
+            saved = lm.read_checkpoint(self.checkpoint)
+        except FileNotFoundError:
+            print(f"no checkpoint in {self.out_dir} yet: starting from the beginning")
+            return
+        lm.restore(saved, self.model, self.optimizer)
+        self.generator.set_state(saved["generator"])
+        self.step, self.earlier_s = saved["iteration"], saved["elapsed_s"]
+        print(f"resumed {self.checkpoint} at step {self.step}")
+
+    def settle(self):
+        """Waits for the pending step, checks its numbers, and logs them when it is time."""
+        if self.pending is None:
+            return
+        (step, stats, ready, drawn_from, lr), self.pending = self.pending, None
+        if ready:
+            ready.synchronize()
+        loss, norm = stats.tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.stop_on_non_finite(step, loss, norm, drawn_from)
+        now = time.perf_counter()
+        seconds, self.step_ended = now - self.step_ended, now
+        self.eta_from = self.eta_from or (step, now)  # not the first step: it may compile
+        args = self.args
+        if step % args.log_every and step not in (1, args.max_steps):
+            return
+        rate, peak = self.tokens_per_step / seconds, lm.peak_flops(self.device)
+        mfu = f"{rate * lm.flops_per_token(self.config) / peak:.1%}" if peak else "n/a"
+        done, since = step - self.eta_from[0], now - self.eta_from[1]
+        left = int((since / done if done else seconds) * (args.max_steps - step))
+        line = (f"step {step}/{args.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+                f"{seconds * 1e3:.1f} ms | {rate:,.0f} tok/s | mfu {mfu} | ")
+        entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "step_ms": seconds * 1e3,
+                 "tokens_per_s": rate}
+        if self.device.type == "cuda":
+            entry["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            line += f"mem {entry['memory_gib']:.1f} GiB | "
+        print(f"{line}eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}", flush=True)
+        self.record(**entry)
+
+    def stop_on_non_finite(self, step, loss, norm, drawn_from):
+        """Names step, batch and layer of a loss or gradient that is not a number any more."""
+        generator = torch.Generator()
+        generator.set_state(drawn_from)
+        count = self.args.batch_size * self.args.grad_accum
+        highest = len(self.train_ids) - self.config.context_length
+        starts = torch.randint(highest, (count,), generator=generator)[:4].tolist()
+        broken = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        raise FloatingPointError(
+            f"loss and gradient must be finite, got loss {loss} and norm {norm} at step {step}, on "
+            f"windows that start at training tokens {', '.join(map(str, starts))}, ...; first bad "
+            f"weight: {broken[0] if broken else 'none'}; the last checkpoint is good: lower --lr"
+        )
+
+    def validate(self, num_tokens):
+        loss = lm.evaluate(
+            self.hidden_states, self.model, self.valid_ids, num_tokens, self.args.batch_size,
+            self.device, self.dtype,
+        )
+        bits = loss / math.log(2) * self.tokens_per_byte
+        print(f"step {self.step}/{self.args.max_steps} | validation loss {loss:.4f} | perplexity "
+              f"{math.exp(loss):.2f} | bits per byte {bits:.4f}", flush=True)
+        self.record(step=self.step, valid_loss=loss, perplexity=math.exp(loss), bits_per_byte=bits)
+        return loss
+
+    def run(self):
+        """Trains to max_steps; returns 0, or 128 + the signal that stopped it after a save."""
+        args, T = self.args, self.config.context_length
+        loop_started = self.step_ended = time.perf_counter()
+        self.eta_from = None
+        while self.step < args.max_steps:
+            lr = lm.lr_cosine_schedule(
+                self.step + 1, args.lr, args.min_lr, args.warmup_steps, args.max_steps
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            drawn_from = self.generator.get_state()
+            sequences = args.batch_size * args.grad_accum
+            batch = lm.get_batch(self.train_ids, sequences, T, self.device, self.generator)
+            stats = self.step_within_memory(batch)
+            self.settle()
+            self.step += 1
+            ready = None
+            if self.device.type == "cuda":  # the copy waits its turn on the GPU, the host does not
+                stats, ready = stats.to("cpu", non_blocking=True), torch.cuda.Event()
+                ready.record()
+            self.pending = (self.step, stats, ready, drawn_from, lr)
+            if ready is None:
+                self.settle()
+            saving = self.step % args.save_every == 0 or self.step == args.max_steps or self.signals
+            validating = self.step % args.eval_every == 0 and self.step < args.max_steps
+            if saving or validating:
+                self.settle()
+                if saving:  # before evaluation: whatever happens there, the step is safe
+                    self.save()
+                if self.signals:
+                    print(f"stopped by signal {self.signals[0]}, saved at step {self.step}: "
+                          "--resume goes on")
+                    return 128 + self.signals[0]
+                if validating:
+                    self.validate(args.eval_tokens)
+                self.step_ended = time.perf_counter()
+        self.finish(time.perf_counter() - loop_started)
+        return 0
+
+    def step_within_memory(self, batch):
+        """train_step; out of memory, the same step again in micro-batches of half the size."""
+        args = self.args
+        while True:
+            try:
+                return train_step(
+                    self.hidden_states, self.model, self.optimizer, batch, args.batch_size,
+                    args.grad_clip, lambda: lm.compute_context(self.device, self.dtype),
+                )
+            except torch.OutOfMemoryError:
+                if args.batch_size % 2:
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            self.halve_batch()
+
+    def finish(self, loop_s):
+        """Last validation, Hugging Face folder, sample, times."""
+        loss = self.validate(4 * self.args.eval_tokens)
+        try:
+            lm.save_pretrained(self.model, self.tokenizer, self.out_dir / "model")
+        except ValueError as reason:  # the ablations have no Hugging Face class
+            print(f"{self.out_dir / 'model'} was not written: {reason}")
+        if self.tokenizer:
+            prompt = self.args.prompt
+            ids = self.tokenizer.encode(prompt) or self.tokenizer.encode(bpe.END_OF_TEXT)
+            (row,) = lm.generate(
+                self.model, [ids], self.args.sample_tokens, temperature=0.8, top_p=0.95,
+                tokenizer=self.tokenizer, seed=self.args.seed,
+                stop_ids=tuple(lm.special_ids(self.tokenizer)),
+            )
+            print(f"--- sample\n{prompt}{row.text}\n---")
+        total_s = time.perf_counter() - self.started
+        print(f"time: {total_s:.0f} s, of which {loop_s:.0f} s in training and validation steps")
+        bits = loss / math.log(2) * self.tokens_per_byte
+        print(json.dumps({
+            "valid_loss": round(loss, 4), "bits_per_byte": round(bits, 4), "steps": self.step,
+            "tokens": self.step * self.tokens_per_step, "seconds": round(total_s, 1),
+        }))
+
+
+def plot(logs, out):
+    """Draws the losses in each log.jsonl against steps and wall clock into the picture `out`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib, got none; pip install matplotlib") from None
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for color, path in enumerate(logs):
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        records, run = [json.loads(line) for line in lines], Path(path).parent.name
+        for axis, x, scale in zip(axes, ("step", "elapsed_s"), (1, 60), strict=True):
+            for key, name, style in (("loss", "training", {"alpha": 0.35}),
+                                     ("valid_loss", "validation", {"marker": ".", "lw": 2})):
+                points = [(r[x] / scale, r[key]) for r in records if key in r]
+                x_y = zip(*points, strict=True)
+                axis.plot(*x_y, color=f"C{color}", label=f"{run} {name}", **style)
+    for axis, label in zip(axes, ("step", "minutes"), strict=True):
+        axis.set(xlabel=label, ylabel="loss, nats a token")
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=8)
+    figure.savefig(out, dpi=120)
+    print(f"wrote {out}")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
+    add, positive = parser.add_argument, lm.positive(int)
+    add("--data", default="python", help="python (this Python's own source), "
+        f"{', '.join(bpe.DATASETS)}, or a .txt, .jsonl(.gz), folder or .bin")
+    add("--valid_data", help="validation text or .bin (default: 5%% of the documents)")
+    add("--data_dir", default="data", help="where text, tokenizer and token files go")
+    add("--tokenizer", help="a tokenizer.json (default: train one of --vocab_size)")
+    add("--pattern", default="gpt2", choices=bpe.PATTERNS, help="how a new tokenizer cuts text")
+    add("--errors", default="strict", choices=("strict", "replace"), help="on other than UTF-8")
+    add("--num_workers", type=positive, help="processes that prepare the data (default: all cores)")
+    add("--batch_size", type=positive, default=8, help="sequences a micro-batch")
+    add("--grad_accum", type=positive, default=1, help="micro-batches an update")
+    add("--max_steps", type=positive, default=3500, help="updates")
+    add("--lr", type=float, default=3e-3, help="highest learning rate")
+    add("--min_lr", type=float, default=3e-4, help="learning rate at the end")
+    add("--warmup_steps", type=int, default=100)
+    add("--weight_decay", type=float, default=0.1)
+    add("--beta1", type=float, default=0.9)
+    add("--beta2", type=float, default=0.95)
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--checkpoint_every", type=int, nargs="*", default=[], help="recompute groups of K blocks")
+    add("--eval_every", type=positive, default=500, help="steps")
+    add("--eval_tokens", type=positive, default=16_384, help="of a validation; 4 times that at the end")
+    add("--log_every", type=positive, default=50, help="steps")
+    add("--save_every", type=positive, default=500, help="steps")
+    add("--out_dir", default="out")
+    add("--resume", action="store_true", help="go on from --out_dir's checkpoint, same flags")
+    add("--overwrite", action="store_true", help="start anew in an --out_dir that holds a run")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    add("--prompt", default="def ", help="that the sample at the end continues")
+    add("--sample_tokens", type=positive, default=256)
+    add("--plot", nargs="+", metavar="LOG", help="draw these log.jsonl files and stop")
+    add("--plot_file", default="curves.png")
+    lm.add_model_flags(parser, **CPU_MODEL)
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("train.py is for one device; use torchrun with ddp.py train")
+    try:
+        if args.plot:
+            return plot(args.plot, args.plot_file)
+        if args.resume:  # the run's own flags, and over them those given now
+            path = Path(args.out_dir) / "checkpoint.pt"
+            with contextlib.suppress(FileNotFoundError):
+                parser.set_defaults(**lm.read_checkpoint(path).get("flags", {}))
+                args = parser.parse_args(argv)
+        trainer = Trainer(args)
+        with stop_politely(trainer.signals):
+            return trainer.run()
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        parser.exit(2, f"train.py: error: {str(error).splitlines()[0]}\n")
+    except KeyboardInterrupt:  # before the first step: later ones are saved, see stop_politely
+        parser.exit(130, "train.py: interrupted; run it again, it uses what was made so far\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
