@@ -36,6 +36,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+import zlib
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -566,6 +567,7 @@ def learn_merges(counts, num_merges, progress=False):
     counts: {pre-token: occurrences}, emptied: its memory is needed
     """
     words = [word.encode() for word in counts]
+    num_merges = min(num_merges, sum(map(len, words)))  # each merge takes at least a byte away
     weight = np.fromiter(counts.values(), np.int64, len(counts))
     counts.clear()
     table = PairTable(words, weight, 256 + num_merges)
@@ -1086,6 +1088,10 @@ def write_tokens(input_paths, tokenizer, out_path, num_workers=None, end_files=F
     end_files: append <|endoftext|> to files that do not end with it
     """
     paths, out_path = list_files(input_paths), Path(out_path)
+    meta_path = out_path.with_suffix(".json")
+    if meta_path.exists() and "tokenizer_hash" not in what_was_made(meta_path):
+        raise ValueError(f"{meta_path}, which describes {out_path.name}, must not be another file, "
+                         "got one; choose another name")
     if out_path.suffix != ".bin":
         raise ValueError(f"a file of tokens must be called NAME.bin, got {out_path}; rename it")
     if end_files and END_OF_TEXT not in tokenizer.special_ids:
@@ -1113,6 +1119,7 @@ def write_tokens(input_paths, tokenizer, out_path, num_workers=None, end_files=F
         done += piece_size
         line.update(done)
     line.close()
+    out_path.with_suffix(".json").unlink(missing_ok=True)  # a kill between the two is noticed
     meta |= join_parts(parts, pieces, tokenizer, out_path)
     write_atomically(out_path.with_suffix(".json"), json.dumps(meta, indent=1).encode())
     shutil.rmtree(parts)
@@ -1240,8 +1247,9 @@ def download(url, path, sha256=None):
 def download_rest(requests, url, part):
     """Appends to `part` what it lacks of `url`; returns the sha256 that the server announces."""
     have = part.stat().st_size if part.exists() else 0
-    with requests.get(url, headers={"Range": f"bytes={have}-"} if have else {}, stream=True,
-                      timeout=30) as reply:
+    # identity: a range of what the server packs for the way would not be one of the file
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=30) as reply:
         tags = [r.headers.get("X-Linked-ETag", "").strip('"') for r in [*reply.history, reply]]
         if reply.status_code != 416:  # nothing is left to send: the part is whole
             reply.raise_for_status()
@@ -1270,8 +1278,12 @@ def fetch(name, folder):
             if not raw.exists():
                 download(url, raw, sha256)
             if packed:
-                with gzip.open(raw) as source, open(f"{text}.tmp", "wb") as out:
-                    shutil.copyfileobj(source, out, 1 << 20)
+                try:
+                    with gzip.open(raw) as source, open(f"{text}.tmp", "wb") as out:
+                        shutil.copyfileobj(source, out, 1 << 20)
+                except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                    raise ValueError(f"{raw} must be a whole gzip file, got: {error}; remove it, "
+                                     "it is fetched again") from None
                 os.replace(f"{text}.tmp", text)
         texts.append(text)
     return texts
@@ -1280,9 +1292,10 @@ def fetch(name, folder):
 def what_was_made(path):
     """Returns what the JSON file at `path` says, {} where there is none that can be read."""
     try:
-        return read_json(path)
+        made = read_json(path)
     except ValueError:
-        return {}
+        made = None
+    return made if isinstance(made, dict) else {}
 
 
 def standard_library():
@@ -1294,34 +1307,55 @@ def standard_library():
 
 
 def read_documents(paths, root, errors):
-    """Yields (key, text) of documents: the files, the "text" of each line of a .jsonl(.gz), what
-    <|endoftext|> separates in a file. The key, not the text, decides what is held out."""
+    """Yields (key, text, ended): documents, long ones in parts of which the last is `ended`.
+
+    Documents are the files, the "text" of each line of a .jsonl(.gz), and what <|endoftext|>
+    separates in a file. The key, not the text, decides what is held out.
+    """
+    find_cut = cut_finder(GPT2_PATTERN, (END_OF_TEXT,))
     for path in paths:
         name = path.relative_to(root).as_posix() if root else path.name
         if path.name.endswith((".jsonl", ".jsonl.gz")):
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-                for number, line in enumerate(lines, 1):
+            for number, text in read_jsonl(path, errors):
+                yield f"{name}:{number}", text, True
+            continue
+        number, begun = 0, False
+        for piece in plan_pieces([path], PIECE_BYTES, find_cut, (END_OF_TEXT,)):
+            *whole, rest = read_piece(*piece, errors).split(END_OF_TEXT)
+            for text, ended in [(text, True) for text in whole] + [(rest, False)]:
+                if begun or text.strip():  # what is all white space is no document
+                    yield f"{name}:{number}" if number else name, text, ended
+                    begun = not ended
+                number += ended
+        if begun:
+            yield f"{name}:{number}" if number else name, "", True
+
+
+def read_jsonl(path, errors):
+    """Yields (line number, text) of the lines of a .jsonl(.gz) that are not blank."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
                     try:
-                        text = json.loads(line)["text"]
-                        text.encode()
+                        text = json.loads(line.decode("utf-8", errors))["text"]
+                        yield number, text.encode("utf-8", errors).decode()
                     except (ValueError, KeyError, TypeError, AttributeError) as error:
                         raise ValueError(f"each line of {path} must be a JSON object with a "
-                                         f"\"text\", got {error!r} in line {number}; correct it"
+                                         f"\"text\", got {type(error).__name__}: "
+                                         f"{str(error)[:60]} in line {number}; correct it"
                                          ) from None
-                    yield f"{name}:{number}", text
-        else:
-            parts = read_piece(path, 0, path.stat().st_size, errors).split(END_OF_TEXT)
-            for number, text in enumerate(parts):
-                if text.strip():
-                    yield f"{name}:{number}" if len(parts) > 1 else name, text
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} must be a whole gzip file, got: {error}; copy it again") from None
 
 
-def write_splits(data, folder, errors):
+def write_splits(data, folder, errors, hold_out=True):
     """Writes folder/train.txt and folder/valid.txt, documents ended by <|endoftext|>, from what
     `data` names; returns the two paths. Made before from the same bytes: left as they are.
 
-    Held out are documents whose key's hash says so, one in HELD_OUT; where that leaves less than
-    a fifth of the share (one long text, few files), the end of the text is.
+    Held out are documents whose key's hash says so, one in HELD_OUT; where that comes to less
+    than a fifth or more than five times the share (one long text, few files), the end of the text
+    is. Without hold_out all of it goes to train.txt.
     """
     if data == "python":
         root, paths = standard_library()
@@ -1329,66 +1363,129 @@ def write_splits(data, folder, errors):
     else:
         root, paths = Path(data) if Path(data).is_dir() else None, list_files(data)
     splits = folder / "train.txt", folder / "valid.txt"
-    source = {"sha256": files_sha256(paths), "errors": errors, "held_out": HELD_OUT}
-    if all(path.exists() for path in splits) and what_was_made(folder / "source.json") == source:
+    names = [path.relative_to(root).as_posix() if root else path.name for path in paths]
+    source = {"sha256": files_sha256(paths), "errors": errors, "held_out": HELD_OUT * hold_out,
+              "names": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+    made = what_was_made(folder / "source.json")
+    sizes = [path.stat().st_size if path.exists() else -1 for path in splits]
+    if made == source | {"sizes": sizes}:
         return splits
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "source.json").unlink(missing_ok=True)
+    (folder / "source.json").unlink(missing_ok=True)  # from here on they are not what it says
     sizes = [0, 0]
-    with open(splits[0], "wb") as train_file, open(splits[1], "wb") as valid_file:
-        for key, text in read_documents(paths, root, errors):
+    with open(splits[0], "w+b") as train_file, open(splits[1], "w+b") as valid_file:
+        for key, text, ended in read_documents(paths, root, errors):
             held_out = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % HELD_OUT == 0
-            encoded = (text + END_OF_TEXT).encode()
-            (valid_file if held_out else train_file).write(encoded)
-            sizes[held_out] += len(encoded)
-    if sizes[1] * 5 * HELD_OUT < sum(sizes):
-        text = b"".join(path.read_bytes() for path in splits)
-        cut = text.rfind(b"\n", 0, len(text) - len(text) // HELD_OUT) + 1
-        splits[0].write_bytes(text[:cut])
-        splits[1].write_bytes(text[cut:])
-    write_atomically(folder / "source.json", json.dumps(source).encode())
+            file = valid_file if held_out and hold_out else train_file
+            file.write((text + END_OF_TEXT * ended).encode())
+        sizes = [file.tell() for file in (train_file, valid_file)]
+        if hold_out and not sum(sizes) <= sizes[1] * 5 * HELD_OUT <= 25 * sum(sizes):
+            valid_file.seek(0)
+            shutil.copyfileobj(valid_file, train_file, 1 << 20)
+            valid_file.seek(0)
+            valid_file.truncate()
+            sizes[0] = move_end(train_file, valid_file, sum(sizes) // HELD_OUT)
+            sizes[1] = valid_file.tell()
+    write_atomically(folder / "source.json", json.dumps(source | {"sizes": sizes}).encode())
     return splits
 
 
-def prepare_data(data, vocab_size, data_dir="data", valid_data=None, tokenizer=None, pattern="gpt2",
-                 num_workers=None, errors="strict"):
+def move_end(source, target, share):
+    """Moves about the last `share` bytes of one file to another, from the start of a line, or else
+    of a character; returns the bytes that stay."""
+    size = source.tell()
+    source.seek(max(0, size - share))
+    window = source.read(min(share, 1 << 20))
+    skip = window.find(b"\n", 0, share // 2) + 1
+    if not skip:
+        while skip < len(window) and window[skip] & 0xC0 == 0x80:
+            skip += 1
+    stay = max(0, size - share) + skip
+    source.seek(stay)
+    shutil.copyfileobj(source, target, 1 << 20)
+    source.truncate(stay)
+    return stay
+
+
+def find_texts(data, valid_data, folder, errors):
+    """Returns the train and the validation text (.txt files) of what the two names mean."""
+    texts = fetch(data, folder) if data in DATASETS else [Path(data)]
+    if valid_data:
+        if str(valid_data).endswith(".bin"):
+            raise ValueError(f"valid_data must be text where data is, got {valid_data}; give text, "
+                             "or a .bin as data too")
+        texts = [texts[0], Path(valid_data)]
+    if len(texts) == 1:
+        return write_splits(texts[0] if data in DATASETS else data, folder, errors)
+    return [path if path.is_file() and path.suffix == ".txt"
+            else write_splits(str(path), folder / split, errors, hold_out=False)[0]
+            for split, path in zip(("train", "valid"), texts)]
+
+
+def make_tokenizer(text, text_sha256, vocab_size, pattern, folder, num_workers, errors):
+    """Returns the tokenizer in `folder`, trained first if it was not trained on this text."""
+    source = {"text": text_sha256, "errors": errors}
+    made = what_was_made(folder / "source.json")
+    try:
+        tokenizer = Tokenizer.load(folder)
+        if made == source | {"tokenizer": tokenizer.sha256}:
+            return tokenizer
+    except ValueError:  # not there, or damaged since
+        pass
+    (folder / "source.json").unlink(missing_ok=True)
+    vocab, merges = train_bpe(text, vocab_size, [END_OF_TEXT], num_workers, PATTERNS[pattern],
+                              errors=errors, progress=True)
+    tokenizer = Tokenizer(vocab, merges, [END_OF_TEXT], PATTERNS[pattern])
+    tokenizer.save(folder)
+    source["tokenizer"] = tokenizer.sha256
+    write_atomically(folder / "source.json", json.dumps(source).encode())
+    return tokenizer
+
+
+def make_tokens(text, text_sha256, tokenizer, path, num_workers, errors):
+    """Returns (ids, meta) of the file of tokens at `path`, written first if it is not of `text`."""
+    meta = what_was_made(path.with_suffix(".json"))
+    if (meta.get("tokenizer_hash"), meta.get("source_hash")) == (tokenizer.sha256, text_sha256):
+        try:
+            return read_tokens(path, tokenizer)
+        except ValueError:  # damaged since: made again
+            pass
+    path.with_suffix(".json").unlink(missing_ok=True)
+    write_tokens(text, tokenizer, path, num_workers, errors=errors, progress=True)
+    return read_tokens(path, tokenizer)
+
+
+def prepare_data(data, vocab_size, data_dir="data", valid_data=None, tokenizer=None,
+                 pattern="gpt2", num_workers=None, errors="strict"):
     """Returns (train ids, valid ids, tokenizer, tokens per byte of the validation text).
 
     data: "python" (the standard library's source), a name of DATASETS, a .txt, .jsonl(.gz) or
-    folder of them, or a .bin of `write_tokens`; valid_data: the validation text or .bin, None to
-    hold out one document in HELD_OUT; tokenizer: a tokenizer.json, None to train one.
-    What it makes lies under data_dir and is used again while the text is the same.
+    folder of them, or a .bin of `write_tokens`; valid_data: the validation text (a .bin where data
+    is one), None to hold out one document in HELD_OUT; tokenizer: a tokenizer.json, None to train
+    one. What it makes lies under data_dir and is used again while the text is the same.
     """
+    if not str(data):
+        raise ValueError("data must name some text, got an empty name; give a file or a folder")
     if str(data).endswith(".bin"):
         return open_token_files(data, vocab_size, valid_data, tokenizer)
-    name = data if data in DATASETS else Path(data).name.split(".")[0] or "data"
+    name = data if data in DATASETS else Path(data).resolve().name.split(".")[0] or "data"
     folder = Path(data_dir) / name
-    texts = fetch(data, folder) if data in DATASETS else [Path(data)]
-    if valid_data:
-        texts = [texts[0], Path(valid_data)]
-    if len(texts) == 1 or any(path.suffix != ".txt" for path in texts):
-        texts = write_splits(data if data not in DATASETS else texts[0], folder, errors)
+    if Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
+        raise ValueError(f"data_dir must lie outside the text, got {data_dir} for {data}; give "
+                         "another data_dir")
+    texts = find_texts(data, valid_data, folder, errors)
     hashes = [files_sha256([path]) for path in texts]
     if tokenizer:
         tokenizer = Tokenizer.load(tokenizer)
         folder = folder / tokenizer.sha256[:12]
     else:
         folder = folder / f"{pattern}_{vocab_size}"
-        source = {"text": hashes[0], "errors": errors}
-        if what_was_made(folder / "source.json") != source:
-            vocab, merges = train_bpe(texts[0], vocab_size, [END_OF_TEXT], num_workers,
-                                      PATTERNS[pattern], errors=errors, progress=True)
-            Tokenizer(vocab, merges, [END_OF_TEXT], PATTERNS[pattern]).save(folder)
-            write_atomically(folder / "source.json", json.dumps(source).encode())
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = make_tokenizer(texts[0], hashes[0], vocab_size, pattern, folder, num_workers,
+                                   errors)
     ids = []
     for split, text, sha256 in zip(("train", "valid"), texts, hashes):
         path = folder / f"{split}.bin"
-        meta = what_was_made(path.with_suffix(".json"))
-        if (not path.exists() or meta.get("tokenizer_hash") != tokenizer.sha256
-                or meta.get("source_hash") != sha256):
-            write_tokens(text, tokenizer, path, num_workers, errors=errors, progress=True)
-        split_ids, meta = read_tokens(path, tokenizer)
+        split_ids, meta = make_tokens(text, sha256, tokenizer, path, num_workers, errors)
         print(f"{split}: {meta['tokens']:,} tokens of {meta['bytes']:,} bytes, {path}")
         ids.append(split_ids)
     return *ids, tokenizer, meta["tokens"] / max(1, meta["bytes"])
@@ -1683,10 +1780,15 @@ def main(argv=None):
     try:
         if args.verb == "train" and not args.input:
             raise ValueError("train must have --input, got none; name text files or folders")
+        if hasattr(sys.stdout, "reconfigure"):  # print what the terminal's encoding lacks, escaped
+            sys.stdout.reconfigure(errors="backslashreplace")
         args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"bpe.py {args.verb}: {error}", file=sys.stderr)
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        print(f"bpe.py {args.verb}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"bpe.py {args.verb}: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

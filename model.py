@@ -32,9 +32,11 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 import time
+import zipfile
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -111,6 +113,9 @@ class ModelConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got "
                                  f"{getattr(self, name)!r}; choose one of these")
+        if self.attention == "flash" and "flash_attn" not in sys.modules:
+            if importlib.util.find_spec("flash_attn") is None:
+                raise ValueError("attention=flash needs flash_attn.py, got none; use sdpa")
         if self.num_kv_heads is None:
             derive("num_kv_heads", self.num_heads)
         if self.d_head is None:
@@ -164,8 +169,15 @@ def config_from_flags(args, **overrides):
 
 
 @functools.cache
-def has_triton():
-    return importlib.util.find_spec("triton") is not None
+def triton_problem(device):
+    """None where Triton kernels run on this CUDA device, else the reason why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "triton needs compute capability 7.0"
+    if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang", "cl"))):
+        return "triton needs a C compiler, such as gcc"
+    return None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -287,7 +299,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wants[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
-        fuse = hidden.is_cuda and hidden.dtype != torch.float64 and has_triton()
+        fuse = hidden.is_cuda and hidden.dtype != torch.float64
+        fuse = fuse and triton_problem(hidden.device) is None
         exp_and_loss = _exp_and_loss_kernel() if fuse else _exp_and_loss
         parts = (hidden.split(chunk), targets.split(chunk), row_weight.split(chunk))
         for i, (h, t, r) in enumerate(zip(*parts, strict=True)):
@@ -448,6 +461,8 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, x, positions=None):
         index = slice(x.shape[-2]) if positions is None else positions
+        while positions is not None and 1 < index.dim() < x.dim() - 1:
+            index = index.unsqueeze(1)  # a row of positions a batch row serves all its heads
         cos, sin = self.cos[index], self.sin[index]
         pairs = x.unflatten(-1, (-1, 2))
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -530,6 +545,7 @@ class CausalSelfAttention(nn.Module):
         if self.rope is not None:
             # before the transpose, in memory's order: a GPU then copies neither q nor its gradient
             place = torch.arange(x.shape[1], device=x.device) if positions is None else positions
+            place = torch.atleast_2d(place)
             q, k = self.rope(q, place[..., None]), self.rope(k, place[..., None])
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, D)
         mask = None
@@ -803,7 +819,12 @@ def save_checkpoint(model, optimizer, iteration, out, **extra):
         torch.save(content, out)
         return
     with atomic_write(f"{out}.new") as f:
-        torch.save(content, f)
+        try:
+            torch.save(content, f)
+        except RuntimeError as error:  # PyTorch's writer hides what the disk said
+            reason = error.__context__ or "the disk may be full"
+            raise OSError(f"{out} could not be written, got {reason}; make room, the one before is "
+                          "kept") from None
     if os.path.exists(out):
         os.replace(out, f"{out}.prev")
     os.replace(f"{out}.new", out)
@@ -816,6 +837,10 @@ def read_checkpoint(src):
     raises FileNotFoundError when there is neither, ValueError when neither can be read.
     """
     def load(file):
+        if not hasattr(file, "read"):
+            with zipfile.ZipFile(file) as parts:  # torch.load does not look at the checksums
+                if damaged := parts.testzip():
+                    raise ValueError(f"{damaged} is damaged")
         content = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not {"model", "iteration"} <= content.keys():
             raise ValueError("a checkpoint must hold model and iteration, got other contents; "
@@ -850,6 +875,10 @@ def load_checkpoint(src, model, optimizer=None):
 
 def restore(content, model, optimizer=None):
     """Copies the state in `content` (of `read_checkpoint`) into model and optimizer."""
+    for name, value in content.get("config", {}).items():  # some change no tensor's shape
+        if name != "attention" and value != getattr(model.config, name, value):
+            raise ValueError(f"the checkpoint must have the model's shape, got {name} {value} for "
+                             f"{getattr(model.config, name)}; give the flags it was trained with")
     mine, theirs = model.state_dict(), content["model"]
     for name in sorted(mine.keys() | theirs.keys()):
         want, got = (tuple(s[name].shape) if name in s else "nothing" for s in (mine, theirs))
@@ -901,6 +930,7 @@ def sample(logits, uniform, temperature, top_k=0, top_p=1.0):
     mass = p.cumsum(-1)
     # right=True never lands on a token of probability 0: its mass does not exceed its neighbour's
     rank = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
+    rank = rank.clamp(max=mass.shape[-1] - 1)  # acts on NaN only: `generate` names those
     ids = rank if order is None else order.gather(-1, rank)
     return ids[:, 0], logprobs.gather(-1, ids)[:, 0]
 
@@ -925,8 +955,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
                      num_samples, stop_strings)
     device, limit = next(model.parameters()).device, model.config.context_length
     rows = [Completion(i, [], []) for i in range(len(prompts)) for _ in range(num_samples)]
-    draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed((seed << 20) + r))
-             for r in range(len(rows))]
+    seeds = [((seed << 20) + r) % 2**63 for r in range(len(rows))]
+    draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
     windows = [clip_window(list(p), limit) for p in prompts]
     last, cache = prefill(model, windows, max_new_tokens, device, use_cache)
     shared = torch.tensor([row.prompt_index for row in rows], device=device)
@@ -940,6 +970,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         uniform = torch.stack([draws[r][n] for r in alive]).to(device)
         ids, logprobs = sample(logits, uniform, temperature, top_k, top_p)
         keep = []  # places in the batch
+        if not logprobs.isfinite().all():
+            raise ValueError("the model's logits must be finite, got others; check its weights")
         for j, (r, token, logprob) in enumerate(zip(alive, ids.tolist(), logprobs.tolist())):
             rows[r].tokens.append(token)
             rows[r].logprobs.append(logprob)
@@ -997,17 +1029,24 @@ def is_finished(row, stop_ids, stop_strings, tokenizer):
     stop = row.tokens[-1] in stop_ids
     if stop_strings and not stop:
         # a stop string may span tokens: a token is at least one byte, so this tail always holds it
-        tail = tokenizer.decode(row.tokens[-(1 + max(len(s.encode()) for s in stop_strings)) :])
+        length = 1 + max(len(s.encode()) for s in stop_strings)
+        tail = decode_known(tokenizer, row.tokens[-length:])
         stop = any(s in tail for s in stop_strings)
     if stop:
         row.finish_reason = "stop"
     return stop
 
 
+def decode_known(tokenizer, tokens):
+    """The text of `tokens`, without ids that the model knows and its tokenizer does not."""
+    size = getattr(tokenizer, "vocab_size", None)
+    return tokenizer.decode([t for t in tokens if size is None or t < size])
+
+
 def completion_text(row, stop_ids, stop_strings, tokenizer):
     """The row's text, without the stop id, cut behind the first stop string."""
     tokens = row.tokens[:-1] if row.tokens and row.tokens[-1] in stop_ids else row.tokens
-    text = tokenizer.decode(tokens)
+    text = decode_known(tokenizer, tokens)
     ends = [text.find(s) + len(s) for s in stop_strings if s in text]
     return text[: min(ends)] if ends else text
 
@@ -1023,7 +1062,8 @@ def check_generation(model, prompts, tokenizer, max_new_tokens, temperature, top
          f"{min(ids, default=0)}..{max(ids, default=0)}; use the model's tokenizer"),
         (min(max_new_tokens, num_samples) < 1, "max_new_tokens and num_samples must be at least 1, "
          f"got {max_new_tokens} and {num_samples}; raise them"),
-        (temperature < 0 or top_k < 0 or not 0 < top_p <= 1, "temperature and top_k must be at "
+        (not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1,
+         "temperature and top_k must be at "
          f"least 0 and top_p in (0, 1], got {temperature}, {top_k}, {top_p}; correct them"),
         (stop_strings and tokenizer is None, "stop_strings need a tokenizer, got none; pass one"),
     ]
@@ -1185,7 +1225,7 @@ def from_pretrained(path, device="cpu", dtype=None, **overrides):
     with open(file, encoding="utf-8") as f:
         try:
             config = config_from_hf(json.load(f), path)
-        except (json.JSONDecodeError, KeyError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} must be a whole config, got {error!r}; "
                              "copy it again") from None
     config = replace(config, **overrides)
@@ -1296,7 +1336,14 @@ def resolve_device(name="auto"):
     if not there:
         raise ValueError(f"device must be one that PyTorch finds here, got {name!r}; "
                          "use --device auto")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda, cuda:1 or mps, got {name!r}; "
+                         "use auto") from None
+    if device.type == "cuda":  # kernels and events without a device of their own go there too
+        torch.cuda.set_device(device.index or 0)
+    return device
 
 
 def resolve_dtype(name, device):
@@ -1316,11 +1363,8 @@ def compile_problem(device):
     kind = device.type
     if kind != "cuda":
         return f"not compiled: on {kind} the compiler costs more than it gives in a short run"
-    if not has_triton():
-        return "not compiled: triton is not installed"
-    if torch.cuda.get_device_capability(device) < (7, 0):
-        return "not compiled: triton needs compute capability 7.0"
-    return None
+    problem = triton_problem(device)
+    return problem and f"not compiled: {problem}"
 
 
 def compute_context(device, dtype):
@@ -1334,8 +1378,9 @@ def free_memory(device):
     """Bytes that are free on `device` (on a CPU: of the machine), infinity where nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cpu":
+        with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as lines:  # Linux
+            return 1024 * next(int(line.split()[1]) for line in lines if "MemAvailable" in line)
     return math.inf
 
 
@@ -1706,15 +1751,23 @@ def export(args):
     print(f"wrote {args.out_dir}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
-def positive(kind):
-    """An argparse type: a number above 0."""
+def positive(kind, zero=False):
+    """An argparse type: a finite number above 0, or from 0 on."""
     def convert(text):
-        if (value := kind(text)) <= 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}; raise it")
+        value = kind(text)
+        if not 0 <= value < math.inf or (value == 0 and not zero):
+            bound = "at least" if zero else "above"
+            raise argparse.ArgumentTypeError(f"must be {bound} 0, got {text}; change it")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type in its message
     return convert
+
+
+def print_any_text():
+    """Lets print() write what the terminal's encoding lacks, escaped, instead of stopping."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def build_parser():
@@ -1782,10 +1835,13 @@ def main(argv=None):
     global ANNOTATE
     parser = build_parser()
     args = parser.parse_args(argv)
+    print_any_text()
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"model.py {args.verb}: error: {error}\n")
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        parser.exit(2, f"model.py {args.verb}: error: {str(error).splitlines()[0]}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"model.py {args.verb}: interrupted\n")
     finally:
         ANNOTATE = False
 

@@ -7,8 +7,7 @@
 
 The run, in order: find the text and hold some out, train a tokenizer, write token files (all under
 data/, used again while the text is the same), train, evaluate, save and sample (under out/).
-
-Sources: [1] CS336 assignment 1 (basics) handout, Stanford 2025 and 2026, sections 5 to 7
+Source: CS336 assignment 1 (basics) handout, Stanford 2025 and 2026, sections 5 to 7
 """
 
 import argparse
@@ -32,12 +31,14 @@ CPU_MODEL = dict(vocab_size=2048, context_length=128, d_model=128, num_layers=4,
                  tie_embeddings=True)
 
 
-def train_step(hidden_states, model, optimizer, batch, micro_batch_size, grad_clip, context):
-    """One update on batch (x, y), each (B, T) int64, in micro-batches; returns the tensor (loss,
-    gradient norm before clipping). The loss is the mean over all tokens of the batch."""
+def loss_and_gradient(hidden_states, model, batch, micro_batch_size, grad_clip, context):
+    """Leaves the clipped gradient of batch (x, y), each (B, T) int64, in the parameters; returns
+    the tensor (loss, gradient norm before clipping). The loss is the mean over all tokens, however
+    the batch is cut into micro-batches; optimizer.step() makes a training step of it."""
     x, y = batch
     loss_sum = torch.zeros((), device=x.device)
-    optimizer.zero_grad(set_to_none=True)
+    for p in model.parameters():
+        p.grad = None
     for x_part, y_part in zip(x.split(micro_batch_size), y.split(micro_batch_size), strict=True):
         with context():
             hidden = hidden_states(x_part)
@@ -45,20 +46,18 @@ def train_step(hidden_states, model, optimizer, batch, micro_batch_size, grad_cl
         loss = loss / y.numel()
         loss.backward()
         loss_sum += loss.detach()
-    norm = lm.clip_grad_norm_(model.parameters(), grad_clip)
-    optimizer.step()
-    return torch.stack((loss_sum, norm))
+    return torch.stack((loss_sum, lm.clip_grad_norm_(model.parameters(), grad_clip)))
 
 
 @contextlib.contextmanager
 def stop_politely(received):
     """Notes SIGTERM and SIGINT (Ctrl-C) in the list `received`: the step in hand is finished."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(n, lambda number, frame: received.append(number)) for n in numbers]
+    before = {number: signal.signal(number, lambda number, frame: received.append(number))
+              for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -70,23 +69,29 @@ class Trainer:
         self.device = lm.resolve_device(args.device)
         self.out_dir = Path(args.out_dir)
         self.checkpoint = self.out_dir / "checkpoint.pt"
-        if (self.out_dir / "log.jsonl").exists() and not (args.resume or args.overwrite):
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        holds_a_run = any((self.out_dir / f).exists() for f in ("log.jsonl", "checkpoint.pt"))
+        if holds_a_run and not (args.resume or args.overwrite):
             raise ValueError(f"out_dir must be a new folder, got {self.out_dir}, which holds a run;"
                              " give --resume to go on, --overwrite to start anew, or another")
         self.dtype, reason = lm.resolve_dtype(args.dtype, self.device)
         problem = lm.compile_problem(self.device)
         compiled = problem is None if args.compile is None else args.compile
-        for note in (reason, problem if args.compile is None else None):
-            if note:
-                print(note)
+        for note in filter(None, (reason, problem if args.compile is None else None)):
+            print(note)
         self.train_ids, self.valid_ids, self.tokenizer, self.tokens_per_byte = bpe.prepare_data(
             args.data, lm.config_from_flags(args).vocab_size, args.data_dir, args.valid_data,
             args.tokenizer, args.pattern, args.num_workers, args.errors,
         )
+        self.tokenizer_hash = self.tokenizer.sha256 if self.tokenizer else None
         known = {"vocab_size": self.tokenizer.vocab_size} if self.tokenizer else {}
         config = self.config = lm.config_from_flags(args, **known)
+        if config.vocab_size < known.get("vocab_size", 0):
+            raise ValueError(f"vocab_size must be at least {self.tokenizer.vocab_size}, which the "
+                             f"tokenizer has, got {config.vocab_size}; leave --vocab_size out")
         for ids in (self.train_ids, self.valid_ids):  # too short ones are found before any work
             lm.get_batch(ids, 1, config.context_length, "cpu", torch.Generator())
+        self.micro_batch_size, self.sequences = args.batch_size, args.batch_size * args.grad_accum
         self.fit_to_memory()
         torch.manual_seed(args.seed)
         self.model = lm.TransformerLM(config).to(self.device)
@@ -94,60 +99,58 @@ class Trainer:
         groups = lm.optimizer_groups(self.model, args.weight_decay)
         self.optimizer = lm.AdamW(groups, args.lr, (args.beta1, args.beta2))
         self.generator = torch.Generator().manual_seed(args.seed)  # the place in the data
-        self.hidden_states = self.model.hidden_states
-        if compiled:
-            print("compiling: the first step takes up to a minute")
-            self.hidden_states = torch.compile(self.hidden_states)
-        self.step, self.earlier_s = 0, 0.0
+        hidden = self.model.hidden_states
+        self.hidden_states = torch.compile(hidden) if compiled else hidden
+        self.step, self.saved = 0, None
         if args.resume:
             self.load()
-        self.out_dir.mkdir(parents=True, exist_ok=True)
+        for old in [*self.out_dir.glob("checkpoint.pt*")] if args.overwrite else ():
+            old.unlink()
+        if self.tokenizer:  # of this run, whatever becomes of data_dir
+            self.tokenizer.save(self.out_dir / "tokenizer.json")
         self.log = self.open_log()
-        self.tokens_per_step = args.batch_size * args.grad_accum * config.context_length
         self.pending = None  # the newest step: its numbers are read while the next one runs
+        self.eta_from = None  # (step, time) of the first step: it may compile, and is not counted
         self.signals = []
         print(f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.device}, "
-              f"{str(self.dtype)[6:]}{', compiled' if compiled else ''}")
+              f"{str(self.dtype)[6:]}{', compiled in the first step' if compiled else ''}")
 
     def fit_to_memory(self):
         """Says what memory a step will need; halves the micro-batch until that is free."""
         args, device, free = self.args, self.device, lm.free_memory(self.device)
         while True:
-            need = sum(lm.estimate_memory(self.config, args.batch_size, self.dtype,
+            need = sum(lm.estimate_memory(self.config, self.micro_batch_size, self.dtype,
                                           args.checkpoint_every, device.type).values())
             print(f"memory: about {need / 2**30:.2f} of {free / 2**30:.1f} GiB free on {device}")
-            if need <= free or args.batch_size % 2:
+            if need <= free or self.micro_batch_size % 2:
                 return
             self.halve_batch()
 
     def halve_batch(self):
-        args = self.args
-        args.batch_size, args.grad_accum = args.batch_size // 2, args.grad_accum * 2
-        print(f"not enough memory: batch_size halved to {args.batch_size}, grad_accum doubled to "
-              f"{args.grad_accum}, the same update")
+        self.micro_batch_size //= 2
+        print(f"not enough memory: batch_size halved to {self.micro_batch_size}, grad_accum doubled"
+              f" to {self.sequences // self.micro_batch_size}, the same update")
 
     def open_log(self):
         """log.jsonl, cut back to this step; a first record of flags and versions if it is new."""
         path, kept = self.out_dir / "log.jsonl", []
         if self.step and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # a killed run may leave half a line
+                with contextlib.suppress(ValueError, TypeError, AttributeError):  # half a line
                     if json.loads(line).get("step", 0) <= self.step:
                         kept.append(line)
         if not kept:
-            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
             card = torch.cuda.get_device_name() if self.device.type == "cuda" else str(self.device)
+            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
             kept = [json.dumps({"flags": self.flags(), "versions": versions, "device": card})]
         with lm.atomic_write(path) as file:
             file.write(("\n".join(kept) + "\n").encode())
         return open(path, "a", encoding="utf-8")
 
     def record(self, **entry):
-        self.log.write(json.dumps({**entry, "elapsed_s": round(self.elapsed(), 3)}) + "\n")
+        entry["elapsed_s"] = round(time.perf_counter() - self.started, 3)
+        self.log.write(json.dumps(entry) + "\n")
         self.log.flush()
-
-    def elapsed(self):
-        return self.earlier_s + time.perf_counter() - self.started
 
     def flags(self):
         skip = ("model_defaults", "plot", "plot_file", "resume", "overwrite")
@@ -156,8 +159,11 @@ class Trainer:
     def save(self):
         lm.save_checkpoint(
             self.model, self.optimizer, self.step, self.checkpoint, config=asdict(self.config),
-            flags=self.flags(), generator=self.generator.get_state(), elapsed_s=self.elapsed(),
+            flags=self.flags(), generator=self.generator.get_state(),
+            elapsed_s=time.perf_counter() - self.started,
+            micro_batch_size=self.micro_batch_size, tokenizer_hash=self.tokenizer_hash,
         )
+        self.saved = self.step
 
     def load(self):
         try:
@@ -165,9 +171,15 @@ class Trainer:
         except FileNotFoundError:
             print(f"no checkpoint in {self.out_dir} yet: starting from the beginning")
             return
+        if saved.get("tokenizer_hash", "") != self.tokenizer_hash:
+            raise ValueError(f"{self.checkpoint} must be of a run with this tokenizer, got another"
+                             f"; give the same text, or --tokenizer {self.out_dir}/tokenizer.json")
+        saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]  # flags
         lm.restore(saved, self.model, self.optimizer)
         self.generator.set_state(saved["generator"])
-        self.step, self.earlier_s = saved["iteration"], saved["elapsed_s"]
+        self.micro_batch_size = min(self.micro_batch_size, saved["micro_batch_size"])
+        self.step = self.saved = saved["iteration"]
+        self.started -= saved["elapsed_s"]
         print(f"resumed {self.checkpoint} at step {self.step}")
 
     def settle(self):
@@ -182,14 +194,14 @@ class Trainer:
             self.stop_on_non_finite(step, loss, norm, drawn_from)
         now = time.perf_counter()
         seconds, self.step_ended = now - self.step_ended, now
-        self.eta_from = self.eta_from or (step, now)  # not the first step: it may compile
-        args = self.args
+        self.eta_from = self.eta_from or (step, now)
+        args, tokens = self.args, self.sequences * self.config.context_length
         if step % args.log_every and step not in (1, args.max_steps):
             return
-        rate, peak = self.tokens_per_step / seconds, lm.peak_flops(self.device)
+        rate, peak = tokens / seconds, lm.peak_flops(self.device)
         mfu = f"{rate * lm.flops_per_token(self.config) / peak:.1%}" if peak else "n/a"
-        done, since = step - self.eta_from[0], now - self.eta_from[1]
-        left = int((since / done if done else seconds) * (args.max_steps - step))
+        mean_s = (now - self.eta_from[1]) / max(1, step - self.eta_from[0]) or seconds
+        left = int(mean_s * (args.max_steps - step))
         line = (f"step {step}/{args.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
                 f"{seconds * 1e3:.1f} ms | {rate:,.0f} tok/s | mfu {mfu} | ")
         entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "step_ms": seconds * 1e3,
@@ -201,44 +213,35 @@ class Trainer:
         self.record(**entry)
 
     def stop_on_non_finite(self, step, loss, norm, drawn_from):
-        """Names step, batch and layer of a loss or gradient that is not a number any more."""
-        generator = torch.Generator()
-        generator.set_state(drawn_from)
-        count = self.args.batch_size * self.args.grad_accum
+        """Names step and batch of a loss or gradient that is not a number any more."""
+        generator = torch.Generator().set_state(drawn_from)
         highest = len(self.train_ids) - self.config.context_length
-        starts = torch.randint(highest, (count,), generator=generator)[:4].tolist()
-        broken = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        starts = torch.randint(highest, (self.sequences,), generator=generator)[:4].tolist()
         raise FloatingPointError(
             f"loss and gradient must be finite, got loss {loss} and norm {norm} at step {step}, on "
-            f"windows that start at training tokens {', '.join(map(str, starts))}, ...; first bad "
-            f"weight: {broken[0] if broken else 'none'}; the last checkpoint is good: lower --lr"
+            f"windows that start at training tokens {', '.join(map(str, starts))} ...; lower --lr, "
+            f"the last good checkpoint is of step {self.saved}"
         )
 
     def validate(self, num_tokens):
-        loss = lm.evaluate(
-            self.hidden_states, self.model, self.valid_ids, num_tokens, self.args.batch_size,
-            self.device, self.dtype,
-        )
-        bits = loss / math.log(2) * self.tokens_per_byte
+        loss = lm.evaluate(self.hidden_states, self.model, self.valid_ids, num_tokens,
+                           self.micro_batch_size, self.device, self.dtype)
+        bits, perplexity = loss / math.log(2) * self.tokens_per_byte, math.exp(min(loss, 700))
         print(f"step {self.step}/{self.args.max_steps} | validation loss {loss:.4f} | perplexity "
-              f"{math.exp(loss):.2f} | bits per byte {bits:.4f}", flush=True)
-        self.record(step=self.step, valid_loss=loss, perplexity=math.exp(loss), bits_per_byte=bits)
-        return loss
+              f"{perplexity:.2f} | bits per byte {bits:.4f}", flush=True)
+        self.record(step=self.step, valid_loss=loss, perplexity=perplexity, bits_per_byte=bits)
 
     def run(self):
         """Trains to max_steps; returns 0, or 128 + the signal that stopped it after a save."""
         args, T = self.args, self.config.context_length
         loop_started = self.step_ended = time.perf_counter()
-        self.eta_from = None
         while self.step < args.max_steps:
-            lr = lm.lr_cosine_schedule(
-                self.step + 1, args.lr, args.min_lr, args.warmup_steps, args.max_steps
-            )
+            lr = lm.lr_cosine_schedule(self.step + 1, args.lr, args.min_lr, args.warmup_steps,
+                                       args.max_steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             drawn_from = self.generator.get_state()
-            sequences = args.batch_size * args.grad_accum
-            batch = lm.get_batch(self.train_ids, sequences, T, self.device, self.generator)
+            batch = lm.get_batch(self.train_ids, self.sequences, T, self.device, self.generator)
             stats = self.step_within_memory(batch)
             self.settle()
             self.step += 1
@@ -256,8 +259,7 @@ class Trainer:
                 if saving:  # before evaluation: whatever happens there, the step is safe
                     self.save()
                 if self.signals:
-                    print(f"stopped by signal {self.signals[0]}, saved at step {self.step}: "
-                          "--resume goes on")
+                    print(f"signal {self.signals[0]}: saved at step {self.step}, --resume goes on")
                     return 128 + self.signals[0]
                 if validating:
                     self.validate(args.eval_tokens)
@@ -266,44 +268,38 @@ class Trainer:
         return 0
 
     def step_within_memory(self, batch):
-        """train_step; out of memory, the same step again in micro-batches of half the size."""
-        args = self.args
+        """One training step; out of memory, its gradient again in halved micro-batches."""
         while True:
             try:
-                return train_step(
-                    self.hidden_states, self.model, self.optimizer, batch, args.batch_size,
-                    args.grad_clip, lambda: lm.compute_context(self.device, self.dtype),
+                stats = loss_and_gradient(
+                    self.hidden_states, self.model, batch, self.micro_batch_size,
+                    self.args.grad_clip, lambda: lm.compute_context(self.device, self.dtype),
                 )
+                break
             except torch.OutOfMemoryError:
-                if args.batch_size % 2:
+                if self.micro_batch_size % 2:
                     raise
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             self.halve_batch()
+        self.optimizer.step()
+        return stats
 
     def finish(self, loop_s):
         """Last validation, Hugging Face folder, sample, times."""
-        loss = self.validate(4 * self.args.eval_tokens)
+        self.validate(4 * self.args.eval_tokens)
         try:
             lm.save_pretrained(self.model, self.tokenizer, self.out_dir / "model")
         except ValueError as reason:  # the ablations have no Hugging Face class
             print(f"{self.out_dir / 'model'} was not written: {reason}")
         if self.tokenizer:
-            prompt = self.args.prompt
-            ids = self.tokenizer.encode(prompt) or self.tokenizer.encode(bpe.END_OF_TEXT)
             (row,) = lm.generate(
-                self.model, [ids], self.args.sample_tokens, temperature=0.8, top_p=0.95,
-                tokenizer=self.tokenizer, seed=self.args.seed,
+                self.model, [self.args.prompt or bpe.END_OF_TEXT], self.args.sample_tokens, 0.8,
+                top_p=0.95, tokenizer=self.tokenizer, seed=self.args.seed,
                 stop_ids=tuple(lm.special_ids(self.tokenizer)),
             )
-            print(f"--- sample\n{prompt}{row.text}\n---")
-        total_s = time.perf_counter() - self.started
-        print(f"time: {total_s:.0f} s, of which {loop_s:.0f} s in training and validation steps")
-        bits = loss / math.log(2) * self.tokens_per_byte
-        print(json.dumps({
-            "valid_loss": round(loss, 4), "bits_per_byte": round(bits, 4), "steps": self.step,
-            "tokens": self.step * self.tokens_per_step, "seconds": round(total_s, 1),
-        }))
+            print(f"--- sample\n{self.args.prompt}{row.text}\n---")
+        print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
 
 
 def plot(logs, out):
@@ -313,22 +309,19 @@ def plot(logs, out):
     except ImportError:
         raise ValueError("--plot needs matplotlib, got none; pip install matplotlib") from None
     figure = Figure(figsize=(12, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for color, path in enumerate(logs):
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        records, run = [json.loads(line) for line in lines], Path(path).parent.name
-        for axis, x, scale in zip(axes, ("step", "elapsed_s"), (1, 60), strict=True):
-            for key, name, style in (("loss", "training", {"alpha": 0.35}),
-                                     ("valid_loss", "validation", {"marker": ".", "lw": 2})):
+    curves = (("loss", "training", {"alpha": 0.35}), ("valid_loss", "validation", {"marker": "."}))
+    for axis, x, scale, unit in zip(figure.subplots(1, 2, sharey=True), ("step", "elapsed_s"),
+                                     (1, 60), ("step", "minutes"), strict=True):
+        for color, path in enumerate(map(Path, logs)):
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            for key, name, style in curves:
                 points = [(r[x] / scale, r[key]) for r in records if key in r]
-                x_y = zip(*points, strict=True)
-                axis.plot(*x_y, color=f"C{color}", label=f"{run} {name}", **style)
-    for axis, label in zip(axes, ("step", "minutes"), strict=True):
-        axis.set(xlabel=label, ylabel="loss, nats a token")
+                label = f"{path.parent.name} {name}"
+                axis.plot(*zip(*points), color=f"C{color}", label=label, **style)
+        axis.set(xlabel=unit, ylabel="loss, nats a token")
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
+    axis.legend(fontsize=8)
     figure.savefig(out, dpi=120)
-    print(f"wrote {out}")
 
 
 def build_parser():
@@ -345,21 +338,20 @@ def build_parser():
     add("--batch_size", type=positive, default=8, help="sequences a micro-batch")
     add("--grad_accum", type=positive, default=1, help="micro-batches an update")
     add("--max_steps", type=positive, default=3500, help="updates")
-    add("--lr", type=float, default=3e-3, help="highest learning rate")
-    add("--min_lr", type=float, default=3e-4, help="learning rate at the end")
-    add("--warmup_steps", type=int, default=100)
-    add("--weight_decay", type=float, default=0.1)
-    add("--beta1", type=float, default=0.9)
-    add("--beta2", type=float, default=0.95)
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--checkpoint_every", type=int, nargs="*", default=[], help="recompute groups of K blocks")
-    add("--eval_every", type=positive, default=500, help="steps")
-    add("--eval_tokens", type=positive, default=16_384, help="of a validation; 4 times that at the end")
-    add("--log_every", type=positive, default=50, help="steps")
-    add("--save_every", type=positive, default=500, help="steps")
+    add("--lr", type=lm.positive(float), default=3e-3, help="highest learning rate")
+    add("--min_lr", type=lm.positive(float, zero=True), help="last rate (default: lr / 10)")
+    add("--warmup_steps", type=lm.positive(int, zero=True), default=100)
+    for name, default in (("weight_decay", 0.1), ("beta1", 0.9), ("beta2", 0.95)):
+        add(f"--{name}", type=lm.positive(float, zero=True), default=default)
+    add("--grad_clip", type=lm.positive(float), default=1.0, help="largest norm of the gradient")
+    add("--checkpoint_every", type=positive, nargs="*", default=[], help="recompute K blocks")
+    add("--eval_tokens", type=positive, default=16_384, help="a validation; 4 times at the end")
+    for name, steps in (("eval_every", 500), ("save_every", 500), ("log_every", 50)):
+        add(f"--{name}", type=positive, default=steps, help="steps")
     add("--out_dir", default="out")
-    add("--resume", action="store_true", help="go on from --out_dir's checkpoint, same flags")
-    add("--overwrite", action="store_true", help="start anew in an --out_dir that holds a run")
+    held = parser.add_mutually_exclusive_group().add_argument  # when --out_dir holds a run
+    held("--resume", action="store_true", help="go on with the run in --out_dir, same flags")
+    held("--overwrite", action="store_true", help="start anew in an --out_dir that holds a run")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
@@ -372,19 +364,28 @@ def build_parser():
     return parser
 
 
+def saved_flags(out_dir):
+    """The flags of the run in `out_dir`: of its checkpoint, before the first one of its log."""
+    with contextlib.suppress(FileNotFoundError, KeyError):
+        return lm.read_checkpoint(Path(out_dir) / "checkpoint.pt")["flags"]
+    with contextlib.suppress(FileNotFoundError, KeyError, ValueError, IndexError):
+        return json.loads((Path(out_dir) / "log.jsonl").read_text().splitlines()[0])["flags"]
+    return {}
+
+
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    lm.print_any_text()
+    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         parser.error("train.py is for one device; use torchrun with ddp.py train")
     try:
         if args.plot:
             return plot(args.plot, args.plot_file)
         if args.resume:  # the run's own flags, and over them those given now
-            path = Path(args.out_dir) / "checkpoint.pt"
-            with contextlib.suppress(FileNotFoundError):
-                parser.set_defaults(**lm.read_checkpoint(path).get("flags", {}))
-                args = parser.parse_args(argv)
+            parser.set_defaults(**{**saved_flags(args.out_dir), "out_dir": args.out_dir})
+            args = parser.parse_args(argv)
+        args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
         trainer = Trainer(args)
         with stop_politely(trainer.signals):
             return trainer.run()

@@ -1110,7 +1110,8 @@ def test_a_failing_save_leaves_the_old_checkpoint_as_it_was(tmp_path, monkeypatc
         raise error
 
     monkeypatch.setattr(torch, "save", fail_half_way)
-    with pytest.raises(type(error)):
+    expected = OSError if isinstance(error, RuntimeError) else type(error)  # what a full disk is
+    with pytest.raises(expected):
         M.save_checkpoint(model, None, 2, tmp_path / "c.pt")
     assert os.listdir(tmp_path) == ["c.pt"] and (tmp_path / "c.pt").read_bytes() == before
 
