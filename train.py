@@ -356,7 +356,7 @@ def build_parser():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
-    add("--prompt", default="def", help="that the sample at the end continues")
+    add("--prompt", default="def read(self", help="that the sample at the end continues")
     add("--sample_tokens", type=positive, default=256)
     add("--plot", nargs="+", metavar="LOG", help="draw these log.jsonl files and stop")
     add("--plot_file", default="curves.png")

@@ -86,7 +86,7 @@ def test_a_run_learns_and_leaves_log_checkpoint_and_model(tmp_path, corpus, caps
     last = rest[-1]
     assert last["step"] == 40 and last["valid_loss"] < np.log(300) - 1
     assert last["perplexity"] == pytest.approx(np.exp(last["valid_loss"]))
-    assert "--- sample\ndef" in out and "eta 0:00:00" in out
+    assert "--- sample\ndef read" in out and "eta 0:00:00" in out
     assert out.strip().splitlines()[-1].startswith("time: ")
     model = lm.from_pretrained(tmp_path / "out" / "model")
     saved = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
