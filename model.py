@@ -113,9 +113,6 @@ class ModelConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got "
                                  f"{getattr(self, name)!r}; choose one of these")
-        if self.attention == "flash" and "flash_attn" not in sys.modules:
-            if importlib.util.find_spec("flash_attn") is None:
-                raise ValueError("attention=flash needs flash_attn.py, got none; use sdpa")
         if self.num_kv_heads is None:
             derive("num_kv_heads", self.num_heads)
         if self.d_head is None:
@@ -165,7 +162,10 @@ def config_from_flags(args, **overrides):
     flags = {f.name: getattr(args, f.name, None) for f in fields(ModelConfig)}
     given = {name: value for name, value in flags.items() if value is not None}
     base = PRESETS[args.preset] if args.preset else args.model_defaults
-    return ModelConfig(**{**base, **overrides, **given})
+    config = ModelConfig(**{**base, **overrides, **given})
+    if config.attention == "flash":
+        load_flash_attention()  # its absence is known before any work
+    return config
 
 
 @functools.cache
@@ -559,15 +559,22 @@ class CausalSelfAttention(nn.Module):
         return self.output_proj(y.transpose(1, 2).flatten(-2))
 
 
+def load_flash_attention():
+    """flash_attn.flash_attention, imported only where it is asked for."""
+    try:
+        from flash_attn import flash_attention
+    except ImportError:
+        raise ValueError("attention=flash needs flash_attn.py, got none; use sdpa") from None
+    return flash_attention
+
+
 def attend(q, k, v, mask, backend):
     """Attention of grouped heads by the named back end, (B, H, Tq, D).
 
     q: (B, H, Tq, D); k, v: (B, G, Tk, D); mask: bool (B, 1, Tq, Tk), None for causal with Tq = Tk
     """
     if backend == "flash" and mask is None:
-        from flash_attn import flash_attention
-
-        return flash_attention(q, k, v, causal=True)
+        return load_flash_attention()(q, k, v, causal=True)
     if backend == "eager":
         if mask is None:
             T = q.shape[2]

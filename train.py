@@ -337,7 +337,7 @@ def build_parser():
     add("--num_workers", type=positive, help="processes that prepare the data (default: all cores)")
     add("--batch_size", type=positive, default=8, help="sequences a micro-batch")
     add("--grad_accum", type=positive, default=1, help="micro-batches an update")
-    add("--max_steps", type=positive, default=3500, help="updates")
+    add("--max_steps", type=positive, default=3000, help="updates")
     add("--lr", type=lm.positive(float), default=3e-3, help="highest learning rate")
     add("--min_lr", type=lm.positive(float, zero=True), help="last rate (default: lr / 10)")
     add("--warmup_steps", type=lm.positive(int, zero=True), default=100)
