@@ -1372,7 +1372,6 @@ def write_splits(data, folder, errors, hold_out=True):
         return splits
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "source.json").unlink(missing_ok=True)  # from here on they are not what it says
-    sizes = [0, 0]
     with open(splits[0], "w+b") as train_file, open(splits[1], "w+b") as valid_file:
         for key, text, ended in read_documents(paths, root, errors):
             held_out = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % HELD_OUT == 0
