@@ -715,19 +715,83 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self, params, t, group):
         """One step of parameters that share t, device and dtype: _foreach is one kernel a list."""
-        lr, (beta1, beta2) = group["lr"], group["betas"]
+        lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
+        decay = 1 - lr * group["weight_decay"]
+        step_size, root = lr / (1 - beta1**t), math.sqrt(1 - beta2**t)
         grads = [p.grad for p in params]
         m = [self.state[p]["m"] for p in params]
         v = [self.state[p]["v"] for p in params]
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        if params[0].is_cuda and _fusable([*params, *grads, *m, *v]):
+            _adamw_kernel()(params, grads, m, v,
+                            (decay, 1 - beta1, beta2, 1 - beta2, eps, step_size, root))
+            return
+        if decay != 1:
+            torch._foreach_mul_(params, decay)
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
         denominator = torch._foreach_sqrt(v)
-        torch._foreach_div_(denominator, math.sqrt(1 - beta2**t))
-        torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_addcdiv_(params, m, denominator, -lr / (1 - beta1**t))
+        torch._foreach_div_(denominator, root)
+        torch._foreach_add_(denominator, eps)
+        torch._foreach_addcdiv_(params, m, denominator, -step_size)
+
+
+def _fusable(tensors):
+    """Whether the kernel below may take these CUDA tensors, which it reads 16 bytes at a time."""
+    ok = tensors[0].dtype != torch.float64 and triton_problem(tensors[0].device) is None
+    return ok and all(x.is_contiguous() and x.data_ptr() % 16 == 0 and x.dtype == tensors[0].dtype
+                      for x in tensors)
+
+
+@functools.cache
+def _adamw_kernel():
+    """AdamW._update's arithmetic in one Triton kernel for all tensors of a list: each number comes
+    from memory once, which is a third of the foreach version's bytes."""
+    import triton
+    import triton.language as tl
+
+    BLOCK = 4096
+
+    @triton.jit
+    def kernel(table, owners, decay, new1, beta2, new2, eps, step_size, root,
+               KIND: tl.constexpr, BLOCK: tl.constexpr):
+        row = table + tl.load(owners + tl.program_id(0)) * 6
+        p = tl.multiple_of(tl.load(row).to(tl.pointer_type(KIND)), 16)
+        g = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(KIND)), 16)
+        m = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(KIND)), 16)
+        v = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(KIND)), 16)
+        i = (tl.program_id(0) - tl.load(row + 5)) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < tl.load(row + 4)
+        gradient = tl.load(g + i, inside, 0.0).to(tl.float32)
+        mean = tl.load(m + i, inside, 0.0).to(tl.float32)
+        mean += new1 * (gradient - mean)
+        square = tl.load(v + i, inside, 0.0).to(tl.float32) * beta2
+        square += new2 * gradient * gradient
+        theta = tl.load(p + i, inside, 0.0).to(tl.float32) * decay
+        theta -= step_size * mean / (tl.sqrt_rn(square) / root + eps)
+        tl.store(m + i, mean, inside)
+        tl.store(v + i, square, inside)
+        tl.store(p + i, theta, inside)
+
+    @functools.lru_cache(maxsize=16)
+    def plan(sizes, device):
+        blocks = np.array([-(-n // BLOCK) for n in sizes])
+        owners = np.repeat(np.arange(len(sizes)), blocks)
+        return torch.from_numpy(owners).to(device), (np.cumsum(blocks) - blocks).tolist()
+
+    def launch(params, grads, m, v, rates):
+        device = params[0].device
+        sizes = tuple(p.numel() for p in params)
+        owners, first = plan(sizes, device)
+        rows = [[*map(torch.Tensor.data_ptr, tensors), n, start]
+                for *tensors, n, start in zip(params, grads, m, v, sizes, first, strict=True)]
+        table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+        kind = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+        with torch.cuda.device(device):
+            kernel[(len(owners),)](table, owners, *map(float, rates), KIND=kind[params[0].dtype],
+                                   BLOCK=BLOCK, num_warps=8)
+
+    return launch
 
 
 def optimizer_groups(model, weight_decay):

@@ -2112,6 +2112,30 @@ def test_cuda_adamw_equals_torch():
 
 
 @needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_fused_adamw_equals_the_foreach_one_and_takes_views_and_strides(dtype, monkeypatch):
+    def start(i, seed):  # the last two cannot be fused: not aligned, not contiguous
+        x = torch.randn(shapes[i], generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:] if i == 3 else x.T if i == 4 else x
+
+    shapes = [(5000, 3), (4096,), (1,), (33,), (8, 6)]
+    results = []
+    for fusable in (M._fusable, lambda tensors: False):
+        monkeypatch.setattr(M, "_fusable", fusable)
+        params = [torch.nn.Parameter(start(i, i)) for i in range(5)]
+        if len(results) == 0:
+            assert [fusable(g) for g in (params[:3], params[3:4], params[4:])] == [True, False, False]
+        optimizer = M.AdamW([dict(params=[p]) for p in params[3:]] + [dict(params=params[:3])], lr=0.01)
+        for t in range(20):
+            for i, p in enumerate(params):
+                p.grad = start(i, 100 * t + i)
+            optimizer.step()
+        results.append([p.detach().double() for p in params])
+    for a, b in zip(*results, strict=True):  # bfloat16 is rounded once a step, not at every operation
+        assert relative_error(a, b) < (1e-6 if dtype == torch.float32 else 3e-2)
+
+
+@needs_cuda
 def test_cuda_compiled_model_gives_the_same_loss_and_gradients():
     pytest.importorskip("triton", reason="torch.compile needs triton on CUDA")
     model = M.TransformerLM(tiny(d_model=64)).cuda()
