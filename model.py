@@ -1445,6 +1445,24 @@ def compute_context(device, dtype):
     return torch.autocast(device.type, dtype=dtype)
 
 
+def time_mark(device):
+    """A point in time for `seconds_between`: now, or on CUDA when the GPU has done all it was given
+    so far, which the host does not wait for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start, end):
+    """Seconds from one time_mark to a later one; on CUDA waits until the GPU has reached it."""
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def free_memory(device):
     """Bytes that are free on `device` (on a CPU: of the machine), infinity where nobody says."""
     if device.type == "cuda":

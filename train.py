@@ -186,14 +186,12 @@ class Trainer:
         """Waits for the pending step, checks its numbers, and logs them when it is time."""
         if self.pending is None:
             return
-        (step, stats, ready, drawn_from, lr), self.pending = self.pending, None
-        if ready:
-            ready.synchronize()
+        (step, stats, done, drawn_from, lr), self.pending = self.pending, None
+        seconds = lm.seconds_between(self.step_began, done)  # waits for the step
+        self.step_began, now = done, time.perf_counter()
         loss, norm = stats.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.stop_on_non_finite(step, loss, norm, drawn_from)
-        now = time.perf_counter()
-        seconds, self.step_ended = now - self.step_ended, now
         self.eta_from = self.eta_from or (step, now)
         args, tokens = self.args, self.sequences * self.config.context_length
         if step % args.log_every and step not in (1, args.max_steps):
@@ -234,7 +232,7 @@ class Trainer:
     def run(self):
         """Trains to max_steps; returns 0, or 128 + the signal that stopped it after a save."""
         args, T = self.args, self.config.context_length
-        loop_started = self.step_ended = time.perf_counter()
+        loop_started, self.step_began = time.perf_counter(), lm.time_mark(self.device)
         while self.step < args.max_steps:
             lr = lm.lr_cosine_schedule(self.step + 1, args.lr, args.min_lr, args.warmup_steps,
                                        args.max_steps)
@@ -245,12 +243,10 @@ class Trainer:
             stats = self.step_within_memory(batch)
             self.settle()
             self.step += 1
-            ready = None
-            if self.device.type == "cuda":  # the copy waits its turn on the GPU, the host does not
-                stats, ready = stats.to("cpu", non_blocking=True), torch.cuda.Event()
-                ready.record()
-            self.pending = (self.step, stats, ready, drawn_from, lr)
-            if ready is None:
+            on_cuda = self.device.type == "cuda"  # its copy waits for its turn, the host does not
+            stats = stats.to("cpu", non_blocking=on_cuda)
+            self.pending = (self.step, stats, lm.time_mark(self.device), drawn_from, lr)
+            if not on_cuda:
                 self.settle()
             saving = self.step % args.save_every == 0 or self.step == args.max_steps or self.signals
             validating = self.step % args.eval_every == 0 and self.step < args.max_steps
@@ -263,7 +259,7 @@ class Trainer:
                     return 128 + self.signals[0]
                 if validating:
                     self.validate(args.eval_tokens)
-                self.step_ended = time.perf_counter()
+                self.step_began = lm.time_mark(self.device)
         self.finish(time.perf_counter() - loop_started)
         return 0
 
