@@ -568,6 +568,15 @@ def load_flash_attention():
     return flash_attention
 
 
+def check_attention(config, device):
+    """raises ValueError where the config's attention does not run on this device"""
+    if config.attention == "flash":
+        load_flash_attention()
+        import flash_attn
+
+        flash_attn.check_device(device)
+
+
 def attend(q, k, v, mask, backend):
     """Attention of grouped heads by the named back end, (B, H, Tq, D).
 

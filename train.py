@@ -89,6 +89,7 @@ class Trainer:
         if config.vocab_size < known.get("vocab_size", 0):
             raise ValueError(f"vocab_size must be at least {self.tokenizer.vocab_size}, which the "
                              f"tokenizer has, got {config.vocab_size}; leave --vocab_size out")
+        lm.check_attention(config, self.device)
         for ids in (self.train_ids, self.valid_ids):  # too short ones are found before any work
             lm.get_batch(ids, 1, config.context_length, "cpu", torch.Generator())
         self.micro_batch_size, self.sequences = args.batch_size, args.batch_size * args.grad_accum

@@ -525,7 +525,6 @@ def test_replaced_bytes_train(tmp_path):
     (["--lr", "-1"], ["lr", "above 0"]),
     (["--checkpoint_every", "0"], ["above 0"]),
     (["--resume", "--overwrite"], ["not allowed"]),
-    (["--attention", "flash"], ["flash_attn.py"]),
     (["--device", "cuda:99"], ["device"]),
     (["--data", "no/such/file.txt"], ["no/such/file.txt"]),
     (["--tokenizer", "no/such/tokenizer.json"], ["no/such"]),
@@ -534,6 +533,16 @@ def test_replaced_bytes_train(tmp_path):
 ])  # fmt: skip
 def test_bad_flags_are_one_line(tmp_path, corpus, capsys, more, patterns):
     fails(capsys, flags(tmp_path, corpus, *more), *patterns)
+    assert not (tmp_path / "out/log.jsonl").exists()
+
+
+def test_flash_attention_without_a_gpu_is_one_line_before_any_work(tmp_path, corpus):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    argv = flags(tmp_path, corpus, "--attention", "flash", "--device", "cpu")
+    done = subprocess.run([sys.executable, ROOT / "train.py", *argv], env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2
+    assert re.search(r"error: (flash attention needs a CUDA GPU|triton must be)", done.stderr)
     assert not (tmp_path / "out/log.jsonl").exists()
 
 
