@@ -183,7 +183,7 @@ def pytorch(q, k, v, do, see, scale):
     grouped = q.shape[1] != k.shape[1]
     options = dict(attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return run(lambda *qkv: F.scaled_dot_product_attention(*qkv, **options),
-               *(t.contiguous() for t in (q, k, v, do)))  # fmt: skip
+               *(t.clone(memory_format=torch.contiguous_format) for t in (q, k, v, do)))  # fmt: skip
 
 
 def cumulative(lengths):
