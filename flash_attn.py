@@ -54,7 +54,8 @@ REFERENCE_TILE = 2048  # of the float32 tiles that it compares with
 GPU_SHAPES = "1x16x16384x64,1x16x16384x128,4x16x4096x128,8x12x1024x64"
 CPU_SHAPES = "1x2x64x32,2x1x100x64"
 REPLAYED_BELOW_MS = 1  # longer work hides what the host does
-RIVALS = ("ours", "deterministic", "portable", "flash2", "cudnn", "flex", "plain")
+OURS = ("ours", "deterministic", "portable")
+RIVALS = (*OURS, "flash2", "cudnn", "flex", "plain")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -66,6 +67,7 @@ def document_bounds(cu_seqlens, T):
     Tokens outside all documents get first = end. cu_seqlens [0, 2, 3] and T 3 give [0, 0, 2] and
     [2, 2, 3].
     """
+    cu_seqlens = cu_seqlens.clamp(0, T)  # whatever it holds, no address is out of bounds
     position = torch.arange(T, dtype=torch.int32, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens, position, right=True)
     return (torch.cat((cu_seqlens[:1], cu_seqlens))[document],
@@ -1001,6 +1003,10 @@ def hopper_backward_kernel(q_desc, k_desc, v_desc, do_desc, stats_desc, dq_sum, 
         ], [1, 1], [24, 24])
 
 
+def arguments_of(function):
+    return function.__code__.co_varnames[:function.__code__.co_argcount]
+
+
 @functools.cache
 def load_kernels():
     """Makes every function above a Triton kernel. Returns whether they are interpreted."""
@@ -1011,7 +1017,7 @@ def load_kernels():
         raise ValueError("triton must be installed for these kernels, got none; install it, or use "
                          "FlashAttentionPyTorch") from None
     for name, function in KERNELS.items():
-        sizes = NOT_SPECIALIZED.intersection(function.__code__.co_varnames)
+        sizes = NOT_SPECIALIZED.intersection(arguments_of(function))
         globals()[name] = triton.jit(function, do_not_specialize=sorted(sizes))
     globals()["tl"] = triton.language
     interpreted, library = (not isinstance(f, triton.JITFunction)
@@ -1046,12 +1052,12 @@ def load_gluon_kernels():
         # the name until triton 3.6, and since
         globals()["block_barrier"] = getattr(language, "thread_barrier", None) or language.barrier
     except (ImportError, AttributeError) as missing:
-        print(f"flash_attn: this triton lacks Gluon's {missing}: the portable kernels run instead, "
-              "which are slower here", file=sys.stderr, flush=True)
+        print("flash_attn: the portable kernels run, which are slower here: this triton's Gluon is "
+              f"not what the others need ({missing})", file=sys.stderr, flush=True)
         return False
     for name, function in GLUON_KERNELS.items():
-        # not the backward one: without knowing more of these numbers it spills registers
-        sizes = NOT_SPECIALIZED.intersection(function.__code__.co_varnames)
+        # the backward one was measured with all it can know of these numbers
+        sizes = NOT_SPECIALIZED.intersection(arguments_of(function))
         sizes = sizes if name == "hopper_forward_kernel" else ()
         globals()[name] = gluon.jit(function, do_not_specialize=sorted(sizes))
     return True
@@ -1063,8 +1069,8 @@ def load_gluon_kernels():
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by kernel, card, bits of the dtype and padded D (that of
 # 64 serves narrower heads). "any": fits the 99 KiB of shared memory that a block has on compute
-# capability 8.6, 8.9 and 12.0 [5]. Where T is a multiple of the tile, those of 16 bits spill no
-# registers on 8.0 or 9.0, causal or not.
+# capability 8.6, 8.9 and 12.0 [5]. Where T is a multiple of the tile, those of 16 bits without
+# documents spill no registers on 8.0 or 9.0, causal or not, with D 64 and 128.
 CONFIGS = {
     ("forward", "hopper", 16): {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
     ("forward", "any", 16): {64: (128, 128, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
@@ -1109,6 +1115,9 @@ def _card(device):
                          f"triton is imported, got {device}; move the tensors, or take "
                          "FlashAttentionPyTorch or another attention")
     properties = torch.cuda.get_device_properties(device)
+    if properties.major < 8 or torch.version.hip:
+        raise ValueError("flash attention needs an NVIDIA GPU of compute capability 8.0 or more, "
+                         f"got {properties.name}; take another attention")
     return (properties.major, properties.minor), properties.L2_cache_size
 
 
@@ -1381,15 +1390,17 @@ def check_kinds(q, k, v, causal, scale):
         raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {str(q.dtype)[6:]}; cast q, k, v")
     if D > MAX_D:
         raise ValueError(f"D must be at most {MAX_D}, got {D}; split the heads")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale must be a finite number above 0, got {scale}; change it")
+    if not (scale is None or isinstance(scale, int | float) and 1e-30 < scale < 1e30):
+        raise ValueError(f"scale must be a number between 1e-30 and 1e30, got {scale}; change it")
     return float(D**-0.5 if scale is None else scale)
 
 
 def check_inputs(q, k, v, causal, scale, cu_seqlens=None):
     """The scale, as a float; ValueError unless `flash_attention` can take these."""
     check = check_kinds.__wrapped__ if torch.compiler.is_compiling() else check_kinds
-    scale = check(*(Kind(x.shape, x.dtype, x.device) for x in (q, k, v)), causal, scale)
+    if isinstance(scale, torch.Tensor):  # would be remembered by its identity, and get no gradient
+        raise ValueError("scale must be a number, got a tensor; multiply q by it")
+    scale = check(*(Kind(x.shape, x.dtype, x.device) for x in (q, k, v)), bool(causal), scale)
     if cu_seqlens is not None:
         B, Tq, Tk = q.shape[0], q.shape[2], k.shape[2]
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
@@ -1439,14 +1450,18 @@ class FlashAttentionTriton(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do):
         q, k, v, o, lse, *spans = ctx.saved_tensors
         causal, scale, allow_tf32, deterministic = ctx.settings
         heads = [as_heads(x) for x in (q, k, v, o)]
         lse = in_shape(lse, heads[0].shape[:-1])
-        grads = _backward(*heads, lse, as_heads(do), causal, scale, spans or None, allow_tf32,
-                          deterministic)
+        do = as_heads(do.resolve_neg())
+        if torch.is_grad_enabled():  # create_graph: an operator that says no to a second derivative
+            grads = _backward_op(*heads, lse, do, *(spans or (None, None)), causal, scale,
+                                 allow_tf32, deterministic)
+        else:
+            grads = _backward(*heads, lse, do, causal, scale, spans or None, allow_tf32,
+                              deterministic)
         grads = [in_shape(g, x.shape) for g, x in zip(grads, (q, k, v), strict=True)]
         return *grads, None, None
 
@@ -1498,7 +1513,8 @@ def flash_attention(q, k, v, causal=True, scale=None, cu_seqlens=None, determini
     """softmax(scale q k^T) v with memory linear in T: (B, H, Tq, D) in the dtype of q.
 
     q: (B, H, Tq, D); k, v: (B, G, Tk, D), H a multiple of G: query head h uses key head h // (H/G).
-      Any strides, nothing is copied. D up to 256; float32, float16 or bfloat16
+      Any strides, nothing of these is copied (a gradient of o may be, once). D up to 256;
+      float32, float16 or bfloat16
     causal: query i sees keys up to i + Tk - Tq, so the last query sees all
     scale: of the scores, default D ** -0.5
     cu_seqlens: (N + 1,) int32, increasing: N documents packed into one sequence (B 1, Tq = Tk), the
@@ -1509,10 +1525,11 @@ def flash_attention(q, k, v, causal=True, scale=None, cu_seqlens=None, determini
     allow_tf32: float32 inputs may be rounded to TF32 in products
     raises ValueError for inputs that do not fit together, and without a GPU
     """
-    kind = q.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (x.to(dtype) if x.dtype in DTYPES.values() else x for x in (q, k, v))
+    q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
     scale = check_inputs(q, k, v, causal, scale, cu_seqlens)
     spans = None if cu_seqlens is None else document_bounds(cu_seqlens, q.shape[2])
     if deterministic is None:
@@ -1578,12 +1595,12 @@ def parse_shape(text):
     """(B, H, T, D) of "1x16x16384x64"."""
     try:
         shape = tuple(map(int, text.split("x")))
-        if len(shape) == 4 and min(shape) >= 1:
+        if len(shape) == 4 and min(shape) >= 1 and shape[3] <= MAX_D:
             return shape
     except ValueError:
         pass
-    raise ValueError(f"a shape must be BxHxTxD, four numbers from 1 on, got {text!r}; for example "
-                     "1x16x16384x64")
+    raise ValueError(f"a shape must be BxHxTxD, four numbers from 1 on and D at most {MAX_D}, got "
+                     f"{text!r}; for example 1x16x16384x64")
 
 
 @functools.lru_cache(maxsize=1)
@@ -1614,11 +1631,10 @@ def make_rival(name, shape, causal):
 
 
 def measure(name, shape, dtype, causal, warmup_ms=25, run_ms=100):
-    """{part: [median, 0.2 quantile, 0.8 quantile] in ms} of a rival, "peak_gib", and "error": why
-    it did not run, if so."""
+    """{part: [median, 0.2 quantile, 0.8 quantile] in ms} of a rival, "peak_gib" of its inputs and
+    what forward and backward need at once, and "error": why it did not run, if so."""
     from triton.testing import do_bench, do_bench_cudagraph
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     time_ms = functools.partial(do_bench, warmup=warmup_ms, rep=run_ms, quantiles=[0.5, 0.2, 0.8])
     row = {}
     try:
@@ -1630,8 +1646,14 @@ def measure(name, shape, dtype, causal, warmup_ms=25, run_ms=100):
             row["backward"] = time_ms(
                 lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True))
             del o
-            both = lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), do)
+
+            def both():
+                return torch.autograd.grad(attend(q, k, v), (q, k, v), do)
+
             row["both"] = time_ms(both)
+            torch.cuda.reset_peak_memory_stats()  # not what timing itself takes
+            both()
+            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if row["both"][0] < REPLAYED_BELOW_MS:
                 with contextlib.suppress(RuntimeError):  # not all that runs can be captured
                     row["replayed"] = do_bench_cudagraph(both, rep=run_ms,
@@ -1639,14 +1661,16 @@ def measure(name, shape, dtype, causal, warmup_ms=25, run_ms=100):
     except torch.OutOfMemoryError:
         row["error"] = "out of memory"
     except (RuntimeError, ImportError) as error:  # a rival that this card or version does not have
-        row["error"] = str(error).strip().splitlines()[0][:60]
-    row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if name in OURS:
+            raise
+        row["error"] = (str(error).strip() or repr(error)).splitlines()[0][:30]
     return row
 
 
 def summarise(rows):
     """One row of several by `measure`: the median of medians, the extremes of the quantiles."""
-    summary = {"peak_gib": round(max(r["peak_gib"] for r in rows), 3)}
+    peaks = [r["peak_gib"] for r in rows if "peak_gib" in r]
+    summary = {"peak_gib": round(max(peaks), 3)} if peaks else {}
     for row in rows:
         if "error" in row:
             summary["error"] = row["error"]
@@ -1703,8 +1727,8 @@ def bench_rivals(shapes, dtype, causal, names, repeats):
 def bench_sweep(dtypes, causal):
     """The table of [2] flash_benchmarking: one head, batch 1, ours beside plain attention."""
     results = []
-    print(f"{'dtype':<10}{'D':>4}{'T':>7}  {'kernel':<7}{'forward ms':>12}{'backward ms':>12}"
-          f"{'both ms':>12}{'peak GiB':>10}")
+    print(f"{'dtype':<10}{'D':>4}{'T':>7}  {'kernel':<7}{'forward ms':>14}{'backward ms':>14}"
+          f"{'both ms':>14}{'peak GiB':>10}")
     for dtype in dtypes:
         for D in (16, 32, 64, 128):
             for T in (2**n for n in range(7, 17)):
@@ -1717,11 +1741,11 @@ def bench_sweep(dtypes, causal):
                     if name == "ours":
                         row["error_against_float32"] = errors
                     results.append(row)
-                    cells = (f"{row[part]['ms']:.3f}" if part in row else row["error"][:11]
+                    cells = (f"{row[part]['ms']:.3f}" if part in row else row["error"][:13]
                              for part in ("forward", "backward", "both"))
                     print(f"{row['dtype']:<10}{D:>4}{T:>7}  {name:<7}"
-                          + "".join(f"{cell:>12}" for cell in cells) + f"{row['peak_gib']:>10.3f}",
-                          flush=True)
+                          + "".join(f"{cell:>14}" for cell in cells)
+                          + f"{row.get('peak_gib', math.nan):>10.3f}", flush=True)
     return results
 
 
@@ -1792,10 +1816,11 @@ def bench(args):
     causal, dtypes = not args.not_causal, (args.dtype or "bfloat16",)
     if args.sweep and not args.dtype:
         dtypes = "bfloat16", "float32"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    interpreted = load_kernels()
+    device = "cuda" if torch.cuda.is_available() and not interpreted else "cpu"
     shapes = args.shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES)
     shapes = [parse_shape(text) for text in shapes.split(",")]
-    if device == "cpu" and not (args.check_only and load_kernels()):
+    if device == "cpu" and not (args.check_only and interpreted):
         raise ValueError("bench must have a CUDA GPU, got none; TRITON_INTERPRET=1 and "
                          "--check_only check small shapes on a CPU, where times say nothing")
     import triton

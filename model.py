@@ -559,22 +559,18 @@ class CausalSelfAttention(nn.Module):
         return self.output_proj(y.transpose(1, 2).flatten(-2))
 
 
-def load_flash_attention():
-    """flash_attn.flash_attention, imported only where it is asked for."""
+def load_flash_attention(device=None):
+    """flash_attn.flash_attention, imported only where it is asked for.
+    raises ValueError without that file, and where it does not run on `device`, if given"""
     try:
-        from flash_attn import flash_attention
-    except ImportError:
-        raise ValueError("attention=flash needs flash_attn.py, got none; use sdpa") from None
-    return flash_attention
-
-
-def check_attention(config, device):
-    """raises ValueError where the config's attention does not run on this device"""
-    if config.attention == "flash":
-        load_flash_attention()
         import flash_attn
-
+    except ModuleNotFoundError as missing:
+        if missing.name != "flash_attn":
+            raise
+        raise ValueError("attention=flash needs flash_attn.py, got none; use sdpa") from None
+    if device is not None:
         flash_attn.check_device(device)
+    return flash_attn.flash_attention
 
 
 def attend(q, k, v, mask, backend):
@@ -1386,7 +1382,14 @@ def load_model(path, device="cpu", dtype=None, **overrides):
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file} must hold a config, got {error}; "
                              "use one of train.py") from None
-        model = TransformerLM(replace(config, **overrides))
+        config = replace(config, **overrides)
+        if config.attention == "flash":  # a choice of where it was trained, not of the weights
+            try:
+                load_flash_attention(torch.device(device))
+            except ValueError as reason:
+                print(f"attention is sdpa, not flash: {reason}")
+                config = replace(config, attention="sdpa")
+        model = TransformerLM(config)
         restore(content, model)
         model, folder = model.to(device=device, dtype=dtype), os.path.dirname(os.path.abspath(file))
     for candidate in (os.path.join(folder, "tokenizer.json"), os.path.join(folder, "model")):

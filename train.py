@@ -79,6 +79,8 @@ class Trainer:
         compiled = problem is None if args.compile is None else args.compile
         for note in filter(None, (reason, problem if args.compile is None else None)):
             print(note)
+        if args.attention == "flash":  # said before the data is made ready
+            lm.load_flash_attention(self.device)
         self.train_ids, self.valid_ids, self.tokenizer, self.tokens_per_byte = bpe.prepare_data(
             args.data, lm.config_from_flags(args).vocab_size, args.data_dir, args.valid_data,
             args.tokenizer, args.pattern, args.num_workers, args.errors,
@@ -89,7 +91,6 @@ class Trainer:
         if config.vocab_size < known.get("vocab_size", 0):
             raise ValueError(f"vocab_size must be at least {self.tokenizer.vocab_size}, which the "
                              f"tokenizer has, got {config.vocab_size}; leave --vocab_size out")
-        lm.check_attention(config, self.device)
         for ids in (self.train_ids, self.valid_ids):  # too short ones are found before any work
             lm.get_batch(ids, 1, config.context_length, "cpu", torch.Generator())
         self.micro_batch_size, self.sequences = args.batch_size, args.batch_size * args.grad_accum

@@ -444,6 +444,32 @@ def test_a_gradient_at_an_odd_place_in_memory_is_read_right(T):
 
 
 @kernels
+@pytest.mark.parametrize("ends", [[0, 16, -7], [-9, -3], [0, 40, -1, -1], [2**31 - 1], [2**31 - 8, 2**31 - 1]])
+def test_nonsense_in_cu_seqlens_reads_nothing_out_of_bounds(ends):
+    q, k, v = (t.requires_grad_() for t in make(G=1, Tq=96, layout="islands"))  # NaN all around
+    ends = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    o = FA.flash_attention(q, k, v, cu_seqlens=ends)
+    for x in (o, *torch.autograd.grad(o.sum(), (q, k, v))):
+        assert torch.isfinite(x).all()
+
+
+@kernels
+def test_a_second_derivative_is_refused_not_forgotten():
+    q, k, v = (t.requires_grad_() for t in make(Tq=9))
+    (first,) = torch.autograd.grad(FA.flash_attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        first.square().sum().backward()
+
+
+@kernels
+def test_a_tensor_as_scale_and_a_lazily_negated_query_are_not_misread():
+    q, k, v = make(Tq=9)
+    with pytest.raises(ValueError, match="scale must be a number"):
+        FA.flash_attention(q, k, v, scale=torch.tensor(0.5))
+    assert torch.equal(FA.flash_attention(torch._neg_view(q), k, v), FA.flash_attention(-q, k, v))
+
+
+@kernels
 @pytest.mark.parametrize("layout", ["columns", "islands", "expanded"])
 @pytest.mark.parametrize("causal, D", [(True, 40), (False, 16)])
 def test_unusual_strides_are_read_where_they_lie(layout, causal, D):
