@@ -1212,6 +1212,7 @@ class Launch:
 
     @staticmethod
     def describe(shape, strides, block):
+        # the stride of a dimension of 1 may be anything; TMA wants a multiple of 16 bytes
         *outer, last = [HOPPER_M if n == 1 else s for n, s in zip(shape, strides, strict=True)]
         swizzle, bits = (0, 32) if len(block) == 1 else (128, 32 if len(block) == 2 else 16)
         return dict(shape=list(shape), strides=[*outer, 1], block_shape=list(block),

@@ -41,20 +41,7 @@ BF16_EPS = 2**-8  # spacing of bfloat16 at 1: 8 significant bits
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 close = torch.testing.assert_close
-
-
-@pytest.fixture(autouse=True)
-def _same_random_numbers_in_every_order_of_tests():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    # tensors here are small: a thread that waits for a core which others use costs more than it gives
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("same_random_numbers_in_every_order_of_tests", "one_thread")
 
 
 def tiny(**changes):
