@@ -15,6 +15,7 @@ Sources
 [3] Milakov and Gimelshein 2018, Online normalizer calculation for softmax, arXiv 1805.02867
 [4] Ainslie et al. 2023, GQA, arXiv 2305.13245
 [5] NVIDIA CUDA C++ Programming Guide, table of compute capabilities (shared memory of a block)
+[6] NVIDIA CUDA Driver API, cuLaunchKernel and Tensor Map Object Management
 
 Dims: B batch, H query heads, G key/value heads, T time (Tq queries, Tk keys), D d_head.
 In kernels: i a query, j a key, m the first query of a tile, n the first key of one.
@@ -24,11 +25,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import json
 import math
+import re
 import statistics
 import sys
+import threading
 import time
 import typing
 
@@ -1037,6 +1041,7 @@ def load_gluon_kernels():
         from triton.experimental.gluon.language import _core
         from triton.experimental.gluon.language.nvidia import hopper
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+        from triton.runtime import driver
         from triton._C.libtriton import ir
 
         @_core.builtin
@@ -1048,7 +1053,8 @@ def load_gluon_kernels():
         ir.DESCRIPTOR_REDUCE_KIND.ADD  # missing names show here, not while compiling
         names = ("tma", "mbarrier", "fence_async_shared", "warpgroup_mma", "warpgroup_mma_wait")
         globals().update({name: getattr(hopper, name) for name in names}, gl=language,
-                         tma_reduce_add=tma_reduce_add, TensorDescriptor=TensorDescriptor)
+                         tma_reduce_add=tma_reduce_add, TensorDescriptor=TensorDescriptor,
+                         triton_driver=driver)
         # the name until triton 3.6, and since
         globals()["block_barrier"] = getattr(language, "thread_barrier", None) or language.barrier
     except (ImportError, AttributeError) as missing:
@@ -1056,9 +1062,8 @@ def load_gluon_kernels():
               f"not what the others need ({missing})", file=sys.stderr, flush=True)
         return False
     for name, function in GLUON_KERNELS.items():
-        # the backward one was measured with all it can know of these numbers
-        sizes = NOT_SPECIALIZED.intersection(arguments_of(function))
-        sizes = sizes if name == "hopper_forward_kernel" else ()
+        sizes = NOT_SPECIALIZED.intersection(arguments_of(function))  # called from the host alone
+        sizes = sizes if name.endswith("_kernel") else ()
         globals()[name] = gluon.jit(function, do_not_specialize=sorted(sizes))
     return True
 
@@ -1141,6 +1146,11 @@ def _say_once(kernel, dtype, d, causal, documents):
           file=sys.stderr, flush=True)
 
 
+@functools.cache
+def _warn_once(text):
+    print(text, file=sys.stderr, flush=True)
+
+
 def _launch(name, kernel, tensors, strided, shape, causal, scale, spans, allow_tf32):
     """Starts the kernel of a name in CONFIGS on the tiles of all heads.
 
@@ -1186,52 +1196,152 @@ def _tma_rows(shape, strides):
                              for n, s in zip(shape[:-1], outer, strict=True))
 
 
-def _tma_takes(x):
-    return _tma_rows(x.shape, x.stride()) and x.data_ptr() % 16 == 0
-
-
-def _on_hopper(q, k, v, spans):
-    return (_card(q.device)[0] == (9, 0) and q.itemsize == 2
-            and q.shape[-1] in range(8, 129, 8)  # outputs lie dense, in rows of 16 bytes too
-            and spans is None and _tma_takes(q) and _tma_takes(k) and _tma_takes(v)
+@functools.lru_cache(1024)
+def _hopper_takes(device, dtype, q_shape, k_shape, *strides):
+    return (_card(device)[0] == (9, 0) and dtype.itemsize == 2
+            and q_shape[-1] in range(8, 129, 8)  # outputs lie dense, in rows of 16 bytes too
+            and all(map(_tma_rows, (q_shape, k_shape, k_shape), strides))
             and load_gluon_kernels())
 
 
+def _on_hopper(q, k, v, spans):
+    return (spans is None and _hopper_takes(q.device, q.dtype, q.shape, k.shape, q.stride(),
+                                            k.stride(), v.stride())
+            and q.data_ptr() % 16 == k.data_ptr() % 16 == v.data_ptr() % 16 == 0)
+
+
+def parameter_bytes(ptx):
+    """Sizes of the parameters of the kernel in a text of PTX, in order."""
+    entry = ptx[ptx.index(".entry"):]
+    found = re.findall(r"\.param (?:\.align \d+ )?\.[bfu](\d+)[^,\n]*?(?:\[(\d+)\])?,?$",
+                       entry[:entry.index(")")], re.M)
+    return [int(bits) // 8 * int(count or 1) for bits, count in found]
+
+
+def typed(types, arguments):
+    """(type, argument) of those that are not built into a compiled kernel, tuples taken apart."""
+    for kind, x in zip(types, arguments, strict=True):
+        if isinstance(kind, tuple):
+            yield from typed(kind, x)
+        elif kind != "constexpr":
+            yield kind, x
+
+
+@functools.cache
+def cuda_driver():
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+class PreparedLaunch:
+    """A compiled kernel with its arguments as the CUDA driver takes them: `prepared(tensors)` writes
+    their addresses in, starts it, and returns 0 or the driver's error. source: [6]
+
+    arguments: all of the first launch, the tensors (or their TensorDescriptors) first
+    raises ValueError where the kernel does not take what is expected here
+    """
+
+    NUMBERS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+    MAP_BYTES, MAP_ALIGNED = 128, 64  # a CUtensorMap: what TMA knows of a tensor
+    MAP_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # CUtensorMapDataType
+
+    def __init__(self, compiled, programs, arguments, device):
+        metadata, self.lock, self.places = compiled.metadata, threading.Lock(), None
+        self.values, self.pointers, self.maps = [], [], []  # of tensors by their number
+        layouts = iter(metadata.tensordesc_meta or ())
+        for i, (kind, x) in enumerate(typed(compiled.src.signature.values(), arguments)):
+            if kind.startswith("tensordesc"):
+                tensor_map = self.encode(x, next(layouts))
+                self.maps.append((i, ctypes.c_void_p(ctypes.addressof(tensor_map))))
+                self.values += [tensor_map, *map(ctypes.c_int32, x.shape),
+                                *map(ctypes.c_int64, x.strides)]
+            elif kind.startswith("*"):
+                self.values.append(ctypes.c_void_p())
+                self.pointers.append((i, self.values[-1]))
+            else:
+                self.values.append(self.NUMBERS[kind](x))
+        self.values += [ctypes.c_void_p(), ctypes.c_void_p()]  # scratch memory, which none needs
+        sizes = [ctypes.sizeof(value) for value in self.values]
+        if (sizes != parameter_bytes(compiled.asm["ptx"]) or metadata.num_ctas > 1
+                or metadata.global_scratch_size or metadata.profile_scratch_size):
+            raise ValueError(f"the parameters of {metadata.name} must take {sizes} bytes each, got "
+                             "a kernel of another kind; triton has changed")
+        self.addresses = (ctypes.c_void_p * len(sizes))(*map(ctypes.addressof, self.values))
+        self.settings = [ctypes.c_void_p(compiled.function), *map(ctypes.c_uint, (
+            programs, 1, 1, 32 * metadata.num_warps, 1, 1, metadata.shared))]
+        self.stream = functools.partial(triton_driver.active.get_current_stream, device.index)
+
+    def encode(self, descriptor, layout):
+        sizes, x = ctypes.c_uint64 * len(descriptor.shape), descriptor.base
+        space = ctypes.create_string_buffer(self.MAP_BYTES + self.MAP_ALIGNED)
+        tensor_map = (ctypes.c_char * self.MAP_BYTES).from_buffer(
+            space, -ctypes.addressof(space) % self.MAP_ALIGNED)
+        block = (ctypes.c_uint32 * len(descriptor.shape))
+        error = cuda_driver().cuTensorMapEncodeTiled(  # innermost dimension first
+            tensor_map, self.MAP_TYPES[x.dtype], len(descriptor.shape),
+            ctypes.c_void_p(x.data_ptr()), sizes(*reversed(descriptor.shape)),
+            sizes(*(s * x.itemsize for s in reversed(descriptor.strides[:-1]))),
+            block(*reversed(layout["block_size"])), block(*[1] * len(descriptor.shape)),
+            0, layout["swizzle"], 2, 0)  # not interleaved; 128 bytes to L2; 0 outside
+        if error:
+            raise ValueError(f"CUDA must take a tensor of {descriptor.shape} for TMA, got its error "
+                             f"{error}; triton has changed")
+        return tensor_map
+
+    def __call__(self, tensors):
+        driver = cuda_driver()
+        places = [x.data_ptr() for x in tensors]
+        with self.lock:  # threads of one process share what is written here
+            if places != self.places:  # memory is used again and again: mostly they are the same
+                self.places = places
+                for i, pointer in self.pointers:
+                    pointer.value = places[i]
+                for i, tensor_map in self.maps:
+                    driver.cuTensorMapReplaceAddress(tensor_map, ctypes.c_void_p(places[i]))
+            return driver.cuLaunchKernel(*self.settings, ctypes.c_void_p(self.stream()),
+                                         self.addresses, None)
+
+
 class Launch:
-    """A kernel for inputs of one shape: `launch(*tensors)` starts it, from the second time on
-    without triton's own look at all arguments, which takes longer than a short kernel runs.
+    """A kernel for inputs of one shape: `launch(*tensors)` starts it. Triton does the first time,
+    and compiles it; then the CUDA driver is asked directly, which takes a fifth of the time: triton
+    looks at all arguments anew, for longer than a short kernel runs.
 
     blocks: for each tensor (shape, strides, block) for TMA, which copies such blocks and brings
     zeros from outside, or None for a pointer; numbers: the arguments after the tensors
     """
 
     def __init__(self, kernel, programs, blocks, numbers, constants, num_warps):
-        self.kernel, self.programs, self.numbers = kernel, programs, numbers
-        self.constants, self.num_warps, self.started = constants, num_warps, None
-        self.blocks = [b and self.describe(*b) for b in blocks]
+        self.kernel, self.programs, self.blocks, self.numbers = kernel, programs, blocks, numbers
+        self.constants, self.num_warps, self.prepared = constants, num_warps, None
 
     @staticmethod
-    def describe(shape, strides, block):
+    def describe(x, shape, strides, block):
         # the stride of a dimension of 1 may be anything; TMA wants a multiple of 16 bytes
         *outer, last = [HOPPER_M if n == 1 else s for n, s in zip(shape, strides, strict=True)]
         swizzle, bits = (0, 32) if len(block) == 1 else (128, 32 if len(block) == 2 else 16)
-        return dict(shape=list(shape), strides=[*outer, 1], block_shape=list(block),
-                    layout=gl.NVMMASharedLayout(swizzle, bits, len(block)), padding="zero")
+        return TensorDescriptor(x, list(shape), [*outer, 1], list(block),
+                                gl.NVMMASharedLayout(swizzle, bits, len(block)))
 
     def __call__(self, *tensors):
-        arguments = []
-        for x, block in zip(tensors, self.blocks, strict=True):
-            if block:  # TensorDescriptor's constructor would check it anew each time
-                x, base = object.__new__(TensorDescriptor), x
-                x.__dict__.update(block, base=base)
-            arguments.append(x)
-        arguments += self.numbers
-        if self.started:
-            self.started(*arguments, *self.constants.values())
-        else:
-            compiled = self.kernel[(self.programs,)](*arguments, **self.constants,
-                                                     num_warps=self.num_warps)
-            self.started = compiled[self.programs, 1, 1]
+        if self.prepared and self.prepared(tensors) == 0:
+            return
+        arguments = [x if block is None else self.describe(x, *block)
+                     for x, block in zip(tensors, self.blocks, strict=True)] + list(self.numbers)
+        compiled = self.kernel[(self.programs,)](*arguments, **self.constants,
+                                                 num_warps=self.num_warps)
+        if self.prepared is None:
+            self.prepared = prepare_launch(compiled, self.programs,
+                                           [*arguments, *self.constants.values()],
+                                           tensors[0].device)
+
+
+def prepare_launch(*arguments):
+    """A PreparedLaunch, or False where the driver or triton is another than is known here."""
+    try:
+        return PreparedLaunch(*arguments)
+    except (ValueError, AttributeError, KeyError, OSError) as problem:
+        _warn_once(f"flash_attn: triton starts all kernels, which takes longer: {problem}")
+        return False
 
 
 def _heads_block(shape, strides, rows, wide):
@@ -1289,9 +1399,10 @@ def _plan_hopper_backward(device, dtype, q_shape, k_shape, strides, causal, scal
 
 def _hopper_backward(q, k, v, o, lse, do, dq, dk, dv, causal, scale):
     # such as the expanded gradient of o.sum(), or a slice at an odd place: copied once
-    o, do = (x if _tma_takes(x) else x.clone(memory_format=torch.contiguous_format)
-             for x in (o, do))
-    strides = tuple(x.stride() for x in (q, k, v, o, do, dq, dk, dv))
+    o, do = [x if x.data_ptr() % 16 == 0 and _tma_rows(x.shape, x.stride())
+             else x.clone(memory_format=torch.contiguous_format) for x in (o, do)]
+    strides = (q.stride(), k.stride(), v.stride(), o.stride(), do.stride(), dq.stride(),
+               dk.stride(), dv.stride())
     rows, wide, prepare, backward, finish = _plan_hopper_backward(
         q.device, q.dtype, q.shape, k.shape, strides, causal, scale)
     stats, dq_sum = lse.new_empty(2 * rows), lse.new_empty((rows, wide))

@@ -1125,13 +1125,16 @@ class Card:  # as much of a driver as compiling asks for
 def compile_only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=grid, warmup=True, **options)
     print("KERNEL", kernel.metadata.name, D, kernel.metadata.shared, flush=True)
-    return {(grid[0], 1, 1): None}  # not to be started
+    return kernel  # not to be started
 
 driver.set_active(Card())
 run, jit.JITFunction.run = jit.JITFunction.run, compile_only
 flash_attn.load_kernels()
 flash_attn._card = lambda device: (capability, 2**25)
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+took = lambda *arguments: 0  # but preparing a launch compares its arguments with the kernel's
+flash_attn.cuda_driver = lambda: SimpleNamespace(cuTensorMapEncodeTiled=took)
+flash_attn._warn_once = sys.exit
 capability = int(sys.argv[1][0]), int(sys.argv[1][1])
 for D in map(int, sys.argv[2:]):
     q = torch.zeros(1, 2, 1024, D, dtype=torch.bfloat16)
