@@ -33,11 +33,9 @@ import re
 import statistics
 import sys
 import threading
-import time
 import typing
 
 import torch
-from torch.autograd.function import once_differentiable
 
 LOG2_E = math.log2(math.e)  # exp(x) = exp2(x * LOG2_E); a GPU's own instruction is exp2
 
@@ -57,6 +55,12 @@ REFERENCE_TILE = 2048  # of the float32 tiles that it compares with
 # What bench measures: B x H x T x D.
 GPU_SHAPES = "1x16x16384x64,1x16x16384x128,4x16x4096x128,8x12x1024x64"
 CPU_SHAPES = "1x2x64x32,2x1x100x64"
+SWEEP_D = 16, 32, 64, 128
+SWEEP_T = tuple(2**n for n in range(7, 17))  # of --sweep, batch 1
+PLAIN_T = 256, 1024, 4096, 8192, 16_384  # of --pytorch_attention, batch 8
+PLAIN_SAMPLES = 100  # of it too, as [2] asks
+SAMPLES = 5  # of any timing, at least
+PARTS = "forward", "backward", "both", "replayed"
 REPLAYED_BELOW_MS = 1  # longer work hides what the host does
 OURS = ("ours", "deterministic", "portable")
 RIVALS = (*OURS, "flash2", "cudnn", "flex", "plain")
@@ -157,6 +161,15 @@ def tiled_backward(q, k, v, o, lse, do, causal, scale, q_tile, k_tile):
     return dQ.to(q.dtype), dK.to(k.dtype), dV.to(v.dtype)
 
 
+def autocast_inputs(*tensors):
+    """The tensors in the dtype that autocast has for their device, where it is on."""
+    device = tensors[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return [x.to(dtype) if x.dtype in DTYPES.values() else x for x in tensors]
+    return tensors
+
+
 class FlashAttentionPyTorch(torch.autograd.Function):
     """`apply(q, k, v, is_causal=False)`: q (..., Tq, D), k and v (..., Tk, D) to (..., Tq, D).
     Saves one tensor of shape (..., Tq) for the backward pass: lse. source: [2] flash_forward"""
@@ -166,21 +179,27 @@ class FlashAttentionPyTorch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, is_causal=False):
+        q, k, v = autocast_inputs(q, k, v)
         check_shapes(*map(as_heads, (q, k, v)), is_causal)
         if q.shape[:-2] != k.shape[:-2]:
             raise ValueError(f"q and k must have the same leading dimensions, got {tuple(q.shape)} "
                              f"and {tuple(k.shape)}; use flash_attention for grouped heads")
         ctx.causal, ctx.scale = is_causal, q.shape[-1] ** -0.5
         tiles = FlashAttentionPyTorch.Q_TILE, FlashAttentionPyTorch.K_TILE
-        o, lse = tiled_forward(q, k, v, is_causal, ctx.scale, *tiles)
+        with torch.autocast(q.device.type, enabled=False):  # float32 in the tiles stays float32
+            o, lse = tiled_forward(q, k, v, is_causal, ctx.scale, *tiles)
         ctx.save_for_backward(q, k, v, o, lse)
         return o
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do):
+        if torch.is_grad_enabled():  # once_differentiable forgets it where do needs none
+            raise NotImplementedError("gradients of FlashAttentionPyTorch must be taken once, got "
+                                      "create_graph=True; use `attention` for second derivatives")
         tiles = FlashAttentionPyTorch.Q_TILE, FlashAttentionPyTorch.K_TILE
-        return *tiled_backward(*ctx.saved_tensors, do, ctx.causal, ctx.scale, *tiles), None
+        with torch.autocast(do.device.type, enabled=False):
+            grads = tiled_backward(*ctx.saved_tensors, do, ctx.causal, ctx.scale, *tiles)
+        return *grads, None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1062,8 +1081,11 @@ def load_gluon_kernels():
               f"not what the others need ({missing})", file=sys.stderr, flush=True)
         return False
     for name, function in GLUON_KERNELS.items():
-        sizes = NOT_SPECIALIZED.intersection(arguments_of(function))  # called from the host alone
-        sizes = sizes if name.endswith("_kernel") else ()
+        sizes = ()
+        if name == "hopper_forward_kernel":
+            sizes = NOT_SPECIALIZED.intersection(arguments_of(function))
+        elif name == "hopper_backward_kernel":  # with heads known, triton 3.7 needs no more
+            sizes = {"Tq", "Tk"}                # registers than there are where G is 1
         globals()[name] = gluon.jit(function, do_not_specialize=sorted(sizes))
     return True
 
@@ -1186,6 +1208,7 @@ def _launch(name, kernel, tensors, strided, shape, causal, scale, spans, allow_t
 # sequences are long and D is 64, 30% slower where they are short; at D 128 two fill the registers.
 HOPPER_LONG = 4096
 HOPPER_M, HOPPER_N = 64, 128  # queries of a warpgroup or step, keys of a tile
+PORTABLE_ONLY = False  # set by `rival`: Hopper too runs the kernels for other cards
 
 
 @functools.lru_cache(1024)
@@ -1205,8 +1228,9 @@ def _hopper_takes(device, dtype, q_shape, k_shape, *strides):
 
 
 def _on_hopper(q, k, v, spans):
-    return (spans is None and _hopper_takes(q.device, q.dtype, q.shape, k.shape, q.stride(),
-                                            k.stride(), v.stride())
+    return (not PORTABLE_ONLY and spans is None
+            and _hopper_takes(q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(),
+                              v.stride())
             and q.data_ptr() % 16 == k.data_ptr() % 16 == v.data_ptr() % 16 == 0)
 
 
@@ -1233,7 +1257,7 @@ def cuda_driver():
 
 
 class PreparedLaunch:
-    """A compiled kernel with its arguments as the CUDA driver takes them: `prepared(tensors)` writes
+    """A compiled kernel with its arguments as the CUDA driver takes them: `prepared(tensors)` fills
     their addresses in, starts it, and returns 0 or the driver's error. source: [6]
 
     arguments: all of the first launch, the tensors (or their TensorDescriptors) first
@@ -1283,8 +1307,8 @@ class PreparedLaunch:
             block(*reversed(layout["block_size"])), block(*[1] * len(descriptor.shape)),
             0, layout["swizzle"], 2, 0)  # not interleaved; 128 bytes to L2; 0 outside
         if error:
-            raise ValueError(f"CUDA must take a tensor of {descriptor.shape} for TMA, got its error "
-                             f"{error}; triton has changed")
+            raise ValueError(f"CUDA must take a tensor of {descriptor.shape} for TMA, got its "
+                             f"error {error}; triton has changed")
         return tensor_map
 
     def __call__(self, tensors):
@@ -1550,6 +1574,8 @@ class FlashAttentionTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, is_causal=False, checked=None):
+        if checked is None:
+            q, k, v = autocast_inputs(q, k, v)
         heads = as_heads(q), as_heads(k), as_heads(v)
         if checked is None:
             scale = check_inputs(*heads, is_causal, None)
@@ -1637,10 +1663,7 @@ def flash_attention(q, k, v, causal=True, scale=None, cu_seqlens=None, determini
     allow_tf32: float32 inputs may be rounded to TF32 in products
     raises ValueError for inputs that do not fit together, and without a GPU
     """
-    device = q.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = (x.to(dtype) if x.dtype in DTYPES.values() else x for x in (q, k, v))
+    q, k, v = autocast_inputs(q, k, v)
     q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
     scale = check_inputs(q, k, v, causal, scale, cu_seqlens)
     spans = None if cu_seqlens is None else document_bounds(cu_seqlens, q.shape[2])
@@ -1661,8 +1684,15 @@ def count_flops(shape, causal):
     "replayed" is "both" again from a CUDA graph, which takes the host no time."""
     B, H, T, D = shape
     forward = 4 * B * H * T * T * D / (2 if causal else 1)
-    return {"forward": forward, "backward": 2.5 * forward, "both": 3.5 * forward,
-            "replayed": 3.5 * forward}
+    return dict(zip(PARTS, (forward, 2.5 * forward, 3.5 * forward, 3.5 * forward), strict=True))
+
+
+def format_shape(shape):
+    return "x".join(map(str, shape))
+
+
+def name_row(name, shape, dtype):
+    return {"shape": format_shape(shape), "dtype": str(dtype)[6:], "rival": name}
 
 
 def make_inputs(shape, dtype, device):
@@ -1673,46 +1703,13 @@ def make_inputs(shape, dtype, device):
     return *(x.requires_grad_() for x in (q, k, v)), do
 
 
-def relative_error(x, reference, do):
-    """norm(x - reference) / norm(reference); over norm(do) where the reference is 0 but for
-    rounding, as the gradient of a query that sees one key."""
-    size, largest = torch.linalg.norm(reference), torch.linalg.norm(do)
-    error = torch.linalg.norm(x.double() - reference.double())
-    return (error / torch.where(size > 1e-5 * largest, size, largest)).item()
-
-
-def check(shape, dtype, causal, deterministic=False, device="cuda"):
-    """{"o", "dq", "dk", "dv": norm(x - ref) / norm(ref)} of `flash_attention` with random inputs
-    against float32 tiles in PyTorch; ValueError where one is above ERROR_BOUND."""
-    q, k, v, do = make_inputs(shape, dtype, device)
-    o = flash_attention(q, k, v, causal, deterministic=deterministic)
-    got = o, *torch.autograd.grad(o, (q, k, v), do)
-    q, k, v, do = (x.detach().float() for x in (q, k, v, do))
-    settings = causal, shape[3] ** -0.5, REFERENCE_TILE, REFERENCE_TILE
-    o, lse = tiled_forward(q, k, v, *settings)
-    expected = o, *tiled_backward(q, k, v, o, lse, do, *settings)
-    errors = {name: relative_error(x, reference, do) for name, x, reference
-              in zip(("o", "dq", "dk", "dv"), got, expected, strict=True)}
-    if not all(error <= ERROR_BOUND[dtype] for error in errors.values()):  # nan is an error too
-        raise ValueError(f"errors at {format_shape(shape)} {str(dtype)[6:]} must be within "
-                         f"{ERROR_BOUND[dtype]} of float32, got {errors}; this is a bug")
-    return errors
-
-
-def format_shape(shape):
-    return "x".join(map(str, shape))
-
-
-def parse_shape(text):
-    """(B, H, T, D) of "1x16x16384x64"."""
-    try:
-        shape = tuple(map(int, text.split("x")))
-        if len(shape) == 4 and min(shape) >= 1 and shape[3] <= MAX_D:
-            return shape
-    except ValueError:
-        pass
-    raise ValueError(f"a shape must be BxHxTxD, four numbers from 1 on and D at most {MAX_D}, got "
-                     f"{text!r}; for example 1x16x16384x64")
+def plain_attention(q, k, v, causal):
+    """What one writes first, all in the dtype of the inputs: q, k, v (..., T, D) to (..., T, D)."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if causal:
+        t = torch.arange(q.shape[-2], device=q.device)
+        scores = scores.masked_fill(t > t[:, None], -math.inf)
+    return scores.softmax(-1) @ v
 
 
 @functools.lru_cache(maxsize=1)
@@ -1723,53 +1720,113 @@ def compile_flex(T, causal):
     return functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=mask)
 
 
-def make_rival(name, shape, causal):
-    """(context in which it runs, function of q, k, v) for a name in RIVALS."""
-    sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=causal)
-    if name in ("flash2", "cudnn"):
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        backend = SDPBackend.FLASH_ATTENTION if name == "flash2" else SDPBackend.CUDNN_ATTENTION
-        return sdpa_kernel(backend), sdpa
-    if name == "flex":
-        return contextlib.nullcontext(), compile_flex(shape[2], causal)
+@contextlib.contextmanager
+def rival(name, T, causal):
+    """The attention of q, k, v with this name: one of RIVALS, or "compiled", which is plain under
+    torch.compile. Forward and backward are to run in this context."""
+    global PORTABLE_ONLY
     if name == "plain":
-        return contextlib.nullcontext(), lambda q, k, v: attention(q, k, v, causal)[0]
-    if name == "portable":  # what other cards run
-        from unittest import mock
-        return mock.patch.dict(globals(), _on_hopper=lambda *inputs: False), functools.partial(
-            flash_attention, causal=causal)
-    return contextlib.nullcontext(), functools.partial(
-        flash_attention, causal=causal, deterministic=name == "deterministic")
+        yield functools.partial(plain_attention, causal=causal)
+    elif name == "compiled":
+        torch.compiler.reset()
+        yield torch.compile(functools.partial(plain_attention, causal=causal), dynamic=False)
+    elif name == "flex":
+        yield compile_flex(T, causal)
+    elif name in ("flash2", "cudnn"):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION if name == "flash2" else
+                         SDPBackend.CUDNN_ATTENTION):
+            yield functools.partial(sdpa, is_causal=causal)
+    else:
+        PORTABLE_ONLY = name == "portable"
+        try:
+            yield functools.partial(flash_attention, causal=causal,
+                                    deterministic=name == "deterministic")
+        finally:
+            PORTABLE_ONLY = False
 
 
-def measure(name, shape, dtype, causal, warmup_ms=25, run_ms=100):
-    """{part: [median, 0.2 quantile, 0.8 quantile] in ms} of a rival, "peak_gib" of its inputs and
-    what forward and backward need at once, and "error": why it did not run, if so."""
+def relative_error(x, reference, do):
+    """norm(x - reference) / norm(reference); over norm(do) where the reference is 0 but for
+    rounding, as the gradient of a query that sees one key."""
+    size, largest = torch.linalg.norm(reference), torch.linalg.norm(do)
+    error = torch.linalg.norm(x.double() - reference.double())
+    return (error / torch.where(size > 1e-5 * largest, size, largest)).item()
+
+
+def check(name, shape, dtype, causal, device):
+    """{"o", "dq", "dk", "dv": norm(x - ref) / norm(ref)} of one of OURS with random inputs against
+    float32 tiles in PyTorch; ValueError where one is above ERROR_BOUND."""
+    q, k, v, do = make_inputs(shape, dtype, device)
+    with rival(name, shape[2], causal) as attend:
+        o = attend(q, k, v)
+        got = o, *torch.autograd.grad(o, (q, k, v), do)
+    q, k, v, do = (x.detach().float() for x in (q, k, v, do))
+    settings = causal, shape[3] ** -0.5, REFERENCE_TILE, REFERENCE_TILE
+    o, lse = tiled_forward(q, k, v, *settings)
+    expected = o, *tiled_backward(q, k, v, o, lse, do, *settings)
+    errors = {part: relative_error(x, reference, do) for part, x, reference
+              in zip(("o", "dq", "dk", "dv"), got, expected, strict=True)}
+    if not all(error <= ERROR_BOUND[dtype] for error in errors.values()):  # nan is an error too
+        raise ValueError(f"errors of {name} at {format_shape(shape)} {str(dtype)[6:]} must be "
+                         f"within {ERROR_BOUND[dtype]} of float32, got {errors}; this is a bug")
+    return errors
+
+
+def check_all(names, shapes, dtype, causal, device):
+    """One row for each shape and each name of OURS, printed as they come."""
+    rows = []
+    for shape in shapes:
+        for name in names:
+            errors = check(name, shape, dtype, causal, device)
+            rows.append({**name_row(name, shape, dtype), **errors})
+            print(f"{format_shape(shape):<16}{name:<15}error against float32: "
+                  + " ".join(f"{part} {error:.1e}" for part, error in errors.items()), flush=True)
+    return rows
+
+
+def time_ms(work, samples, replay=False):
+    """[median, 0.2 quantile, 0.8 quantile] of `samples` runs of work or more, in ms: each with an
+    empty L2 cache, or `replay`, from a CUDA graph."""
     from triton.testing import do_bench, do_bench_cudagraph
+    run, run_ms = (do_bench_cudagraph, 20) if replay else (do_bench, 100)
+    times = []
+    while len(times) < samples:  # one alone may take longer than run_ms
+        times += run(work, rep=run_ms, return_mode="all")
+        run_ms = (samples - len(times) + 1) * max(times)
+    return torch.tensor(times).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
+
+
+def measure(name, shape, dtype, causal, device, samples):
+    """{part: `time_ms`} of a rival; "kept_mib" of the output and what its backward pass needs;
+    "peak_mib" of what both take at once, results included and inputs not; and "error": why the
+    rest did not run, if so."""
     torch.cuda.empty_cache()
-    time_ms = functools.partial(do_bench, warmup=warmup_ms, rep=run_ms, quantiles=[0.5, 0.2, 0.8])
+    used = torch.cuda.memory_allocated
     row = {}
     try:
-        q, k, v, do = make_inputs(shape, dtype, "cuda")
-        context, attend = make_rival(name, shape, causal)
-        with context:
-            row["forward"] = time_ms(lambda: attend(q, k, v))
+        q, k, v, do = make_inputs(shape, dtype, device)
+        with rival(name, shape[2], causal) as attend:
+            row["forward"] = time_ms(lambda: attend(q, k, v), samples)
+            before = used()  # the inputs, and what a rival or a library keeps for good
             o = attend(q, k, v)
-            row["backward"] = time_ms(
-                lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True))
+            row["kept_mib"] = (used() - before) / 2**20
+            row["backward"] = time_ms(functools.partial(torch.autograd.grad, o, (q, k, v), do,
+                                                        retain_graph=True), samples)
             del o
 
             def both():
                 return torch.autograd.grad(attend(q, k, v), (q, k, v), do)
 
-            row["both"] = time_ms(both)
+            row["both"] = time_ms(both, samples)
+            before = used()
             torch.cuda.reset_peak_memory_stats()  # not what timing itself takes
             both()
-            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
             if row["both"][0] < REPLAYED_BELOW_MS:
                 with contextlib.suppress(RuntimeError):  # not all that runs can be captured
-                    row["replayed"] = do_bench_cudagraph(both, rep=run_ms,
-                                                         quantiles=[0.5, 0.2, 0.8])
+                    row["replayed"] = time_ms(both, SAMPLES, replay=True)
     except torch.OutOfMemoryError:
         row["error"] = "out of memory"
     except (RuntimeError, ImportError) as error:  # a rival that this card or version does not have
@@ -1781,191 +1838,130 @@ def measure(name, shape, dtype, causal, warmup_ms=25, run_ms=100):
 
 def summarise(rows):
     """One row of several by `measure`: the median of medians, the extremes of the quantiles."""
-    peaks = [r["peak_gib"] for r in rows if "peak_gib" in r]
-    summary = {"peak_gib": round(max(peaks), 3)} if peaks else {}
-    for row in rows:
-        if "error" in row:
-            summary["error"] = row["error"]
-    for part in ("forward", "backward", "both", "replayed"):
-        triples = [r[part] for r in rows if part in r]
-        if triples:
-            median, low, high = zip(*triples, strict=True)
+    summary = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = [row[key] for row in rows if key in row]
+        if key == "error":
+            summary[key] = values[0]
+        elif key.endswith("mib"):
+            summary[key] = round(max(values), 3)
+        else:
+            median, low, high = zip(*values, strict=True)
             values = statistics.median(median), min(low), max(high)
-            summary[part] = dict(zip(("ms", "low_ms", "high_ms"), (round(x, 4) for x in values)))
+            summary[key] = dict(zip(("ms", "low_ms", "high_ms"), (round(x, 4) for x in values)))
     return summary
 
 
-def format_errors(errors):
-    return " ".join(f"{name} {value:.1e}" for name, value in errors.items())
+def format_time(t, flops):
+    return f"{t['ms']:.3f} ({t['low_ms']:.3f} to {t['high_ms']:.3f}) {flops / t['ms'] / 1e9:.0f}"
 
 
-def check_all(shapes, dtype, causal, device):
-    """{shape: {"default", "deterministic": errors}}, printed as they come."""
-    results = {}
-    for shape in shapes:
-        row = results[format_shape(shape)] = {}
-        for name in ("default", "deterministic"):
-            row[name] = check(shape, dtype, causal, name == "deterministic", device)
-            print(f"{format_shape(shape):<16}{name:<15}error against float32: "
-                  f"{format_errors(row[name])}", flush=True)
-    return results
+def time_all(names, shapes, dtype, causal, device, repeats, samples):
+    """One row for each shape and rival, printed with TFLOP/s: all rivals of a shape in turns,
+    `repeats` times, each time another one first."""
+    results, widths = [], (16, 14, 32, 32, 32, 32, 12, 12)
 
+    def show(*cells):
+        print("".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)),
+              flush=True)
 
-def bench_rivals(shapes, dtype, causal, names, repeats):
-    """{shape: {name: summary}}: all rivals in turns, `repeats` times, each time another one first;
-    printed with TFLOP/s."""
-    results = {}
+    mask = "causal" if causal else "not causal"
+    print(f"\n{str(dtype)[6:]}, {mask}: ms (0.2 to 0.8 quantile), TFLOP/s, MiB beyond the inputs")
+    show("BxHxTxD", "", *PARTS, "kept MiB", "peak MiB")
     for shape in shapes:
         flops, rows = count_flops(shape, causal), {name: [] for name in names}
         for turn in range(repeats):
             for name in names[turn % len(names):] + names[:turn % len(names)]:
-                if not (rows[name] and "error" in rows[name][-1]):
-                    rows[name].append(measure(name, shape, dtype, causal))
-        row = results[format_shape(shape)] = {name: summarise(rows[name]) for name in names}
-        print(f"\n{format_shape(shape)}, {str(dtype)[6:]}, {'' if causal else 'not '}causal: ms "
-              "(0.2 to 0.8 quantile), TFLOP/s")
-        print(f"{'':<15}" + "".join(f"{part:<34}" for part in flops))
-        for name, summary in row.items():
-            cells = []
-            for part in flops:
-                t = summary.get(part)
-                cells.append(summary.get("error", "") if t is None else
-                             f"{t['ms']:.3f} ({t['low_ms']:.3f} to {t['high_ms']:.3f}) "
-                             f"{flops[part] / t['ms'] / 1e9:.0f}")
-            print(f"{name:<15}" + "".join(f"{cell:<34}" for cell in cells), flush=True)
+                if not any("error" in row for row in rows[name]):
+                    rows[name].append(measure(name, shape, dtype, causal, device, samples))
+        for name in names:
+            row = summarise(rows[name])
+            results.append({**name_row(name, shape, dtype), **row})
+            cells = [format_time(row[part], flops[part]) if part in row else row.get("error", "")
+                     for part in PARTS]
+            cells += (f"{row[key]:,.2f}" if key in row else "" for key in ("kept_mib", "peak_mib"))
+            show(format_shape(shape), name, *cells)
     return results
-
-
-def bench_sweep(dtypes, causal):
-    """The table of [2] flash_benchmarking: one head, batch 1, ours beside plain attention."""
-    results = []
-    print(f"{'dtype':<10}{'D':>4}{'T':>7}  {'kernel':<7}{'forward ms':>14}{'backward ms':>14}"
-          f"{'both ms':>14}{'peak GiB':>10}")
-    for dtype in dtypes:
-        for D in (16, 32, 64, 128):
-            for T in (2**n for n in range(7, 17)):
-                shape = 1, 1, T, D
-                errors = check(shape, dtype, causal)
-                for name in ("ours", "plain"):
-                    row = measure(name, shape, dtype, causal, 10, 50)
-                    row = {"dtype": str(dtype)[6:], "D": D, "T": T, "kernel": name,
-                           **summarise([row])}
-                    if name == "ours":
-                        row["error_against_float32"] = errors
-                    results.append(row)
-                    cells = (f"{row[part]['ms']:.3f}" if part in row else row["error"][:13]
-                             for part in ("forward", "backward", "both"))
-                    print(f"{row['dtype']:<10}{D:>4}{T:>7}  {name:<7}"
-                          + "".join(f"{cell:>14}" for cell in cells)
-                          + f"{row.get('peak_gib', math.nan):>10.3f}", flush=True)
-    return results
-
-
-def bench_plain(dtype, causal, compiled, passes=100):
-    """The table of [2] pytorch_attention: batch 8, no heads, plain attention; ms a pass, and GiB in
-    use before the backward passes."""
-    results = []
-    print(f"{'D':>4}{'T':>7}{'forward ms':>12}{'backward ms':>12}{'GiB before backward':>21}")
-    for D in (16, 32, 64, 128):
-        for T in (256, 1024, 4096, 8192, 16_384):
-            row = {"D": D, "T": T, "compiled": compiled}
-            try:
-                row.update(time_plain((8, T, D), dtype, causal, compiled, passes))
-                cells = (f"{row['forward_ms']:.3f}", f"{row['backward_ms']:.3f}",
-                         f"{row['gib_before_backward']:.3f}")
-            except torch.OutOfMemoryError:
-                row["error"] = "out of memory"
-                cells = "", "", row["error"]
-            torch.cuda.empty_cache()
-            results.append(row)
-            print(f"{D:>4}{T:>7}{cells[0]:>12}{cells[1]:>12}{cells[2]:>21}", flush=True)
-    return results
-
-
-def time_plain(shape, dtype, causal, compiled, passes):
-    q, k, v, do = make_inputs(shape, dtype, "cuda")
-
-    def attend(q, k, v):
-        return attention(q, k, v, causal)[0]
-
-    if compiled:
-        torch.compiler.reset()
-        attend = torch.compile(attend, dynamic=False)
-
-    def seconds(work):
-        work()  # warms up, and compiles
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(passes):
-            work()
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    forward = seconds(lambda: attend(q, k, v))
-    o = attend(q, k, v)
-    gib = torch.cuda.memory_allocated() / 2**30
-    backward = seconds(lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True))
-    return {"forward_ms": round(1e3 * forward / passes, 4),
-            "backward_ms": round(1e3 * backward / passes, 4), "gib_before_backward": round(gib, 3)}
 
 
 def refuse_unused(args):
     """ValueError for a flag that the chosen table would ignore."""
-    tables = {"check_only": ("rivals", "repeats"), "pytorch_attention": ("shapes", "rivals",
-              "repeats"), "sweep": ("shapes", "rivals", "repeats")}
-    table = next((name for name in tables if getattr(args, name)), None)
-    for flag in tables.get(table, ()):
-        if getattr(args, flag):
+    table = next((name for name in ("check_only", "sweep", "pytorch_attention")
+                  if getattr(args, name)), None)
+    for flag in ("shapes", "rivals", "repeats"):
+        useful = table is None or (table, flag) == ("check_only", "shapes")
+        if getattr(args, flag) is not None and not useful:
             raise ValueError(f"--{flag} must come without --{table}, which has no use for it, got "
                              "both; drop one")
     if args.compile and not args.pytorch_attention:
         raise ValueError("--compile must come with --pytorch_attention, got it without; add that")
 
 
-def bench(args):
-    """Prints the conditions, then one of three tables or the errors alone, then one JSON line."""
-    refuse_unused(args)
-    causal, dtypes = not args.not_causal, (args.dtype or "bfloat16",)
-    if args.sweep and not args.dtype:
-        dtypes = "bfloat16", "float32"
+def find_device(check_only):
+    """(type of device, its name); ValueError where bench cannot run."""
     interpreted = load_kernels()
-    device = "cuda" if torch.cuda.is_available() and not interpreted else "cpu"
-    shapes = args.shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES)
-    shapes = [parse_shape(text) for text in shapes.split(",")]
-    if device == "cpu" and not (args.check_only and interpreted):
-        raise ValueError("bench must have a CUDA GPU, got none; TRITON_INTERPRET=1 and "
+    if torch.cuda.is_available() and not interpreted:
+        return "cuda", torch.cuda.get_device_name()
+    if not (check_only and interpreted):
+        found = "TRITON_INTERPRET" if interpreted else "none"
+        raise ValueError(f"bench must have a CUDA GPU, got {found}; TRITON_INTERPRET=1 and "
                          "--check_only check small shapes on a CPU, where times say nothing")
-    import triton
-    card = torch.cuda.get_device_name() if device == "cuda" else "CPU, interpreted"
-    conditions = {"device": card, "torch": torch.__version__, "triton": triton.__version__,
-                  "dtype": " and ".join(dtypes), "causal": causal}
-    print(" | ".join(f"{name} {value}" for name, value in conditions.items()), flush=True)
-    results, dtypes = {}, [DTYPES[name] for name in dtypes]
-    if args.sweep:
-        results["sweep"] = bench_sweep(dtypes, causal)
-    elif args.pytorch_attention:
-        results["pytorch_attention"] = bench_plain(dtypes[0], causal, args.compile)
+    return "cpu", "CPU, interpreted"
+
+
+def bench(args):
+    """Prints the conditions, the errors of ours, times, and all of these in one JSON line."""
+    refuse_unused(args)
+    device, card = find_device(args.check_only)
+    causal, dtypes, repeats, samples = not args.not_causal, ["bfloat16"], 1, SAMPLES
+    if args.sweep:  # [2] flash_benchmarking
+        names, dtypes = ["ours", "plain"], ["bfloat16", "float32"]
+        shapes = [(1, 1, T, D) for D in SWEEP_D for T in SWEEP_T]
+    elif args.pytorch_attention:  # [2]
+        names, samples = ["compiled" if args.compile else "plain"], PLAIN_SAMPLES
+        shapes = [(8, 1, T, D) for D in SWEEP_D for T in PLAIN_T]
     else:
-        results["errors"] = check_all(shapes, dtypes[0], causal, device)
+        names, repeats = args.rivals or list(RIVALS), args.repeats or 3
+        shapes = args.shapes or parse_shapes(GPU_SHAPES if device == "cuda" else CPU_SHAPES)
+    dtypes = [args.dtype] if args.dtype else dtypes
+    import triton
+    conditions = {"device": card, "torch": torch.__version__, "triton": triton.__version__,
+                  "dtype": " and ".join(dtypes), "causal": causal,
+                  "backward_thread": "calling" if args.calling_thread else "autograd's"}
+    print(" | ".join(f"{name} {value}" for name, value in conditions.items()), flush=True)
+    errors, times = [], []
+    for dtype in map(DTYPES.get, dtypes):
+        ours = [name for name in names if name in OURS]
+        errors += check_all(ours, shapes, dtype, causal, device)
         if not args.check_only:
-            results["times"] = bench_rivals(shapes, dtypes[0], causal, args.rivals or list(RIVALS),
-                                            args.repeats or 3)
-    print(json.dumps({**conditions, **results}))
+            with torch.autograd.set_multithreading_enabled(not args.calling_thread):
+                times += time_all(names, shapes, dtype, causal, device, repeats, samples)
+    print(json.dumps({**conditions, "errors": errors, "times": times}))
 
 
 def positive(text):
     """An argparse type: a whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}; raise it")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}; "
+                                         "for example 3")
+    return int(text)
 
 
-def rivals(text):
-    """An argparse type: names of RIVALS."""
+def parse_shapes(text):
+    """An argparse type: "1x2x64x32,8x1x128x64" gives two (B, H, T, D)."""
+    with contextlib.suppress(ValueError):
+        shapes = [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
+        if all(len(s) == 4 and min(s) >= 1 and s[3] <= MAX_D for s in shapes):
+            return shapes
+    raise argparse.ArgumentTypeError(f"each must be BxHxTxD, four numbers from 1 on and D at most "
+                                     f"{MAX_D}, got {text!r}; for example 1x16x16384x64")
+
+
+def parse_rivals(text):
+    """An argparse type: names of RIVALS, each once."""
     names = text.split(",")
-    if unknown := [name for name in names if name not in RIVALS]:
-        raise argparse.ArgumentTypeError(f"must be of {','.join(RIVALS)}, got {','.join(unknown)}; "
+    if not set(names) <= set(RIVALS) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"must be of {','.join(RIVALS)}, each once, got {text!r}; "
                                          "choose among these")
     return names
 
@@ -1975,11 +1971,14 @@ def build_parser():
     verbs = parser.add_subparsers(dest="verb", required=True)
     p = verbs.add_parser("bench", help="time and errors, beside PyTorch's kernels")
     add = p.add_argument
-    add("--shapes", metavar="BxHxTxD,...", help=f"default {GPU_SHAPES} (on a CPU {CPU_SHAPES})")
+    add("--shapes", type=parse_shapes, metavar="BxHxTxD,...",
+        help=f"default {GPU_SHAPES} (on a CPU {CPU_SHAPES})")
     add("--dtype", choices=DTYPES, help="default bfloat16, with --sweep float32 too")
     add("--not_causal", action="store_true", help="every query sees every key")
-    add("--rivals", type=rivals, help=f"default {','.join(RIVALS)}")
+    add("--rivals", type=parse_rivals, help=f"default {','.join(RIVALS)}")
     add("--repeats", type=positive, help="turns of all rivals (default 3)")
+    add("--calling_thread", action="store_true",
+        help="run all backward passes in the thread that asks for them, not in autograd's own")
     add("--compile", action="store_true", help="with --pytorch_attention: compiled")
     table = p.add_mutually_exclusive_group()
     add = table.add_argument

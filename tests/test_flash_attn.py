@@ -337,6 +337,27 @@ def test_both_functions_are_not_causal_unless_told(name):
     assert not torch.allclose(function.apply(q, k, v), function.apply(q, k, v, True))
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_second_derivative_of_either_is_refused_not_forgotten(name):
+    q, k, v = (torch.randn(2, 9, 16, device=DEVICE).requires_grad_() for _ in range(3))
+    with pytest.raises(RuntimeError):
+        (first,) = torch.autograd.grad(getattr(FA, name).apply(q, k, v).sum(), q, create_graph=True)
+        (first.square().sum() + q.sum()).backward()  # a gradient of q there is anyway
+
+
+def test_the_pytorch_function_rounds_its_inputs_under_autocast_and_nothing_else():
+    def attend(q, k, v):
+        return FA.FlashAttentionPyTorch.apply(q, k, v, True)
+
+    q, k, v, do = (torch.randn(2, 70, 16, device=DEVICE) for _ in range(4))
+    inputs, do = (q, k.half(), v.bfloat16()), do.bfloat16()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        under = run(attend, *inputs, do)
+    assert [t.dtype for t in under] == [torch.bfloat16, torch.float32, torch.float16, torch.bfloat16]
+    by_hand = run(attend, *(t.bfloat16() for t in inputs), do)
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(under, by_hand, strict=True))
+
+
 # -------------------------------------------------------------------------------------------------
 # the matrix of shapes
 
@@ -1207,12 +1228,13 @@ def test_bench_check_only_prints_errors_and_one_line_of_json(capsys, dtype):
     lines = out.splitlines()
     content = json.loads(lines[-1])
     assert status == 0 and "triton" in lines[0] and content["dtype"] == dtype
-    assert set(content["errors"]) == {"1x2x33x16", "2x1x5x24"}
-    for row in content["errors"].values():
-        for errors in row.values():
-            assert set(errors) == {"o", "dq", "dk", "dv"}
-            # against float32 tiles, which carry an error of their own: twice what one of them has
-            assert 0 < max(errors.values()) < 2 * INTERPRETED[getattr(torch, dtype)]
+    names = [(row["shape"], row["rival"]) for row in content["errors"]]
+    assert names == list(itertools.product(("1x2x33x16", "2x1x5x24"), FA.OURS))
+    for row in content["errors"]:
+        errors = [row[part] for part in ("o", "dq", "dk", "dv")]
+        # against float32 tiles, which carry an error of their own: twice what one of them has
+        assert 0 < max(errors) < 2 * INTERPRETED[getattr(torch, dtype)]
+    assert content["times"] == []
 
 
 @kernels
@@ -1244,8 +1266,13 @@ def test_bench_stops_where_a_result_is_wrong(monkeypatch, capsys, name, value):
     ("--check_only --shapes 1x2x8", ["1x2x8", "BxHxTxD"]),
     ("--check_only --shapes 1x2x0x16", ["1x2x0x16"]),
     ("--check_only --shapes 1x1x8x300", ["256", "300"]),
+    ("--shapes=", ["BxHxTxD", "''"]),
     ("--rivals ours,flash9", ["flash9", "cudnn"]),
+    ("--rivals ours,plain,ours", ["ours,plain,ours", "once"]),
+    ("--rivals=", ["''", "cudnn"]),
+    ("--rivals compiled", ["compiled", "cudnn"]),  # a name of --compile's own
     ("--repeats 0", ["repeats", "0"]),
+    ("--repeats 1.5", ["repeats", "1.5", "whole"]),
     ("--dtype float64", ["float64"]),
     ("--no_such_flag", ["no_such_flag"]),
     # flags that would change nothing
@@ -1254,6 +1281,7 @@ def test_bench_stops_where_a_result_is_wrong(monkeypatch, capsys, name, value):
     ("--check_only --sweep", ["--sweep", "--check_only"]),
     ("--sweep --pytorch_attention", ["--sweep", "--pytorch_attention"]),
     ("--sweep --shapes 1x1x8x16", ["--shapes", "--sweep"]),
+    ("--sweep --rivals plain", ["--rivals", "--sweep"]),
     ("--pytorch_attention --repeats 2", ["--repeats", "--pytorch_attention"]),
 ])  # fmt: skip
 def test_bad_flags_are_one_line_before_any_work(capsys, arguments, shown):
@@ -1270,14 +1298,216 @@ def test_bench_without_a_gpu_says_what_it_needs(capsys, arguments):
     assert "GPU" in err and "--check_only" in err
 
 
+def test_bench_on_a_gpu_without_triton_is_one_line():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, flash_attn
+torch.cuda.is_available = lambda: True
+flash_attn.main(["bench", *sys.argv[1:]])
+"""
+    for arguments in ([], ["--pytorch_attention"]):
+        status, out, err = python(code, *arguments)
+        assert (status, out, len(err.splitlines())) == (2, "", 1) and "triton" in err
+
+
+@kernels
+@pytest.mark.parametrize("replay, function", [(False, "do_bench"), (True, "do_bench_cudagraph")])
+def test_a_time_is_of_enough_runs_however_long_one_takes(monkeypatch, replay, function):
+    from triton import testing
+
+    def measured(work, rep, return_mode):  # as many runs as fit, but one at least
+        return list(itertools.islice(runs_ms, max(1, int(rep / 125))))
+
+    runs_ms = itertools.count(125.0)
+    monkeypatch.setattr(testing, function, measured)
+    assert FA.time_ms(None, 5, replay) == pytest.approx([127.5, 126, 129])
+    assert next(runs_ms) == 131  # 1 run, which shows how long 5 others take
+
+
+@kernels
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_plain_rival_is_the_definition(causal):
+    q, k, v = (t.cpu().double().requires_grad_() for t in make(B=2, Tq=9, D=6))
+    exact = Exact(q, k, v, visible(9, 9, causal))
+    with FA.rival("plain", 9, causal) as attend:
+        close(attend(q, k, v), exact.value["o"])
+
+
+@kernels
+def test_the_portable_rival_leaves_the_kernels_for_hopper_out_while_it_runs(monkeypatch):
+    def not_reached(*args):
+        raise AssertionError("a kernel for Hopper was reached")
+
+    for name in ("_hopper_forward", "_hopper_backward"):
+        monkeypatch.setattr(FA, name, not_reached)
+    FA.check("portable", (1, 1, 64, 16), torch.bfloat16, True, DEVICE)
+    for name in FA.OURS:
+        with pytest.raises(KeyError), FA.rival(name, 64, True):
+            assert (name == "portable") == FA.PORTABLE_ONLY
+            if name == "portable":
+                assert FA._on_hopper(None, None, None, None) is False  # whatever the inputs
+            raise KeyError  # whatever goes wrong in it
+        assert not FA.PORTABLE_ONLY
+
+
+class Simulated:
+    """bench as on a GPU where every run takes 2 ms (1 to 3), that holds 3 MiB, 4 with an output,
+    and 8 at the peak; plain attention of 32 tokens or more does not fit. `log` is what was done."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.times, self.samples, change = [], [2.0, 1.0, 3.0], set(), monkeypatch.setattr
+        change(FA, "find_device", lambda check_only: ("cpu", "a simulated GPU"))
+        change(FA, "time_ms", self.time_ms)
+        for name, attend in (("flash_attention", self.flash), ("plain_attention", self.plain)):
+            change(FA, name, attend)
+        change(torch.cuda, "memory_allocated", self.allocated)
+        change(torch.cuda, "reset_peak_memory_stats", lambda: self.log.append("reset"))
+        change(torch.cuda, "max_memory_allocated", self.peak)
+        for name in ("SWEEP_T", "PLAIN_T"):
+            change(FA, name, (16, 32))
+        change(FA, "SWEEP_D", (8,))
+
+    def time_ms(self, work, samples, replay=False):
+        work()
+        self.log.append("replay" if replay else "time")
+        self.samples.add(samples)
+        return self.times
+
+    def flash(self, q, k, v, causal, deterministic):
+        self.log.append("attend")
+        return FA.FlashAttentionPyTorch.apply(q, k, v, causal)
+
+    def plain(self, q, k, v, causal):
+        if q.shape[2] >= 32:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 TiB.")
+        return self.flash(q, k, v, causal, False)
+
+    def allocated(self):
+        return (3 + (self.log[-1] == "attend")) * 2**20
+
+    def peak(self):
+        assert self.log[-3:] == ["time", "reset", "attend"]  # of one run, after all were timed
+        return 8 * 2**20
+
+
+TIME = {"ms": 2.0, "low_ms": 1.0, "high_ms": 3.0}
+MEASURED = {"forward": TIME, "kept_mib": 1.0, "backward": TIME, "both": TIME, "peak_mib": 5.0}
+NO_MEMORY = {"error": "out of memory"}
+
+
+def table(out):
+    """(content of the JSON line, {(shape, rival): its last line of the table})."""
+    *lines, last = out.splitlines()
+    rows = {tuple(line.split()[:2]): line for line in lines if line[:1].isdigit()}
+    return json.loads(last), rows
+
+
+@kernels
+def test_the_sweep_has_ours_and_plain_at_each_size_and_out_of_memory_is_a_cell(monkeypatch, capsys):
+    gpu = Simulated(monkeypatch)
+    status, out, err = bench(capsys, "--sweep")
+    content, lines = table(out)
+    assert (status, err, gpu.samples) == (0, "", {FA.SAMPLES}) and content["device"] == "a simulated GPU"
+    expected = [
+        dict(shape=shape, dtype=dtype, rival=rival,
+             **NO_MEMORY if (shape, rival) == ("1x1x32x8", "plain") else MEASURED)
+        for dtype in ("bfloat16", "float32") for shape in ("1x1x16x8", "1x1x32x8")
+        for rival in ("ours", "plain")
+    ]  # fmt: skip
+    assert content["times"] == expected
+    assert [row["rival"] for row in content["errors"]] == ["ours"] * 4
+    full = lines.pop(("1x1x32x8", "plain"))
+    assert len(lines) == 3 and full.count("out of memory") == len(FA.PARTS)
+    for line in lines.values():
+        assert line.count("2.000 (1.000 to 3.000)") == 3 and line.split()[-2:] == ["1.00", "5.00"]
+
+
+@kernels
+@pytest.mark.parametrize("flags, rival", [([], "plain"), (["--compile", "--dtype", "float32"], "compiled")])
+def test_pytorch_attention_is_a_batch_of_8_a_hundred_times(monkeypatch, capsys, flags, rival):
+    gpu = Simulated(monkeypatch)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    status, out, _ = bench(capsys, "--pytorch_attention", *flags)
+    content, lines = table(out)
+    assert status == 0 and gpu.samples == {100} and content["errors"] == []
+    names = [dict(shape=f"8x1x{T}x8", dtype=content["dtype"], rival=rival) for T in (16, 32)]
+    assert content["times"] == [{**names[0], **MEASURED}, {**names[1], **NO_MEMORY}]
+    assert "out of memory" in lines["8x1x32x8", rival]
+
+
+@kernels
+def test_what_fitted_before_memory_ran_out_is_shown(monkeypatch, capsys):
+    gpu = Simulated(monkeypatch)
+
+    def time_ms(work, samples):
+        if gpu.log.count("time") % 3 == 2:  # both
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(work, samples)
+
+    real = gpu.time_ms
+    monkeypatch.setattr(FA, "time_ms", time_ms)
+    _, out, _ = bench(capsys, "--shapes", "1x1x16x8", "--rivals", "ours")
+    content, lines = table(out)
+    (row,) = content["times"]
+    assert (row["forward"], row["error"], "both" in row) == (TIME, "out of memory", False)
+    line = lines["1x1x16x8", "ours"]
+    assert line.count("(1.000 to 3.000)") == line.count("out of memory") == 2
+
+
+@kernels
+def test_short_work_is_timed_from_a_graph_too_where_it_can_be_captured(monkeypatch):
+    gpu = Simulated(monkeypatch)
+    gpu.times = [0.5, 0.4, 0.6]
+    arguments = "ours", (1, 1, 16, 8), torch.float32, True, "cpu", 5
+    assert FA.measure(*arguments)["replayed"] == gpu.times and gpu.log[-1] == "replay"
+
+    def time_ms(work, samples, replay=False):
+        if replay:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return gpu.time_ms(work, samples)
+
+    monkeypatch.setattr(FA, "time_ms", time_ms)
+    row = FA.measure(*arguments)
+    assert row["both"] == gpu.times and not {"replayed", "error"} & set(row)
+
+
+@kernels
+def test_rivals_take_turns_and_one_that_does_not_run_is_asked_once(monkeypatch, capsys):
+    def measure(name, *rest):
+        turns.append(name)
+        if name == "flex":
+            return {"error": "no such thing here"}
+        ms = float(len(turns))
+        return {"forward": [ms, ms - 1, ms + 1]}
+
+    turns = []
+    Simulated(monkeypatch)
+    monkeypatch.setattr(FA, "measure", measure)
+    status, out, _ = bench(capsys, "--rivals", "plain,flex,cudnn", "--shapes", "1x1x8x16")
+    content, lines = table(out)
+    assert status == 0 and turns == ["plain", "flex", "cudnn", "cudnn", "plain", "cudnn", "plain"]
+    forward = {row["rival"]: row.get("forward") for row in content["times"]}
+    assert forward == {"plain": {"ms": 5.0, "low_ms": 0.0, "high_ms": 8.0}, "flex": None,
+                       "cudnn": {"ms": 4.0, "low_ms": 2.0, "high_ms": 7.0}}  # fmt: skip
+    assert lines["1x1x8x16", "flex"].count("no such thing here") == len(FA.PARTS)
+
+
 @needs_gpu
 def test_bench_on_a_gpu_times_its_rivals_and_ends_in_json(capsys):
-    rivals = ["ours", "deterministic", "flash2", "plain"]
-    status, out, _ = bench(capsys, "--shapes", "1x2x256x64", "--repeats", "1",
+    rivals = ["ours", "deterministic", "portable", "flash2", "plain"]
+    B, H, T, D = shape = 1, 2, 1024, 64
+    status, out, _ = bench(capsys, "--shapes", FA.format_shape(shape), "--repeats", "1",
                            "--rivals", ",".join(rivals))  # fmt: skip
-    assert status == 0
-    times = json.loads(out.splitlines()[-1])["times"]["1x2x256x64"]
-    assert list(times) == rivals
-    for row in times.values():
+    content, _ = table(out)
+    assert status == 0 and [row["rival"] for row in content["times"]] == rivals
+    assert [row["rival"] for row in content["errors"]] == rivals[:3]
+    for row in content["times"]:
         for part in ("forward", "backward", "both"):
             assert 0 < row[part]["low_ms"] <= row[part]["ms"] <= row[part]["high_ms"]
+        one = B * H * T * D * 2 / 2**20  # MiB of q, as of o and each gradient
+        scores = B * H * T * T * 2 / 2**20
+        if row["rival"] == "plain":
+            assert row["kept_mib"] > scores and row["peak_mib"] > 2 * scores
+        else:  # o, lse, three gradients and a few sums in float32
+            assert one <= row["kept_mib"] < 2 * one and 4 * one <= row["peak_mib"] < 12 * one
