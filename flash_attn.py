@@ -164,7 +164,7 @@ def tiled_backward(q, k, v, o, lse, do, causal, scale, q_tile, k_tile):
 def autocast_inputs(*tensors):
     """The tensors in the dtype that autocast has for their device, where it is on."""
     device = tensors[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         return [x.to(dtype) if x.dtype in DTYPES.values() else x for x in tensors]
     return tensors
