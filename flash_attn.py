@@ -1211,7 +1211,6 @@ HOPPER_M, HOPPER_N = 64, 128  # queries of a warpgroup or step, keys of a tile
 PORTABLE_ONLY = False  # set by `rival`: Hopper too runs the kernels for other cards
 
 
-@functools.lru_cache(1024)
 def _tma_rows(shape, strides):
     """Whether whole multiples of 16 bytes (of 16-bit numbers) lie between the rows of x."""
     *outer, last = strides
@@ -1219,19 +1218,11 @@ def _tma_rows(shape, strides):
                              for n, s in zip(shape[:-1], outer, strict=True))
 
 
-@functools.lru_cache(1024)
 def _hopper_takes(device, dtype, q_shape, k_shape, *strides):
     return (_card(device)[0] == (9, 0) and dtype.itemsize == 2
             and q_shape[-1] in range(8, 129, 8)  # outputs lie dense, in rows of 16 bytes too
             and all(map(_tma_rows, (q_shape, k_shape, k_shape), strides))
             and load_gluon_kernels())
-
-
-def _on_hopper(q, k, v, spans):
-    return (not PORTABLE_ONLY and spans is None
-            and _hopper_takes(q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(),
-                              v.stride())
-            and q.data_ptr() % 16 == k.data_ptr() % 16 == v.data_ptr() % 16 == 0)
 
 
 def parameter_bytes(ptx):
@@ -1372,38 +1363,45 @@ def _heads_block(shape, strides, rows, wide):
     return shape, strides, (1, 1, rows, wide)
 
 
+def _strides_like(shape, strides):
+    """Those of `torch.empty_like` of such a tensor."""
+    return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
+
+
 @functools.lru_cache(256)
-def _plan_hopper_forward(device, dtype, q_shape, k_shape, strides, causal, scale):
+def _plan_hopper_forward(device, dtype, q_shape, k_shape, q, k, v, causal, scale):
+    """The launch for tensors of these shapes and strides; None where the portable kernels run."""
+    if not _hopper_takes(device, dtype, q_shape, k_shape, q, k, v):
+        return None
     (B, H, Tq, D), (_, G, Tk, _) = q_shape, k_shape
-    wide, heads = 64 if D <= 64 else 128, B * H
+    wide, heads, o = 64 if D <= 64 else 128, B * H, _strides_like(q_shape, q)
     workers = 3 if wide == 64 and Tk >= HOPPER_LONG else 2
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     programs = min(processors, -(-Tq // (HOPPER_M * workers)) * heads)
     _say_once("forward", dtype, D, causal, False)
-    blocks = [_heads_block(q_shape, strides[0], HOPPER_M, wide),
-              _heads_block(k_shape, strides[1], HOPPER_N, wide),
-              _heads_block(k_shape, strides[2], HOPPER_N, wide),
-              _heads_block(q_shape, strides[3], HOPPER_M, wide), None]
+    blocks = [_heads_block(q_shape, q, HOPPER_M, wide), _heads_block(k_shape, k, HOPPER_N, wide),
+              _heads_block(k_shape, v, HOPPER_N, wide), _heads_block(q_shape, o, HOPPER_M, wide),
+              None]
     return Launch(hopper_forward_kernel, programs, blocks,
                   (scale * LOG2_E, H, G, heads, Tq, Tk, programs),
                   dict(CAUSAL=causal, WORKERS=workers, ROWS=HOPPER_M, BLOCK_N=HOPPER_N,
                        BLOCK_D=wide, SLOTS=2, LOG2_E=LOG2_E), 4)
 
 
-def _hopper_forward(q, k, v, o, lse, causal, scale):
-    strides = q.stride(), k.stride(), v.stride(), o.stride()
-    _plan_hopper_forward(q.device, q.dtype, q.shape, k.shape, strides, causal, scale)(
-        q, k, v, o, lse)
-
-
 @functools.lru_cache(256)
-def _plan_hopper_backward(device, dtype, q_shape, k_shape, strides, causal, scale):
+def _plan_hopper_backward(device, dtype, q_shape, k_shape, q, k, v, o, do, causal, scale):
+    """(rows, width) of the sum of dq and the three launches, for tensors of these shapes and
+    strides; () where o and do must be copied before; None where the portable kernels run."""
     (B, H, Tq, D), (_, G, Tk, _) = q_shape, k_shape
+    if Tq < HOPPER_M or not _hopper_takes(device, dtype, q_shape, k_shape, q, k, v):
+        return None
+    if not (_tma_rows(q_shape, o) and _tma_rows(q_shape, do)):
+        return ()
     wide, narrow = (64, True) if D <= 64 else (128, False)
     tiles = -(-Tq // HOPPER_M)
     padded, rows = tiles * HOPPER_M, B * H * tiles * HOPPER_M
     _say_once("backward", dtype, D, causal, False)
-    q, k, v, o, do, dq, dk, dv = strides
+    dq, dk, dv = map(_strides_like, (q_shape, k_shape, k_shape), (q, k, v))
     sizes = dict(BLOCK_M=HOPPER_M, BLOCK_D=wide)
     prepare = Launch(hopper_prepare_kernel, tiles * B * H, 5 * [None],
                      (o, do, H, Tq, padded, D), dict(sizes, LOG2_E=LOG2_E), 4)
@@ -1418,21 +1416,7 @@ def _plan_hopper_backward(device, dtype, q_shape, k_shape, strides, causal, scal
                            BLOCK_D=wide, SLOTS=3 if narrow else 2, LOG2_E=LOG2_E), 8)
     finish = Launch(hopper_finish_kernel, tiles * B * H, 2 * [None],
                     (dq, H, Tq, padded, D, scale), dict(NARROW=narrow, **sizes), 4)
-    return rows, wide, prepare, backward, finish
-
-
-def _hopper_backward(q, k, v, o, lse, do, dq, dk, dv, causal, scale):
-    # such as the expanded gradient of o.sum(), or a slice at an odd place: copied once
-    o, do = [x if x.data_ptr() % 16 == 0 and _tma_rows(x.shape, x.stride())
-             else x.clone(memory_format=torch.contiguous_format) for x in (o, do)]
-    strides = (q.stride(), k.stride(), v.stride(), o.stride(), do.stride(), dq.stride(),
-               dk.stride(), dv.stride())
-    rows, wide, prepare, backward, finish = _plan_hopper_backward(
-        q.device, q.dtype, q.shape, k.shape, strides, causal, scale)
-    stats, dq_sum = lse.new_empty(2 * rows), lse.new_empty((rows, wide))
-    prepare(o, do, lse, stats, dq_sum)
-    backward(q, k, v, do, stats, dq_sum, dk, dv)
-    finish(dq_sum, dq)
+    return (rows, wide), prepare, backward, finish
 
 
 def _forward(q, k, v, causal, scale, spans, allow_tf32):
@@ -1445,26 +1429,50 @@ def _forward(q, k, v, causal, scale, spans, allow_tf32):
     o, lse = torch.empty_like(q), q.new_empty((B, H, Tq), dtype=torch.float32)
     if q.numel() == 0 or Tk == 0:
         return o.zero_(), lse.fill_(-math.inf)
-    if _on_hopper(q, k, v, spans):
-        with on_device(q):
-            _hopper_forward(q, k, v, o, lse, causal, scale)
-        return o, lse
+    if spans is None and not PORTABLE_ONLY:
+        plan = _plan_hopper_forward(q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(),
+                                    v.stride(), causal, scale)
+        if plan and (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0:
+            with on_device(q):
+                plan(q, k, v, o, lse)
+            return o, lse
     _launch("forward", forward_kernel, (q, k, v, o, lse), (q, k, v, o), (B, H, G, Tq, Tk, D),
             causal, scale, spans, allow_tf32)
     return o, lse
 
 
+def _hopper_backward(q, k, v, o, lse, do, causal, scale):
+    """(dq, dk, dv), or None where the portable kernels run."""
+    plan = _plan_hopper_backward(q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(),
+                                 v.stride(), o.stride(), do.stride(), causal, scale)
+    if plan is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        return None
+    if not plan or (o.data_ptr() | do.data_ptr()) % 16:
+        # such as the expanded gradient of o.sum(), or a slice at an odd place: copied once
+        o, do = (x.clone(memory_format=torch.contiguous_format) for x in (o, do))
+        return _hopper_backward(q, k, v, o, lse, do, causal, scale)
+    shape, prepare, backward, finish = plan
+    with on_device(q):  # memory is asked for when it is needed: the GPU waits for the launches
+        stats, dq_sum = lse.new_empty(2 * shape[0]), lse.new_empty(shape)
+        prepare(o, do, lse, stats, dq_sum)
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        backward(q, k, v, do, stats, dq_sum, dk, dv)
+        dq = torch.empty_like(q)
+        finish(dq_sum, dq)
+    return dq, dk, dv
+
+
 def _backward(q, k, v, o, lse, do, causal, scale, spans, allow_tf32, deterministic):
     """(dq, dk, dv), each in shape, dtype and order of memory as q, k, v. Only the Hopper kernel
     adds to what other programs wrote, in whatever order: all else is deterministic anyway."""
+    if not (deterministic or spans or PORTABLE_ONLY or q.numel() == 0 or k.numel() == 0):
+        grads = _hopper_backward(q, k, v, o, lse, do, causal, scale)
+        if grads:
+            return grads
     (B, H, Tq, D), (_, G, Tk, _) = q.shape, k.shape
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if q.numel() == 0 or Tk == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    if not deterministic and Tq >= HOPPER_M and _on_hopper(q, k, v, spans):
-        with on_device(q):
-            _hopper_backward(q, k, v, o, lse, do, dq, dk, dv, causal, scale)
-        return dq, dk, dv
     delta = torch.empty_like(lse)
     with on_device(q):
         delta_kernel[(-(-Tq // DELTA_ROWS) * B * H,)](

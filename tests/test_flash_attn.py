@@ -1161,7 +1161,9 @@ for D in map(int, sys.argv[2:]):
     q = torch.zeros(1, 2, 1024, D, dtype=torch.bfloat16)
     k = torch.zeros(1, 1, 1024, D, dtype=torch.bfloat16)
     for hopper in (False, True) if capability == (9, 0) else (False,):
-        flash_attn._on_hopper = lambda *inputs: hopper and flash_attn.load_gluon_kernels()
+        flash_attn._hopper_takes = lambda *inputs: hopper and flash_attn.load_gluon_kernels()
+        flash_attn._plan_hopper_forward.cache_clear()
+        flash_attn._plan_hopper_backward.cache_clear()
         o, lse = flash_attn._forward(q, k, k, True, 0.125, None, False)
         flash_attn._backward(q, k, k, o, lse, o, True, 0.125, None, False, not hopper)
 """
@@ -1339,14 +1341,12 @@ def test_the_portable_rival_leaves_the_kernels_for_hopper_out_while_it_runs(monk
     def not_reached(*args):
         raise AssertionError("a kernel for Hopper was reached")
 
-    for name in ("_hopper_forward", "_hopper_backward"):
+    for name in ("_plan_hopper_forward", "_plan_hopper_backward"):
         monkeypatch.setattr(FA, name, not_reached)
     FA.check("portable", (1, 1, 64, 16), torch.bfloat16, True, DEVICE)
     for name in FA.OURS:
         with pytest.raises(KeyError), FA.rival(name, 64, True):
             assert (name == "portable") == FA.PORTABLE_ONLY
-            if name == "portable":
-                assert FA._on_hopper(None, None, None, None) is False  # whatever the inputs
             raise KeyError  # whatever goes wrong in it
         assert not FA.PORTABLE_ONLY
 
