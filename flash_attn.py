@@ -1391,7 +1391,7 @@ def _plan_hopper_forward(device, dtype, q_shape, k_shape, q, k, v, causal, scale
 @functools.lru_cache(256)
 def _plan_hopper_backward(device, dtype, q_shape, k_shape, q, k, v, o, do, causal, scale):
     """(rows, width) of the sum of dq and the three launches, for tensors of these shapes and
-    strides; () where o and do must be copied before; None where the portable kernels run."""
+    strides; () where o or do must be copied before; None where the portable kernels run."""
     (B, H, Tq, D), (_, G, Tk, _) = q_shape, k_shape
     if Tq < HOPPER_M or not _hopper_takes(device, dtype, q_shape, k_shape, q, k, v):
         return None
@@ -1449,7 +1449,8 @@ def _hopper_backward(q, k, v, o, lse, do, causal, scale):
         return None
     if not plan or (o.data_ptr() | do.data_ptr()) % 16:
         # such as the expanded gradient of o.sum(), or a slice at an odd place: copied once
-        o, do = (x.clone(memory_format=torch.contiguous_format) for x in (o, do))
+        o, do = (x if x.data_ptr() % 16 == 0 and _tma_rows(x.shape, x.stride())
+                 else x.clone(memory_format=torch.contiguous_format) for x in (o, do))
         return _hopper_backward(q, k, v, o, lse, do, causal, scale)
     shape, prepare, backward, finish = plan
     with on_device(q):  # memory is asked for when it is needed: the GPU waits for the launches
@@ -1828,7 +1829,6 @@ def measure(name, shape, dtype, causal, device, samples):
                 return torch.autograd.grad(attend(q, k, v), (q, k, v), do)
 
             row["both"] = time_ms(both, samples)
-            before = used()
             torch.cuda.reset_peak_memory_stats()  # not what timing itself takes
             both()
             row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
