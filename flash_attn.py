@@ -29,6 +29,7 @@ import ctypes
 import functools
 import json
 import math
+import numbers
 import re
 import statistics
 import sys
@@ -61,6 +62,7 @@ PLAIN_T = 256, 1024, 4096, 8192, 16_384  # of --pytorch_attention, batch 8
 PLAIN_SAMPLES = 100  # of it too, as [2] asks
 SAMPLES = 5  # of any timing, at least
 PARTS = "forward", "backward", "both", "replayed"
+NO_MEMORY = "out of memory"
 REPLAYED_BELOW_MS = 1  # longer work hides what the host does
 OURS = ("ours", "deterministic", "portable")
 RIVALS = (*OURS, "flash2", "cudnn", "flex", "plain")
@@ -181,6 +183,9 @@ class FlashAttentionPyTorch(torch.autograd.Function):
     def forward(ctx, q, k, v, is_causal=False):
         q, k, v = autocast_inputs(q, k, v)
         check_shapes(*map(as_heads, (q, k, v)), is_causal)
+        if not q.is_floating_point():
+            raise ValueError(f"q, k and v must be floating point, got {str(q.dtype)[6:]}; cast "
+                             "them")
         if q.shape[:-2] != k.shape[:-2]:
             raise ValueError(f"q and k must have the same leading dimensions, got {tuple(q.shape)} "
                              f"and {tuple(k.shape)}; use flash_attention for grouped heads")
@@ -217,7 +222,7 @@ gl = None  # triton.experimental.gluon.language, once `load_gluon_kernels` has
 KERNELS = {}  # name: function
 GLUON_KERNELS = {}
 # Arguments whose values compile nothing anew.
-NOT_SPECIALIZED = {"H", "G", "Tq", "Tk", "D", "heads", "section", "programs"}
+NOT_SPECIALIZED = {"H", "G", "Tq", "Tk", "heads", "section", "programs"}
 
 
 def kernel(function):
@@ -1168,9 +1173,11 @@ def _say_once(kernel, dtype, d, causal, documents):
           file=sys.stderr, flush=True)
 
 
-@functools.cache
-def _warn_once(text):
-    print(text, file=sys.stderr, flush=True)
+def _say_why(kind, text, said=set()):  # noqa: B006, remembered on purpose
+    """Prints the text the first time that there is one of this kind."""
+    if kind not in said:
+        said.add(kind)
+        print(f"flash_attn: {text}", file=sys.stderr, flush=True)
 
 
 def _launch(name, kernel, tensors, strided, shape, causal, scale, spans, allow_tf32):
@@ -1260,12 +1267,13 @@ class PreparedLaunch:
     MAP_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # CUtensorMapDataType
 
     def __init__(self, compiled, programs, arguments, device):
-        metadata, self.lock, self.places = compiled.metadata, threading.Lock(), None
+        self.compiled, metadata = compiled, compiled.metadata  # kept, as long as it may be started
+        self.driver, self.lock, self.places = cuda_driver(), threading.Lock(), None
         self.values, self.pointers, self.maps = [], [], []  # of tensors by their number
-        layouts = iter(metadata.tensordesc_meta or ())
+        layouts = list(metadata.tensordesc_meta or ())
         for i, (kind, x) in enumerate(typed(compiled.src.signature.values(), arguments)):
             if kind.startswith("tensordesc"):
-                tensor_map = self.encode(x, next(layouts))
+                tensor_map = self.encode(x, layouts.pop(0))
                 self.maps.append((i, ctypes.c_void_p(ctypes.addressof(tensor_map))))
                 self.values += [tensor_map, *map(ctypes.c_int32, x.shape),
                                 *map(ctypes.c_int64, x.strides)]
@@ -1277,9 +1285,9 @@ class PreparedLaunch:
         self.values += [ctypes.c_void_p(), ctypes.c_void_p()]  # scratch memory, which none needs
         sizes = [ctypes.sizeof(value) for value in self.values]
         if (sizes != parameter_bytes(compiled.asm["ptx"]) or metadata.num_ctas > 1
-                or metadata.global_scratch_size or metadata.profile_scratch_size):
-            raise ValueError(f"the parameters of {metadata.name} must take {sizes} bytes each, got "
-                             "a kernel of another kind; triton has changed")
+                or metadata.global_scratch_size or metadata.profile_scratch_size
+                or metadata.launch_pdl or metadata.launch_cooperative_grid):
+            raise ValueError(f"{metadata.name} must be a kernel with parameters of {sizes} bytes")
         self.addresses = (ctypes.c_void_p * len(sizes))(*map(ctypes.addressof, self.values))
         self.settings = [ctypes.c_void_p(compiled.function), *map(ctypes.c_uint, (
             programs, 1, 1, 32 * metadata.num_warps, 1, 1, metadata.shared))]
@@ -1291,35 +1299,37 @@ class PreparedLaunch:
         tensor_map = (ctypes.c_char * self.MAP_BYTES).from_buffer(
             space, -ctypes.addressof(space) % self.MAP_ALIGNED)
         block = (ctypes.c_uint32 * len(descriptor.shape))
-        error = cuda_driver().cuTensorMapEncodeTiled(  # innermost dimension first
+        error = self.driver.cuTensorMapEncodeTiled(  # innermost dimension first
             tensor_map, self.MAP_TYPES[x.dtype], len(descriptor.shape),
             ctypes.c_void_p(x.data_ptr()), sizes(*reversed(descriptor.shape)),
             sizes(*(s * x.itemsize for s in reversed(descriptor.strides[:-1]))),
             block(*reversed(layout["block_size"])), block(*[1] * len(descriptor.shape)),
             0, layout["swizzle"], 2, 0)  # not interleaved; 128 bytes to L2; 0 outside
         if error:
-            raise ValueError(f"CUDA must take a tensor of {descriptor.shape} for TMA, got its "
-                             f"error {error}; triton has changed")
+            raise ValueError(f"CUDA must take {descriptor.shape} for TMA, got its error {error}")
         return tensor_map
 
     def __call__(self, tensors):
-        driver = cuda_driver()
         places = [x.data_ptr() for x in tensors]
         with self.lock:  # threads of one process share what is written here
             if places != self.places:  # memory is used again and again: mostly they are the same
-                self.places = places
+                self.places = None  # until all are written, whatever interrupts
                 for i, pointer in self.pointers:
                     pointer.value = places[i]
                 for i, tensor_map in self.maps:
-                    driver.cuTensorMapReplaceAddress(tensor_map, ctypes.c_void_p(places[i]))
-            return driver.cuLaunchKernel(*self.settings, ctypes.c_void_p(self.stream()),
-                                         self.addresses, None)
+                    place = ctypes.c_void_p(places[i])
+                    error = self.driver.cuTensorMapReplaceAddress(tensor_map, place)
+                    if error:
+                        return error
+                self.places = places
+            return self.driver.cuLaunchKernel(*self.settings, ctypes.c_void_p(self.stream()),
+                                              self.addresses, None)
 
 
 class Launch:
     """A kernel for inputs of one shape: `launch(*tensors)` starts it. Triton does the first time,
-    and compiles it; then the CUDA driver is asked directly, which takes a fifth of the time: triton
-    looks at all arguments anew, for longer than a short kernel runs.
+    and compiles it; then the CUDA driver is asked directly, because triton looks at all arguments
+    anew, for longer than a short kernel runs. (Hooks into triton's launches see the first alone.)
 
     blocks: for each tensor (shape, strides, block) for TMA, which copies such blocks and brings
     zeros from outside, or None for a pointer; numbers: the arguments after the tensors
@@ -1354,8 +1364,8 @@ def prepare_launch(*arguments):
     """A PreparedLaunch, or False where the driver or triton is another than is known here."""
     try:
         return PreparedLaunch(*arguments)
-    except (ValueError, AttributeError, KeyError, OSError) as problem:
-        _warn_once(f"flash_attn: triton starts all kernels, which takes longer: {problem}")
+    except (ValueError, AttributeError, LookupError, TypeError, OSError) as problem:
+        _say_why(type(problem), f"triton starts kernels, which takes longer ({problem!r})")
         return False
 
 
@@ -1447,10 +1457,10 @@ def _hopper_backward(q, k, v, o, lse, do, causal, scale):
                                  v.stride(), o.stride(), do.stride(), causal, scale)
     if plan is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
         return None
-    if not plan or (o.data_ptr() | do.data_ptr()) % 16:
+    if not plan or (o.data_ptr() | do.data_ptr() | lse.data_ptr()) % 16:
         # such as the expanded gradient of o.sum(), or a slice at an odd place: copied once
-        o, do = (x if x.data_ptr() % 16 == 0 and _tma_rows(x.shape, x.stride())
-                 else x.clone(memory_format=torch.contiguous_format) for x in (o, do))
+        o, do, lse = (x if x.data_ptr() % 16 == 0 and _tma_rows(x.shape, x.stride())
+                      else x.clone(memory_format=torch.contiguous_format) for x in (o, do, lse))
         return _hopper_backward(q, k, v, o, lse, do, causal, scale)
     shape, prepare, backward, finish = plan
     with on_device(q):  # memory is asked for when it is needed: the GPU waits for the launches
@@ -1535,18 +1545,24 @@ def check_kinds(q, k, v, causal, scale):
         raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {str(q.dtype)[6:]}; cast q, k, v")
     if D > MAX_D:
         raise ValueError(f"D must be at most {MAX_D}, got {D}; split the heads")
-    if not (scale is None or isinstance(scale, int | float) and 1e-30 < scale < 1e30):
+    if not (scale is None or 1e-30 < scale < 1e30):
         raise ValueError(f"scale must be a number between 1e-30 and 1e30, got {scale}; change it")
     return float(D**-0.5 if scale is None else scale)
 
 
 def check_inputs(q, k, v, causal, scale, cu_seqlens=None):
     """The scale, as a float; ValueError unless `flash_attention` can take these."""
-    check = check_kinds.__wrapped__ if torch.compiler.is_compiling() else check_kinds
-    if isinstance(scale, torch.Tensor):  # would be remembered by its identity, and get no gradient
+    compiling = torch.compiler.is_compiling()
+    check = check_kinds.__wrapped__ if compiling else check_kinds
+    if isinstance(scale, torch.Tensor):  # it would get no gradient
         raise ValueError("scale must be a number, got a tensor; multiply q by it")
+    if not (scale is None or compiling or isinstance(scale, numbers.Real)):
+        raise ValueError(f"scale must be a number or None, got {scale!r}; convert it")
     scale = check(*(Kind(x.shape, x.dtype, x.device) for x in (q, k, v)), bool(causal), scale)
     if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, torch.Tensor):
+            raise ValueError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}; "
+                             "torch.tensor(..., dtype=torch.int32, device=q.device)")
         B, Tq, Tk = q.shape[0], q.shape[2], k.shape[2]
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
             raise ValueError("cu_seqlens must be int32 (N + 1,), got "
@@ -1584,7 +1600,11 @@ class FlashAttentionTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, is_causal=False, checked=None):
         if checked is None:
-            q, k, v = autocast_inputs(q, k, v)
+            q, k, v = (x.resolve_neg() for x in autocast_inputs(q, k, v))
+            if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
+                raise ValueError("q, k and v must have the same dimensions before the heads, got "
+                                 f"shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; "
+                                 "change them")
         heads = as_heads(q), as_heads(k), as_heads(v)
         if checked is None:
             scale = check_inputs(*heads, is_causal, None)
@@ -1672,6 +1692,7 @@ def flash_attention(q, k, v, causal=True, scale=None, cu_seqlens=None, determini
     allow_tf32: float32 inputs may be rounded to TF32 in products
     raises ValueError for inputs that do not fit together, and without a GPU
     """
+    causal = bool(causal)
     q, k, v = autocast_inputs(q, k, v)
     q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
     scale = check_inputs(q, k, v, causal, scale, cu_seqlens)
@@ -1734,6 +1755,7 @@ def rival(name, T, causal):
     """The attention of q, k, v with this name: one of RIVALS, or "compiled", which is plain under
     torch.compile. Forward and backward are to run in this context."""
     global PORTABLE_ONLY
+    before = PORTABLE_ONLY
     if name == "plain":
         yield functools.partial(plain_attention, causal=causal)
     elif name == "compiled":
@@ -1753,7 +1775,7 @@ def rival(name, T, causal):
             yield functools.partial(flash_attention, causal=causal,
                                     deterministic=name == "deterministic")
         finally:
-            PORTABLE_ONLY = False
+            PORTABLE_ONLY = before
 
 
 def relative_error(x, reference, do):
@@ -1767,10 +1789,11 @@ def relative_error(x, reference, do):
 def check(name, shape, dtype, causal, device):
     """{"o", "dq", "dk", "dv": norm(x - ref) / norm(ref)} of one of OURS with random inputs against
     float32 tiles in PyTorch; ValueError where one is above ERROR_BOUND."""
-    q, k, v, do = make_inputs(shape, dtype, device)
     with rival(name, shape[2], causal) as attend:
-        o = attend(q, k, v)
-        got = o, *torch.autograd.grad(o, (q, k, v), do)
+        for _ in range(2):  # see Launch: only from the second time on it is what will be timed
+            q, k, v, do = make_inputs(shape, dtype, device)
+            o = attend(q, k, v)
+            got = o, *torch.autograd.grad(o, (q, k, v), do)
     q, k, v, do = (x.detach().float() for x in (q, k, v, do))
     settings = causal, shape[3] ** -0.5, REFERENCE_TILE, REFERENCE_TILE
     o, lse = tiled_forward(q, k, v, *settings)
@@ -1788,10 +1811,13 @@ def check_all(names, shapes, dtype, causal, device):
     rows = []
     for shape in shapes:
         for name in names:
-            errors = check(name, shape, dtype, causal, device)
+            try:
+                errors = check(name, shape, dtype, causal, device)
+                shown = " ".join(f"{part} {error:.1e}" for part, error in errors.items())
+            except torch.OutOfMemoryError:
+                errors, shown = {"error": NO_MEMORY}, NO_MEMORY
             rows.append({**name_row(name, shape, dtype), **errors})
-            print(f"{format_shape(shape):<16}{name:<15}error against float32: "
-                  + " ".join(f"{part} {error:.1e}" for part, error in errors.items()), flush=True)
+            print(f"{format_shape(shape):<16}{name:<15}error against float32: {shown}", flush=True)
     return rows
 
 
@@ -1836,7 +1862,7 @@ def measure(name, shape, dtype, causal, device, samples):
                 with contextlib.suppress(RuntimeError):  # not all that runs can be captured
                     row["replayed"] = time_ms(both, SAMPLES, replay=True)
     except torch.OutOfMemoryError:
-        row["error"] = "out of memory"
+        row["error"] = NO_MEMORY
     except (RuntimeError, ImportError) as error:  # a rival that this card or version does not have
         if name in OURS:
             raise
@@ -1867,7 +1893,7 @@ def format_time(t, flops):
 def time_all(names, shapes, dtype, causal, device, repeats, samples):
     """One row for each shape and rival, printed with TFLOP/s: all rivals of a shape in turns,
     `repeats` times, each time another one first."""
-    results, widths = [], (16, 14, 32, 32, 32, 32, 12, 12)
+    results, widths = [], (16, 14, 36, 36, 36, 32, 12, 12)
 
     def show(*cells):
         print("".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)),
@@ -1901,6 +1927,9 @@ def refuse_unused(args):
         if getattr(args, flag) is not None and not useful:
             raise ValueError(f"--{flag} must come without --{table}, which has no use for it, got "
                              "both; drop one")
+    if args.calling_thread and args.check_only:
+        raise ValueError("--calling_thread must come without --check_only, which times nothing, "
+                         "got both; drop one")
     if args.compile and not args.pytorch_attention:
         raise ValueError("--compile must come with --pytorch_attention, got it without; add that")
 
@@ -1935,7 +1964,8 @@ def bench(args):
     import triton
     conditions = {"device": card, "torch": torch.__version__, "triton": triton.__version__,
                   "dtype": " and ".join(dtypes), "causal": causal,
-                  "backward_thread": "calling" if args.calling_thread else "autograd's"}
+                  "backward_thread": "calling" if args.calling_thread else "autograd's",
+                  "repeats": repeats, "samples": samples}
     print(" | ".join(f"{name} {value}" for name, value in conditions.items()), flush=True)
     errors, times = [], []
     for dtype in map(DTYPES.get, dtypes):
@@ -1957,8 +1987,9 @@ def positive(text):
 
 def parse_shapes(text):
     """An argparse type: "1x2x64x32,8x1x128x64" gives two (B, H, T, D)."""
-    with contextlib.suppress(ValueError):
-        shapes = [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
+    with contextlib.suppress(ValueError, TypeError):
+        shapes = [tuple(map(int, re.fullmatch(r"[0-9x]+", shape)[0].split("x")))
+                  for shape in text.split(",")]
         if all(len(s) == 4 and min(s) >= 1 and s[3] <= MAX_D for s in shapes):
             return shapes
     raise argparse.ArgumentTypeError(f"each must be BxHxTxD, four numbers from 1 on and D at most "

@@ -10,6 +10,7 @@ seeded subset of the shapes. An error is norm(x - exact) / norm(exact), and what
 A gradient that cancels (a row that sees one key has dq = 0) is measured against the terms that do.
 """
 
+import ctypes
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,7 +191,7 @@ def assert_accurate(q, k, v, do=None, causal=True, scale=None, lengths=None, sla
     options = dict(causal=causal, scale=scale)
     if lengths is not None:
         options["cu_seqlens"] = cumulative(lengths)
-    for deterministic in (False, True) if ON_GPU else (None,):
+    for deterministic in (False, False, True) if ON_GPU else (None,):  # see flash_attn.Launch
         results = flash(q, k, v, do, deterministic=deterministic, **options)
         for result, like in zip(results, (q, q, k, v), strict=True):
             assert (result.shape, result.dtype) == (like.shape, like.dtype)
@@ -475,6 +477,22 @@ def test_a_tensor_as_scale_and_a_lazily_negated_query_are_not_misread():
     with pytest.raises(ValueError, match="scale must be a number"):
         FA.flash_attention(q, k, v, scale=torch.tensor(0.5))
     assert torch.equal(FA.flash_attention(torch._neg_view(q), k, v), FA.flash_attention(-q, k, v))
+    apply = FA.FlashAttentionTriton.apply
+    assert torch.equal(apply(torch._neg_view(q), k, torch._neg_view(v)), apply(-q, k, -v))
+
+
+@kernels
+def test_leading_dimensions_that_only_have_the_same_product_are_refused():
+    q, k = zeros(2, 3, 2, 9, 16), zeros(3, 2, 2, 9, 16)
+    for function in (FA.FlashAttentionTriton, FA.FlashAttentionPyTorch):
+        with pytest.raises(ValueError, match="same"):
+            function.apply(q, k, k)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_in_pytorch_refuse_integers(causal):
+    with pytest.raises(ValueError, match="floating point, got int32"):
+        FA.FlashAttentionPyTorch.apply(*3 * [torch.ones(2, 8, 16, dtype=torch.int32)], causal)
 
 
 @kernels
@@ -633,7 +651,7 @@ def test_a_token_outside_all_documents_sees_nothing_and_is_zero(causal, ends):
     do = torch.randn_like(q)
     exact = Exact(q, k, v, see, None, do)
     cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
-    for deterministic in (False, True) if ON_GPU else (None,):
+    for deterministic in (False, False, True) if ON_GPU else (None,):  # see flash_attn.Launch
         results = flash(q, k, v, do, causal=causal, cu_seqlens=cu_seqlens, deterministic=deterministic)
         exact.check(results, FLOAT32)
         assert all((t[:, :, owner < 0] == 0).all() for t in results)
@@ -1049,9 +1067,11 @@ REFUSED = {  # what is wrong: (what differs from a right call, what the message 
     "a scale of zero": (dict(scale=0.0), ["0.0"]),
     "a scale that is no number": (dict(scale=math.nan), ["nan"]),
     "an infinite scale": (dict(scale=math.inf), ["inf"]),
+    "a list of scales": (dict(scale=[0.5]), ["[0.5]", "number"]),
     "no key heads": (dict(k=zeros(1, 0, 8, 16), v=zeros(1, 0, 8, 16)), ["4", "0"]),
     "causal with fewer keys": (dict(k=zeros(1, 2, 7, 16), v=zeros(1, 2, 7, 16)), ["7", "8", "causal"]),
     "cu_seqlens of int64": (dict(cu_seqlens=ends(0, 8, dtype=torch.int64)), ["int64", "int32"]),
+    "cu_seqlens as a list": (dict(cu_seqlens=[0, 8]), ["list", "tensor"]),
     "cu_seqlens of two dims": (dict(cu_seqlens=ends(0, 8)[None]), ["(1, 2)"]),
     "cu_seqlens elsewhere": (dict(cu_seqlens=ends(0, 8, device="meta")), [DEVICE, "meta"]),
     "cu_seqlens of a batch": (
@@ -1125,6 +1145,125 @@ def test_the_operators_are_what_pytorch_asks_of_custom_operators(packed):
     assert checks == {"SUCCESS"}
 
 
+class Driver:
+    """As much of the CUDA driver as a PreparedLaunch asks for; `started` has (settings, stream,
+    addresses that its parameters hold) of each launch. `refuse` calls fail."""
+
+    def __init__(self):
+        self.started, self.maps, self.refuse = [], {}, ""
+
+    def cuTensorMapEncodeTiled(self, tensor_map, kind, rank, place, sizes, strides, block, *rest):
+        assert (kind, rank, list(sizes), strides[0], list(block)) == (9, 2, [64, 40], 128, [64, 8])
+        assert ctypes.addressof(tensor_map) % 64 == 0  # as the driver demands
+        self.maps[ctypes.addressof(tensor_map)] = place.value
+        return self.refuse == "encode"
+
+    def cuTensorMapReplaceAddress(self, tensor_map, place):
+        if self.refuse == "interrupt":
+            raise KeyboardInterrupt
+        self.maps[tensor_map.value] = place.value
+        return 7 * (self.refuse == "replace")
+
+    def cuLaunchKernel(self, function, *arguments):
+        *grid, stream, parameters, extra = arguments
+        values = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))
+        pointer = ctypes.cast(values[0], ctypes.POINTER(ctypes.c_void_p))[0]
+        number = ctypes.cast(values[6], ctypes.POINTER(ctypes.c_int32))[0]
+        self.started.append((pointer, self.maps[values[1]], number, stream.value,
+                             [g.value for g in grid]))
+        return 0
+
+
+PTX = """
+.visible .entry kernel(
+	.param .u64 .ptr .global .align 1 kernel_param_0,
+	.param .align 64 .b8 kernel_param_1[128],
+	.param .u32 kernel_param_2,
+	.param .u32 kernel_param_3,
+	.param .u64 kernel_param_4,
+	.param .u64 kernel_param_5,
+	.param .u32 kernel_param_6,
+	.param .f32 kernel_param_7,
+	.param .u64 .ptr .global .align 1 kernel_param_8,
+	.param .u64 .ptr .global .align 1 kernel_param_9
+)
+.reqntid 128
+"""
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(driver, function that prepares launches of a kernel with a pointer, a tensor for TMA, a tuple
+    of strides of which the last is built in, and a float)."""
+    driver, active = Driver(), SimpleNamespace(get_current_stream=lambda device: 99)
+    monkeypatch.setattr(FA, "cuda_driver", lambda: driver)
+    monkeypatch.setattr(FA, "triton_driver", SimpleNamespace(active=active), raising=False)
+    types = {"x": "*fp32", "y": "tensordesc<bf16[8, 64],...>", "strides": ("i32", "constexpr"),
+             "scale": "fp32", "BLOCK": "constexpr"}
+
+    def prepare(x, y, ptx=PTX, **changes):
+        metadata = dict(name="kernel", num_ctas=1, num_warps=4, shared=1024, global_scratch_size=0,
+                        profile_scratch_size=0, launch_pdl=False, launch_cooperative_grid=False,
+                        tensordesc_meta=[{"swizzle": 3, "block_size": [8, 64]}]) | changes
+        compiled = SimpleNamespace(metadata=SimpleNamespace(**metadata), asm={"ptx": ptx},
+                                   src=SimpleNamespace(signature=types), function=5)
+        y = SimpleNamespace(base=y, shape=[40, 64], strides=[64, 1])
+        return FA.prepare_launch(compiled, 6, [x, y, (77, 1), 0.5, 128], x.device)
+
+    return driver, prepare
+
+
+def tensors():
+    return torch.zeros(4), torch.zeros(40, 64, dtype=torch.bfloat16)
+
+
+def test_a_prepared_launch_starts_its_kernel_on_the_tensors_it_is_given(launches):
+    driver, prepare = launches
+    first, second = tensors(), tensors()
+    launch = prepare(*first)
+    for x, y in (first, first, second):
+        assert launch((x, y)) == 0
+        assert driver.started.pop() == (x.data_ptr(), y.data_ptr(), 77, 99,
+                                        [6, 1, 1, 128, 1, 1, 1024])  # fmt: skip
+
+
+@pytest.mark.parametrize("refuse", ["interrupt", "replace"])
+def test_what_stops_between_two_addresses_leaves_none_of_the_tensors_before(launches, refuse):
+    driver, prepare = launches
+    first, second = tensors(), tensors()
+    launch = prepare(*first)
+    launch(first)
+    driver.refuse = refuse
+    if refuse == "interrupt":
+        with pytest.raises(KeyboardInterrupt):
+            launch(second)
+    else:
+        assert launch(second) == 7
+    assert len(driver.started) == 1
+    driver.refuse = ""
+    assert launch(second) == 0
+    assert driver.started[-1][:2] == (second[0].data_ptr(), second[1].data_ptr())
+
+
+@pytest.mark.parametrize("change", [
+    dict(ptx=PTX.replace(".u32 kernel_param_6", ".u64 kernel_param_6")), dict(tensordesc_meta=None),
+    dict(tensordesc_meta=[None]), dict(num_ctas=2), dict(launch_pdl=True), dict(global_scratch_size=8),
+])  # fmt: skip
+def test_a_kernel_of_another_kind_is_left_to_triton_and_said_once(launches, capfd, change, monkeypatch):
+    monkeypatch.setattr(FA._say_why, "__defaults__", (set(),))
+    driver, prepare = launches
+    assert prepare(*tensors(), **change) is False and prepare(*tensors(), **change) is False
+    assert capfd.readouterr().err.count("flash_attn: triton starts kernels") == 1
+
+
+def test_without_the_cuda_driver_triton_starts_the_kernels(launches, monkeypatch):
+    def missing():
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(FA, "cuda_driver", missing)
+    assert launches[1](*tensors()) is False
+
+
 COMPILE = """
 import sys
 from types import SimpleNamespace
@@ -1155,7 +1294,7 @@ flash_attn._card = lambda device: (capability, 2**25)
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
 took = lambda *arguments: 0  # but preparing a launch compares its arguments with the kernel's
 flash_attn.cuda_driver = lambda: SimpleNamespace(cuTensorMapEncodeTiled=took)
-flash_attn._warn_once = sys.exit
+flash_attn._say_why = lambda kind, text: sys.exit(text)
 capability = int(sys.argv[1][0]), int(sys.argv[1][1])
 for D in map(int, sys.argv[2:]):
     q = torch.zeros(1, 2, 1024, D, dtype=torch.bfloat16)
@@ -1281,6 +1420,8 @@ def test_bench_stops_where_a_result_is_wrong(monkeypatch, capsys, name, value):
     ("--compile", ["--compile"]),
     ("--check_only --rivals plain", ["--rivals", "--check_only"]),
     ("--check_only --sweep", ["--sweep", "--check_only"]),
+    ("--check_only --calling_thread", ["--calling_thread", "--check_only"]),
+    ("--check_only --shapes 1x1x1_0x16", ["1x1x1_0x16"]),
     ("--sweep --pytorch_attention", ["--sweep", "--pytorch_attention"]),
     ("--sweep --shapes 1x1x8x16", ["--shapes", "--sweep"]),
     ("--sweep --rivals plain", ["--rivals", "--sweep"]),
@@ -1434,6 +1575,21 @@ def test_pytorch_attention_is_a_batch_of_8_a_hundred_times(monkeypatch, capsys, 
     names = [dict(shape=f"8x1x{T}x8", dtype=content["dtype"], rival=rival) for T in (16, 32)]
     assert content["times"] == [{**names[0], **MEASURED}, {**names[1], **NO_MEMORY}]
     assert "out of memory" in lines["8x1x32x8", rival]
+
+
+@kernels
+def test_a_shape_whose_check_does_not_fit_takes_nothing_from_the_others(monkeypatch, capsys):
+    def check(name, shape, *rest):
+        if shape[2] == 32:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"o": 0.0}
+
+    Simulated(monkeypatch)
+    monkeypatch.setattr(FA, "check", check)
+    status, out, _ = bench(capsys, "--shapes", "1x1x32x8,1x1x16x8", "--rivals", "ours")
+    content, lines = table(out)
+    assert status == 0 and [row.get("error") for row in content["errors"]] == [FA.NO_MEMORY, None]
+    assert len(content["times"]) == 2 and lines["1x1x16x8", "ours"].count("2.000") == 3
 
 
 @kernels
