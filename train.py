@@ -15,7 +15,6 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict
@@ -25,10 +24,6 @@ import torch
 
 import bpe
 import model as lm
-
-# What 2 CPU cores can teach in 5 minutes: chosen by bits per byte (README has the candidates).
-CPU_MODEL = dict(vocab_size=2048, context_length=128, d_model=128, num_layers=4, num_heads=2,
-                 tie_embeddings=True)
 
 
 def loss_and_gradient(hidden_states, model, batch, micro_batch_size, grad_clip, context):
@@ -47,18 +42,6 @@ def loss_and_gradient(hidden_states, model, batch, micro_batch_size, grad_clip, 
         loss.backward()
         loss_sum += loss.detach()
     return torch.stack((loss_sum, lm.clip_grad_norm_(model.parameters(), grad_clip)))
-
-
-@contextlib.contextmanager
-def stop_politely(received):
-    """Notes SIGTERM and SIGINT (Ctrl-C) in the list `received`: the step in hand is finished."""
-    before = {number: signal.signal(number, lambda number, frame: received.append(number))
-              for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Trainer:
@@ -324,51 +307,10 @@ def plot(logs, out):
 
 def build_parser():
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
-    add, positive = parser.add_argument, lm.positive(int)
-    add("--data", default="python", help="python (this Python's own source), "
-        f"{', '.join(bpe.DATASETS)}, or a .txt, .jsonl(.gz), folder or .bin")
-    add("--valid_data", help="validation text or .bin (default: 5%% of the documents)")
-    add("--data_dir", default="data", help="where text, tokenizer and token files go")
-    add("--tokenizer", help="a tokenizer.json (default: train one of --vocab_size)")
-    add("--pattern", default="gpt2", choices=bpe.PATTERNS, help="how a new tokenizer cuts text")
-    add("--errors", default="strict", choices=("strict", "replace"), help="on other than UTF-8")
-    add("--num_workers", type=positive, help="processes that prepare the data (default: all cores)")
-    add("--batch_size", type=positive, default=8, help="sequences a micro-batch")
-    add("--grad_accum", type=positive, default=1, help="micro-batches an update")
-    add("--max_steps", type=positive, default=3000, help="updates")
-    add("--lr", type=lm.positive(float), default=3e-3, help="highest learning rate")
-    add("--min_lr", type=lm.positive(float, zero=True), help="last rate (default: lr / 10)")
-    add("--warmup_steps", type=lm.positive(int, zero=True), default=100)
-    for name, default in (("weight_decay", 0.1), ("beta1", 0.9), ("beta2", 0.95)):
-        add(f"--{name}", type=lm.positive(float, zero=True), default=default)
-    add("--grad_clip", type=lm.positive(float), default=1.0, help="largest norm of the gradient")
-    add("--checkpoint_every", type=positive, nargs="*", default=[], help="recompute K blocks")
-    add("--eval_tokens", type=positive, default=16_384, help="a validation; 4 times at the end")
-    for name, steps in (("eval_every", 500), ("save_every", 500), ("log_every", 50)):
-        add(f"--{name}", type=positive, default=steps, help="steps")
-    add("--out_dir", default="out")
-    held = parser.add_mutually_exclusive_group().add_argument  # when --out_dir holds a run
-    held("--resume", action="store_true", help="go on with the run in --out_dir, same flags")
-    held("--overwrite", action="store_true", help="start anew in an --out_dir that holds a run")
-    add("--seed", type=int, default=0)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
-    add("--prompt", default="def read(self", help="that the sample at the end continues")
-    add("--sample_tokens", type=positive, default=256)
-    add("--plot", nargs="+", metavar="LOG", help="draw these log.jsonl files and stop")
-    add("--plot_file", default="curves.png")
-    lm.add_model_flags(parser, **CPU_MODEL)
+    lm.add_training_flags(parser)
+    parser.add_argument("--plot", nargs="+", metavar="LOG", help="draw these log.jsonl and stop")
+    parser.add_argument("--plot_file", default="curves.png")
     return parser
-
-
-def saved_flags(out_dir):
-    """The flags of the run in `out_dir`: of its checkpoint, before the first one of its log."""
-    with contextlib.suppress(FileNotFoundError, KeyError):
-        return lm.read_checkpoint(Path(out_dir) / "checkpoint.pt")["flags"]
-    with contextlib.suppress(FileNotFoundError, KeyError, ValueError, IndexError):
-        return json.loads((Path(out_dir) / "log.jsonl").read_text().splitlines()[0])["flags"]
-    return {}
 
 
 def main(argv=None):
@@ -381,15 +323,15 @@ def main(argv=None):
         if args.plot:
             return plot(args.plot, args.plot_file)
         if args.resume:  # the run's own flags, and over them those given now
-            parser.set_defaults(**{**saved_flags(args.out_dir), "out_dir": args.out_dir})
+            parser.set_defaults(**{**lm.saved_flags(args.out_dir), "out_dir": args.out_dir})
             args = parser.parse_args(argv)
         args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
         trainer = Trainer(args)
-        with stop_politely(trainer.signals):
+        with lm.stop_politely(trainer.signals):
             return trainer.run()
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         parser.exit(2, f"train.py: error: {str(error).splitlines()[0]}\n")
-    except KeyboardInterrupt:  # before the first step: later ones are saved, see stop_politely
+    except KeyboardInterrupt:  # before the first step: later ones are saved, see lm.stop_politely
         parser.exit(130, "train.py: interrupted; run it again, it uses what was made so far\n")
 
 
