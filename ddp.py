@@ -1,8 +1,8 @@
-"""Trains one model on many devices: data parallel, sharded optimizer, fully sharded; under torchrun.
+"""Trains one model on many devices: data parallel, sharded optimizer, fully sharded data parallel.
 
-    torchrun --standalone --nproc_per_node=2 ddp.py train --strategy fsdp   # train.py's flags, N ranks
-    torchrun --standalone --nproc_per_node=2 ddp.py bench --preset xl       # step time and memory
-    torchrun --standalone --nproc_per_node=2 ddp.py comm --limits           # what the links can do
+    torchrun --standalone --nproc_per_node=2 ddp.py train --strategy fsdp  # train.py's flags
+    torchrun --standalone --nproc_per_node=2 ddp.py bench --preset xl      # step time and memory
+    torchrun --standalone --nproc_per_node=2 ddp.py comm --limits          # what the links can do
     python ddp.py train                                                     # one rank: train.py
 
 A run's update, log and checkpoint are train.py's: the same flags give the same numbers on any
@@ -30,12 +30,15 @@ a second that a device can send.
 import argparse
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import math
 import os
+import signal
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import asdict
@@ -493,7 +496,7 @@ class ShardedParameter:
         self.buffer.untyped_storage().resize_(self.nbytes)
 
     def free(self):
-        # the tensors that autograd saved share this storage: it is filled again before they are used
+        # what autograd saved shares this storage, which is filled again before it is used
         self.buffer.untyped_storage().resize_(0)
         self.show(self.shard)
 
@@ -767,7 +770,8 @@ class FSDP(nn.Module):
         for unit, pairs, works in self.reductions:
             wait_for(works)
             self.add_to_shards(unit, [part for part, _ in pairs])
-        present = {s.name: there for unit in self.units for s, there in (unit.present or {}).items()}
+        present = {s.name: there for unit in self.units
+                   for s, there in (unit.present or {}).items()}
         self.reductions, self.copied, self.in_backward = [], None, False
         for unit in self.units:
             unit.free()
@@ -796,3 +800,1277 @@ class FSDP(nn.Module):
 def averaged():
     """Whether a reduce-scatter gave the mean already."""
     return num_ranks() == 1 or averages()
+
+
+# -------------------------------------------------------------------------------------------------
+# PyTorch's own engines, behind the same interface
+
+
+class TorchDDP(Replicated):
+    """torch.nn.parallel.DistributedDataParallel."""
+
+    def __init__(self, module, bucket_mb=25.0):
+        nn.Module.__init__(self)
+        self.module = module
+        self.engine = nn.parallel.DistributedDataParallel(
+            module, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True)
+        self.no_sync = self.engine.no_sync
+
+    def forward(self, *inputs):
+        return self.engine(*inputs)
+
+    def finish_gradient_synchronization(self):
+        pass  # its backward pass ends with it
+
+
+class TorchFSDP(nn.Module):
+    """torch.distributed.fsdp.fully_shard of each block, then of the rest. The optimizer sees plain
+    tensors that share the memory of its DTensors, as it does under FSDP."""
+
+    def __init__(self, module, compute_dtype=None, reduce_dtype=torch.float32):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        super().__init__()
+        broadcast_module(module)
+        self.rows = {name: len(p) for name, p in module.named_parameters()}
+        device = next(module.parameters()).device.type
+        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
+        options = dict(mesh=init_device_mesh(device, (num_ranks(),)), mp_policy=policy)
+        for container in [m for m in module.modules() if isinstance(m, nn.ModuleList)]:
+            for item in container:
+                fully_shard(item, **options)
+        self.module = fully_shard(module, **options)
+        self.plain = {name: nn.Parameter(p.to_local().detach(), p.requires_grad)
+                      for name, p in module.named_parameters()}
+
+    def forward(self, *inputs):
+        return self.module(*inputs)
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        self.module.set_requires_gradient_sync(False)
+        yield
+        self.module.set_requires_gradient_sync(True)
+
+    def local_parameters(self):
+        return self.plain
+
+    def finish_gradient_synchronization(self):
+        for name, p in self.module.named_parameters():
+            self.plain[name].grad, p.grad = None if p.grad is None else p.grad.to_local(), None
+
+
+# -------------------------------------------------------------------------------------------------
+# one strategy as a whole: wrapper, optimizer, norm, and the state that a checkpoint holds
+
+
+class LanguageModelLoss(nn.Module):
+    """The module that is wrapped: ids and targets (B, T) to the sum of the losses."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y):
+        return self.model.loss(x, y, reduction="sum")
+
+
+class Engine:
+    """`strategy` around a TransformerLM: `loss_and_gradient` and `optimizer.step()` are a step."""
+
+    def __init__(self, strategy, model, dtype, weight_decay, lr, betas, bucket_mb=25.0,
+                 reduce_dtype=torch.float32, compiled=False):
+        self.strategy, self.model, self.dtype = strategy, model, dtype
+        self.device = next(model.parameters()).device
+        first = {p: name for name, p in model.named_parameters()}
+        self.first_name = {name: first[p] for name, p in
+                           model.named_parameters(remove_duplicate=False)}
+        del first
+        if compiled:  # block by block: a whole model's gradients would all be ready at the end
+            for block in model.layers:
+                block.forward = torch.compile(block.forward)
+        module = LanguageModelLoss(model)
+        sharded = dtype if dtype != torch.float32 else None
+        make_optimizer = functools.partial(lm.AdamW, lr=lr, betas=betas)
+        if strategy == "zero1":
+            self.optimizer = ShardedOptimizer(lm.optimizer_groups(model, weight_decay), lm.AdamW,
+                                              lr=lr, betas=betas)
+            self.wrapper = DDP(module, bucket_mb, self.optimizer.owner)
+            self.owner = self.optimizer.owner
+        else:
+            self.wrapper = {
+                "naive": lambda: NaiveDDP(module), "flat": lambda: FlatDDP(module),
+                "overlap": lambda: DDP(module, bucket_mb),
+                "fsdp": lambda: FSDP(module, sharded, reduce_dtype=reduce_dtype),
+                "torch_ddp": lambda: TorchDDP(module, bucket_mb),
+                "torch_fsdp": lambda: TorchFSDP(module, sharded, reduce_dtype),
+            }[strategy]()
+            local = SimpleNamespace(parameters=self.wrapper.local_parameters().values)
+            self.optimizer = make_optimizer(lm.optimizer_groups(local, weight_decay))
+            self.owner = None
+        self.parameters = {name.removeprefix("model."): p
+                           for name, p in self.wrapper.local_parameters().items()}
+        self.rows = {name.removeprefix("model."): n for name, n in self.wrapper.rows.items()}
+        # FSDP's weights have the dtype to compute in, and its activations follow them
+        self.autocast = None if "fsdp" in strategy else dtype
+
+    def loss_sum(self, x, y):
+        with lm.compute_context(self.device, self.autocast or torch.float32):
+            return self.wrapper(x, y)
+
+    def loss_and_gradient(self, x, y, micro_batch_size, grad_clip, watch=lambda what: None):
+        """Leaves the clipped mean gradient over the tokens of all ranks in the parameters, of which
+        x, y (B, T) int64 are this rank's; returns the tensor (its part of the loss, gradient norm
+        before clipping). Gradients are means over the ranks: hence losses over tokens / N."""
+        self.zero_grad()
+        total = torch.zeros((), device=self.device)
+        parts = [*zip(x.split(micro_batch_size), y.split(micro_batch_size), strict=True)]
+        for i, (x_part, y_part) in enumerate(parts):
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last else self.wrapper.no_sync():
+                loss = self.loss_sum(x_part, y_part) / y.numel()
+                loss.backward()
+            total += loss.detach()
+        watch("waiting for the gradients of the others")
+        self.wrapper.finish_gradient_synchronization()
+        norm = self.gradient_norm()
+        lm.clip_grad_norm_(self.parameters.values(), grad_clip, norm)
+        return torch.stack((total / num_ranks(), norm))
+
+    @torch.no_grad()
+    def gradient_norm(self):
+        """The norm of the whole gradient: shards are added up over the ranks, whole ones are the
+        same on all and count once."""
+        shards, whole = [], []
+        for name, p in self.parameters.items():
+            if p.grad is not None:
+                (shards if name in self.rows or self.owner else whole).append(p.grad)
+        if num_ranks() == 1 or not (self.rows or self.owner):
+            return lm.grad_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        square = lm.grad_norm(shards).to(self.device).square()
+        dist.all_reduce(square)
+        return (square + lm.grad_norm(whole).to(self.device).square()).sqrt()
+
+    def zero_grad(self):
+        for p in (*self.parameters.values(), *self.wrapper.parameters()):
+            p.grad = None
+
+    def whole_model(self):
+        """On rank 0 {name: whole tensor on the CPU}, as model.state_dict() has it; else empty.
+        Tensor by tensor: no rank ever holds all of them on its device."""
+        whole = {}
+        for name, p in self.parameters.items():
+            tensor = gather_rows(p, self.rows[name]) if name in self.rows else p.detach()
+            if this_rank() == 0:
+                whole[name] = tensor.cpu()
+        return {name: whole[first] for name, first in self.first_name.items()} if whole else {}
+
+    def state_parameters(self):
+        """(number, parameter, name) in the order in which optimizer.state_dict() counts them."""
+        names = {p: name for name, p in self.parameters.items()}
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [(i, p, names[p]) for i, p in enumerate(params)]
+
+    def whole_optimizer(self, ranks):
+        """On rank 0 what optimizer.state_dict() would be on one device, tensors on the CPU."""
+        mine = {i: {key: list(v.shape) if torch.is_tensor(v) else v for key, v in
+                    self.optimizer.state[p].items()}
+                for i, p, _ in self.state_parameters() if p in self.optimizer.state}
+        layout = ranks.collect(mine)
+        state = {}
+        for i, p, name in self.state_parameters():
+            owner = self.owner[p] if self.owner else 0
+            theirs = layout[owner].get(str(i)) if this_rank() == 0 else mine.get(i)
+            if theirs is None:  # not of this rank, or never updated
+                continue
+            state[i] = {}
+            for key, value in theirs.items():
+                if isinstance(value, list):
+                    tensor = self.optimizer.state.get(p, {}).get(key)
+                    value = self.fetch(tensor, value, p, owner, name)
+                state[i][key] = value
+        groups, start = [], 0
+        for group in self.optimizer.param_groups:
+            end = start + len(group["params"])
+            groups.append({**group, "params": list(range(start, end))})
+            start = end
+        return {"state": state, "param_groups": groups}
+
+    def fetch(self, tensor, shape, p, owner, name):
+        """A tensor of the optimizer's state, whole and on the CPU, for rank 0."""
+        if name in self.rows:
+            tensor = gather_rows(tensor, self.rows[name])
+        elif owner != 0 and this_rank() == owner:
+            dist.send(tensor.contiguous(), 0)
+        elif owner != 0:
+            tensor = p.new_empty(shape)
+            dist.recv(tensor, owner)
+        return tensor.cpu() if this_rank() == 0 else None
+
+    @torch.no_grad()
+    def load_optimizer(self, saved, ranks):
+        """Takes over the state of `whole_optimizer`, which rank 0 alone has; each rank keeps its
+        part of a tensor, and one tensor is whole on the devices at a time."""
+        layout = ranks.share(lambda: {
+            i: {key: [list(v.shape), str(v.dtype)[6:]] if torch.is_tensor(v) else v
+                for key, v in values.items()} for i, values in saved["state"].items()})
+        for i, p, name in self.state_parameters():
+            if str(i) not in layout:
+                continue
+            state = {}
+            for key, value in layout[str(i)].items():
+                if isinstance(value, list):
+                    shape, dtype = value
+                    value = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+                    if this_rank() == 0:
+                        value.copy_(saved["state"][i][key])
+                    if num_ranks() > 1:
+                        dist.broadcast(value, 0)
+                    if name in self.rows and tuple(shape) != tuple(p.shape):
+                        value = my_rows(value, self.rows[name]).clone()
+                state[key] = value
+            if not self.owner or self.owner[p] == this_rank():
+                self.optimizer.state[p] = state
+
+
+# -------------------------------------------------------------------------------------------------
+# ranks: who is there, what they agree on, and who stopped answering
+
+
+class Ranks:
+    """This process among those that torchrun started, and the store through which they talk before
+    and beside the process group."""
+
+    def __init__(self, init_timeout):
+        environment = os.environ
+        self.rank, self.world_size = int(environment.get("RANK", 0)), 1
+        self.local_rank = int(environment.get("LOCAL_RANK", self.rank))
+        self.restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
+        self.count, self.init_timeout, self.watch = 0, init_timeout, None
+        if "MASTER_ADDR" not in environment:  # plain python
+            self.store = dist.HashStore()
+            return
+        self.world_size = int(environment.get("WORLD_SIZE", 1))
+        self.store = self.connect()
+
+    def connect(self):
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+        try:
+            timeout = timedelta(seconds=self.init_timeout)
+            return next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
+        except (dist.DistError, ValueError) as error:
+            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+                raise ValueError(f"MASTER_PORT must be free, got {where}, which another program "
+                                 "uses; choose another port, or torchrun --standalone") from None
+            raise ValueError(f"all {self.world_size} ranks must meet at {where} within "
+                             f"{self.init_timeout:g} s, got {' '.join(str(error).split())[:160]}; "
+                             "start them all, and see that this host reaches that one") from None
+
+    def key(self):
+        self.count += 1
+        return f"lmzero/{self.count}"
+
+    def wait(self, key, limit_s=7 * 86_400):  # data may be prepared for hours
+        self.store.wait([key], timedelta(seconds=limit_s))
+        return json.loads(self.store.get(key))
+
+    def share(self, function):
+        """What function() returns on rank 0, JSON; its ValueError or OSError is raised on all."""
+        key = self.key()
+        if self.rank == 0:
+            try:
+                answer = {"value": function()}
+            except (ValueError, OSError) as error:
+                answer = {"error": str(error)}
+            self.store.set(key, json.dumps(answer))
+        answer = self.wait(key)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer["value"]
+
+    def collect(self, value, *limit_s):
+        """On rank 0 the values of all ranks, JSON; None on the others."""
+        key = self.key()
+        self.store.set(f"{key}/{self.rank}", json.dumps(value))
+        if self.rank == 0:
+            return [self.wait(f"{key}/{r}", *limit_s) for r in range(self.world_size)]
+        return None
+
+    def in_turns(self, function):
+        """function() on rank 0, then on the first rank of each other host, then on all others: the
+        first finds or makes what the next ones find."""
+        turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
+        result = None
+        for number in range(3):
+            error = None
+            if turn == number:
+                try:
+                    result = function()
+                except (ValueError, OSError) as problem:
+                    error = str(problem)
+            errors = self.collect(error)
+            message = self.share(lambda found=errors: next(filter(None, found), None))
+            if message:
+                raise ValueError(message)
+        return result
+
+    def agree(self, args, check):
+        """Before any work: check() must raise on no rank, and all must have been given the same
+        flags. raises ValueError with rank and flags, the same on every rank"""
+        problem = None
+        try:
+            check()
+        except ValueError as error:
+            problem = str(error)
+        flags = {name: str(value) for name, value in vars(args).items()
+                 if name not in ("run", "model_defaults")}
+        digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
+        reports = self.collect([problem, digest, flags], self.init_timeout)
+
+        def verdict():
+            for rank, (problem, _, _) in enumerate(reports):
+                if problem:
+                    return problem if rank == 0 else f"rank {rank}: {problem}"
+            _, expected, first = reports[0]
+            for rank, (_, digest, flags) in enumerate(reports):
+                if digest != expected:
+                    differ = [f"--{name} {flags.get(name)} for {first.get(name)}" for name in
+                              sorted(first.keys() | flags.keys())
+                              if flags.get(name) != first.get(name)]
+                    return ("all ranks must be started with the same flags, got "
+                            f"{', '.join(differ)} on rank {rank}; start them with one command")
+            return None
+
+        if message := self.share(verdict):
+            raise ValueError(message)
+
+    def start_group(self, device, backend, timeout):
+        """The process group, proven by a first collective that has a short time limit."""
+        self.watch = Watchdog(self, timeout)
+        self.watch("the first collective", limit_s=self.init_timeout, hint="see that the hosts "
+                   "reach each other: NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names the network "
+                   "card, NCCL_DEBUG=INFO says more")
+        dist.init_process_group(backend, store=dist.PrefixStore("group", self.store),
+                                rank=self.rank, world_size=self.world_size,
+                                timeout=timedelta(seconds=timeout + 60))  # the watchdog is first
+        if self.world_size > 1:
+            one = torch.ones((), device=device)
+            dist.all_reduce(one)
+            assert one.item() == self.world_size, (one.item(), self.world_size)
+        self.watch("starting", limit_s=math.inf)
+
+    def close(self):
+        if self.watch is not None:
+            self.watch.ended.set()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def claim(self):
+        """Whether this rank is the first that wants to tell about an error."""
+        try:
+            return self.store.add("lmzero/told", 1) == 1
+        except RuntimeError:  # the store is gone, so nobody else can tell
+            return True
+
+
+class Watchdog:
+    """A thread that tells the others that this process lives, and ends it, naming the ranks that
+    stopped answering, when the main thread has not come on for `limit_s` seconds.
+
+    watch(what, step, limit_s): the main thread is at `what` of `step` now."""
+
+    def __init__(self, ranks, limit_s):
+        self.ranks, self.default_s, self.ended = ranks, limit_s, threading.Event()
+        self.step, self.beat, self.hint = 0, 0, ""
+        self("starting", limit_s=math.inf)
+        if ranks.world_size > 1:
+            self.store = dist.PrefixStore("watch", ranks.connect())  # one that no wait() holds up
+            threading.Thread(target=self.run, daemon=True).start()
+
+    def __call__(self, what, step=None, limit_s=None, hint=""):
+        self.what, self.hint = what, hint
+        self.step = self.step if step is None else step
+        self.limit_s = self.default_s if limit_s is None else limit_s
+        self.since = time.monotonic()
+
+    def run(self):
+        try:
+            while not self.ended.wait(min(1.0, self.limit_s / 5)):
+                self.tell()
+                if time.monotonic() - self.since > self.limit_s:
+                    self.report()
+        except RuntimeError:  # the store has gone: the run is over, or the main thread will see why
+            return
+
+    def tell(self):
+        self.beat += 1
+        state = [self.beat, self.step, COUNT["issued"], self.what]
+        self.store.set(str(self.ranks.rank), json.dumps(state))
+
+    def states(self):
+        ranks = map(str, range(self.ranks.world_size))
+        return [json.loads(self.store.get(r)) if self.store.check([r]) else None for r in ranks]
+
+    def report(self):
+        """Ends the process; the first to come here tells who is to blame: the ranks whose beat has
+        stopped, else those that have come least far."""
+        first = self.store.add("reports", 1) == 1
+        limit_s = self.limit_s
+        before = self.states()
+        for _ in range(4 if first else 60):  # the others shall not seem dead while one looks
+            time.sleep(1)
+            self.tell()
+        if first:
+            now = self.states()
+            silent = [r for r, (a, b) in enumerate(zip(before, now, strict=True)) if a == b]
+            place = {r: (s[1], s[2]) for r, s in enumerate(now) if s}
+            behind = silent or [r for r, at in place.items() if at == min(place.values())]
+            step, what = (now[behind[0]] or [0, self.step, 0, "the start"])[1::2]
+            names = f"rank{'s' * (len(behind) > 1)} {', '.join(map(str, behind))}"
+            how = ("stopped answering" if silent else "fell behind" if len(behind) < len(place)
+                   else "wait for each other")
+            print(f"ddp.py: error: {names} {how} at step {step}, {what}: no progress within "
+                  f"{limit_s:g} s; {self.hint or 'give a longer --timeout if that is too short'}",
+                  file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def device_of_rank(args, ranks):
+    """The device of this rank. raises ValueError where it has none"""
+    name = args.device
+    if ranks.world_size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        gpus, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if max(needed, ranks.local_rank + 1) > gpus:
+            raise ValueError(f"a host must have a GPU for each of its ranks, got {needed} ranks "
+                             f"and {gpus} GPUs; lower --nproc_per_node, or --device cpu")
+        name = f"cuda:{ranks.local_rank}"
+    device = lm.resolve_device(name)
+    if ranks.world_size > 1 and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"several ranks must be on CPUs or NVIDIA GPUs, got {device}; "
+                         "give --device cpu")
+    if args.backend == "nccl" and device.type != "cuda":
+        raise ValueError(f"backend=nccl needs an NVIDIA GPU for each rank, got device {device}; "
+                         "give --backend gloo")
+    return device
+
+
+def backend_for(args, device):
+    return args.backend if args.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
+
+
+# -------------------------------------------------------------------------------------------------
+# train: train.py's run, in the same order
+
+
+class Trainer:
+    """The state of a run and what happens to it; `run` is the loop."""
+
+    def __init__(self, args, ranks, device):
+        self.args, self.ranks, self.started = args, ranks, time.perf_counter()
+        self.device, self.watch = device, ranks.watch
+        self.out_dir = Path(args.out_dir)
+        self.checkpoint = self.out_dir / "checkpoint.pt"
+        ranks.share(self.check_out_dir)
+        self.dtype, reason = lm.resolve_dtype(args.dtype, self.device)
+        problem = lm.compile_problem(self.device)
+        compiled = problem is None if args.compile is None else args.compile
+        for note in filter(None, (reason, problem if args.compile is None else None)):
+            print(note)
+        if args.attention == "flash":  # said before the data is made ready
+            lm.load_flash_attention(self.device)
+        self.train_ids, self.valid_ids, self.tokenizer, self.tokens_per_byte = ranks.in_turns(
+            lambda: bpe.prepare_data(
+                args.data, lm.config_from_flags(args).vocab_size, args.data_dir, args.valid_data,
+                args.tokenizer, args.pattern, args.num_workers, args.errors,
+            ))
+        self.tokenizer_hash = self.tokenizer.sha256 if self.tokenizer else None
+        known = {"vocab_size": self.tokenizer.vocab_size} if self.tokenizer else {}
+        config = self.config = lm.config_from_flags(args, **known)
+        if config.vocab_size < known.get("vocab_size", 0):
+            raise ValueError(f"vocab_size must be at least {self.tokenizer.vocab_size}, which the "
+                             f"tokenizer has, got {config.vocab_size}; leave --vocab_size out")
+        for ids in (self.train_ids, self.valid_ids):  # too short ones are found before any work
+            lm.get_batch(ids, 1, config.context_length, "cpu", torch.Generator())
+        self.micro_batch_size, self.sequences = args.batch_size, args.batch_size * args.grad_accum
+        share = self.sequences // ranks.world_size
+        self.rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
+        self.fit_to_memory()
+        torch.manual_seed(args.seed)
+        self.model = lm.TransformerLM(config).to(self.device)
+        self.model.checkpoint_every = args.checkpoint_every
+        self.generator = torch.Generator().manual_seed(args.seed)  # the place in the data
+        self.step, self.saved, content = 0, None, None
+        if args.resume:
+            content = self.load()
+        self.engine = Engine(
+            args.strategy, self.model, self.dtype, args.weight_decay, args.lr,
+            (args.beta1, args.beta2), args.bucket_mb, getattr(torch, args.reduce_dtype), compiled)
+        self.optimizer = self.engine.optimizer
+        if self.step:
+            self.engine.load_optimizer(content and content["optimizer"], ranks)
+        del content
+        if args.overwrite and ranks.rank == 0:
+            for old in self.out_dir.glob("checkpoint.pt*"):
+                old.unlink()
+        if self.tokenizer and ranks.rank == 0:  # of this run, whatever becomes of data_dir
+            self.tokenizer.save(self.out_dir / "tokenizer.json")
+        self.log = self.open_log() if ranks.rank == 0 else None
+        self.pending = None  # the newest step: its numbers are read while the next one runs
+        self.eta_from = None  # (step, time) of the first step: it may compile, and is not counted
+        self.signals, self.stopping = [], False
+        print(f"{lm_parameters(config):,} parameters, {ranks.world_size} x {self.device.type}, "
+              f"{args.strategy}, {str(self.dtype)[6:]}"
+              f"{', compiled in the first step' if compiled else ''}")
+
+    def check_out_dir(self):
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        holds_a_run = any((self.out_dir / f).exists() for f in ("log.jsonl", "checkpoint.pt"))
+        if holds_a_run and not (self.args.resume or self.args.overwrite):
+            raise ValueError(f"out_dir must be a new folder, got {self.out_dir}, which holds a run;"
+                             " give --resume to go on, --overwrite to start anew, or another")
+
+    def fit_to_memory(self):
+        """Says what memory a step will need; halves the micro-batch, on all ranks, until that is
+        free on each."""
+        args, device, N = self.args, self.device, self.ranks.world_size
+        free = lm.free_memory(device)
+        if device.type == "cpu":  # the ranks of a host share it
+            free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        sharded = {"zero1": ("optimizer (m and v)",)}.get(args.strategy, ())
+        if "fsdp" in args.strategy:
+            sharded = ("parameters", "gradients", "optimizer (m and v)")
+        size = min(self.micro_batch_size, self.sequences // N)
+        while True:
+            parts = lm.estimate_memory(self.config, size, self.dtype, args.checkpoint_every,
+                                       device.type)
+            need = sum(value / (N if part in sharded else 1) for part, value in parts.items())
+            print(f"memory: about {need / 2**30:.2f} of {free / 2**30:.1f} GiB free on {device}")
+            if need <= free or size % 2:
+                break
+            size //= 2
+        least = torch.tensor(size, device=device)
+        if N > 1:
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+        if least.item() < min(self.micro_batch_size, self.sequences // N):
+            self.micro_batch_size = least.item()
+            print(f"not enough memory: micro-batches of {self.micro_batch_size}, the same update")
+
+    def open_log(self):
+        """log.jsonl, cut back to this step; a first record of flags and versions if it is new."""
+        path, kept = self.out_dir / "log.jsonl", []
+        if self.step and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, TypeError, AttributeError):  # half a line
+                    if json.loads(line).get("step", 0) <= self.step:
+                        kept.append(line)
+        if not kept:
+            card = torch.cuda.get_device_name() if self.device.type == "cuda" else str(self.device)
+            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+            kept = [json.dumps({"flags": self.flags(), "versions": versions, "device": card,
+                                "ranks": self.ranks.world_size})]
+        with lm.atomic_write(path) as file:
+            file.write(("\n".join(kept) + "\n").encode())
+        return open(path, "a", encoding="utf-8")
+
+    def record(self, **entry):
+        if self.log:
+            entry["elapsed_s"] = round(time.perf_counter() - self.started, 3)
+            self.log.write(json.dumps(entry) + "\n")
+            self.log.flush()
+
+    def flags(self):
+        skip = ("model_defaults", "resume", "overwrite", "verb", "run")
+        return {name: value for name, value in vars(self.args).items() if name not in skip}
+
+    def save(self):
+        """Rank 0 writes the one checkpoint, as train.py does; the others only send their part."""
+        self.watch("saving the checkpoint", self.step)
+        weights, state = self.engine.whole_model(), self.engine.whole_optimizer(self.ranks)
+        if self.ranks.rank == 0:
+            lm.save_checkpoint(
+                SimpleNamespace(state_dict=lambda: weights),
+                SimpleNamespace(state_dict=lambda: state),
+                self.step, self.checkpoint, config=asdict(self.config), flags=self.flags(),
+                generator=self.generator.get_state(),
+                elapsed_s=time.perf_counter() - self.started,
+                micro_batch_size=self.micro_batch_size, tokenizer_hash=self.tokenizer_hash,
+            )
+        self.saved = self.step
+
+    def load(self):
+        """Rank 0 reads the checkpoint and puts its weights in the model, from where they reach the
+        other ranks; returns its contents there, None where there are none."""
+        content = {}
+
+        def read():
+            try:
+                content.update(lm.read_checkpoint(self.checkpoint))
+            except FileNotFoundError:
+                print(f"no checkpoint in {self.out_dir} yet: starting from the beginning")
+                return None
+            if content.get("tokenizer_hash", "") != self.tokenizer_hash:
+                raise ValueError(f"{self.checkpoint} must be of a run with this tokenizer, got "
+                                 f"another; give the same text, or --tokenizer {self.out_dir}"
+                                 "/tokenizer.json")
+            lm.restore(content, self.model)
+            return [content["iteration"], bytes(content["generator"].tolist()).hex(),
+                    content["micro_batch_size"], content["elapsed_s"]]
+
+        if (found := self.ranks.share(read)) is None:
+            return None
+        self.step, state, micro_batch_size, elapsed_s = found
+        self.generator.set_state(torch.tensor([*bytes.fromhex(state)], dtype=torch.uint8))
+        self.micro_batch_size = min(self.micro_batch_size, micro_batch_size)
+        self.saved = self.step
+        self.started -= elapsed_s
+        print(f"resumed {self.checkpoint} at step {self.step}")
+        return content or None
+
+    def settle(self):
+        """Waits for the pending step, checks its numbers, and logs them when it is time."""
+        if self.pending is None:
+            return
+        (step, stats, done, drawn_from, lr), self.pending = self.pending, None
+        seconds = lm.seconds_between(self.step_began, done)  # waits for the step
+        self.step_began, now = done, time.perf_counter()
+        loss, norm, *stop = stats.tolist()
+        self.stopping = self.stopping or bool(stop and stop[0])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.stop_on_non_finite(step, loss, norm, drawn_from)
+        self.eta_from = self.eta_from or (step, now)
+        args, tokens = self.args, self.sequences * self.config.context_length
+        if step % args.log_every and step not in (1, args.max_steps):
+            return
+        rate, peak = tokens / seconds, lm.peak_flops(self.device)
+        of_peak = rate * lm.flops_per_token(self.config) / (peak or 1) / self.ranks.world_size
+        mean_s = (now - self.eta_from[1]) / max(1, step - self.eta_from[0]) or seconds
+        left = int(mean_s * (args.max_steps - step))
+        line = (f"step {step}/{args.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+                f"{seconds * 1e3:.1f} ms | {rate:,.0f} tok/s | mfu "
+                f"{f'{of_peak:.1%}' if peak else 'n/a'} | ")
+        entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "step_ms": seconds * 1e3,
+                 "tokens_per_s": rate}
+        if self.device.type == "cuda":  # of the rank that used most
+            used = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device=self.device)
+            if self.ranks.world_size > 1:
+                dist.all_reduce(used, dist.ReduceOp.MAX)
+            entry["memory_gib"] = used.item()
+            line += f"mem {entry['memory_gib']:.1f} GiB | "
+        print(f"{line}eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}", flush=True)
+        self.record(**entry)
+
+    def stop_on_non_finite(self, step, loss, norm, drawn_from):
+        """Names step and batch of a loss or gradient that is not a number any more."""
+        generator = torch.Generator().set_state(drawn_from)
+        highest = len(self.train_ids) - self.config.context_length
+        starts = torch.randint(highest, (self.sequences,), generator=generator)[:4].tolist()
+        raise FloatingPointError(
+            f"loss and gradient must be finite, got loss {loss} and norm {norm} at step {step}, on "
+            f"windows that start at training tokens {', '.join(map(str, starts))} ...; lower --lr, "
+            f"the last good checkpoint is of step {self.saved}"
+        )
+
+    def validate(self, num_tokens):
+        self.watch("validation", self.step)
+        T = min(self.config.context_length, len(self.valid_ids) - 1)
+        total, tokens = lm.evaluation_sum(
+            self.engine.loss_sum, self.valid_ids, T, num_tokens, self.micro_batch_size,
+            self.device, self.ranks.rank, self.ranks.world_size)
+        if self.ranks.world_size > 1:
+            total = torch.tensor(total, dtype=torch.float64, device=self.device)
+            dist.all_reduce(total)
+            total = total.item()
+        loss = total / tokens
+        bits, perplexity = loss / math.log(2) * self.tokens_per_byte, math.exp(min(loss, 700))
+        print(f"step {self.step}/{self.args.max_steps} | validation loss {loss:.4f} | perplexity "
+              f"{perplexity:.2f} | bits per byte {bits:.4f}", flush=True)
+        self.record(step=self.step, valid_loss=loss, perplexity=perplexity, bits_per_byte=bits)
+
+    def run(self):
+        """Trains to max_steps; returns 0, or 128 + the signal that stopped it after a save."""
+        args, T = self.args, self.config.context_length
+        loop_started, self.step_began = time.perf_counter(), lm.time_mark(self.device)
+        while self.step < args.max_steps:
+            self.watch("forward and backward", self.step + 1)
+            lr = lm.lr_cosine_schedule(self.step + 1, args.lr, args.min_lr, args.warmup_steps,
+                                       args.max_steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            drawn_from = self.generator.get_state()
+            batch = lm.get_batch(self.train_ids, self.sequences, T, self.device, self.generator,
+                                 self.rows)
+            stats = self.train_step(*batch)
+            self.settle()
+            self.step += 1
+            on_cuda = self.device.type == "cuda"  # its copy waits for its turn, the host does not
+            stats = stats.to("cpu", non_blocking=on_cuda)
+            self.pending = (self.step, stats, lm.time_mark(self.device), drawn_from, lr)
+            if not on_cuda:
+                self.settle()
+            stopping = self.stopping if self.ranks.world_size > 1 else bool(self.signals)
+            saving = self.step % args.save_every == 0 or self.step == args.max_steps or stopping
+            validating = self.step % args.eval_every == 0 and self.step < args.max_steps
+            if saving or validating:
+                self.settle()
+                if saving:  # before evaluation: whatever happens there, the step is safe
+                    self.save()
+                if stopping:
+                    number = self.signals[0] if self.signals else signal.SIGTERM
+                    print(f"signal {number}: saved at step {self.step}, --resume goes on")
+                    return 128 + number
+                if validating:
+                    self.validate(args.eval_tokens)
+                self.step_began = lm.time_mark(self.device)
+        self.finish(time.perf_counter() - loop_started)
+        return 0
+
+    def train_step(self, x, y):
+        """One update; returns loss and norm over all ranks and, if there are several, whether one
+        of them was told to stop: a signal reaches them at different steps."""
+        stats = self.engine.loss_and_gradient(x, y, self.micro_batch_size, self.args.grad_clip,
+                                              self.watch)
+        self.optimizer.step()
+        if self.ranks.world_size == 1:
+            return stats
+        told = torch.full((), float(bool(self.signals)), device=self.device)
+        summed = torch.stack((stats[0], told))
+        dist.all_reduce(summed)
+        return torch.stack((summed[0], stats[1], summed[1]))
+
+    def finish(self, loop_s):
+        """Last validation, Hugging Face folder, sample, times."""
+        self.validate(4 * self.args.eval_tokens)
+        weights = self.engine.whole_model() if self.engine.rows else {}
+        if self.ranks.rank:
+            return
+        self.watch("writing the model", limit_s=math.inf)
+        model = self.model
+        if weights:  # a whole model, which the sharded one is not
+            model = lm.TransformerLM(self.config)
+            model.load_state_dict(weights)
+            if 4 * lm_parameters(self.config) < lm.free_memory(self.device) / 2:
+                model = model.to(self.device)
+        for block in model.layers:
+            block.__dict__.pop("forward", None)  # the compiled one: not for texts of all lengths
+        try:
+            lm.save_pretrained(model, self.tokenizer, self.out_dir / "model")
+        except ValueError as reason:  # the ablations have no Hugging Face class
+            print(f"{self.out_dir / 'model'} was not written: {reason}")
+        if self.tokenizer:
+            (row,) = lm.generate(
+                model, [self.args.prompt or bpe.END_OF_TEXT], self.args.sample_tokens, 0.8,
+                top_p=0.95, tokenizer=self.tokenizer, seed=self.args.seed,
+                stop_ids=tuple(lm.special_ids(self.tokenizer)),
+            )
+            print(f"--- sample\n{self.args.prompt}{row.text}\n---")
+        print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
+
+
+def lm_parameters(config):
+    return sum(lm.count_parameters(config).values())
+
+
+def train(args, ranks):
+    args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
+
+    def check():
+        device_of_rank(args, ranks)
+        sequences = args.batch_size * args.grad_accum
+        if sequences % ranks.world_size:
+            raise ValueError(f"batch_size * grad_accum must be a multiple of the number of ranks, "
+                             f"got {args.batch_size} * {args.grad_accum} and {ranks.world_size}; "
+                             "change one of them")
+
+    ranks.agree(args, check)
+    device = device_of_rank(args, ranks)
+    ranks.start_group(device, backend_for(args, device), args.timeout)
+    trainer = Trainer(args, ranks, device)
+    with lm.stop_politely(trainer.signals):
+        return trainer.run()
+
+
+# -------------------------------------------------------------------------------------------------
+# bench: step time, communication that is not hidden, memory
+
+
+def bench(args, ranks):
+    """Times training steps on random ids under each strategy, rivals in the same processes; prints
+    a table, then JSON. source: [1] the benchmarking problems of data parallelism"""
+    ranks.agree(args, lambda: device_of_rank(args, ranks))
+    device = device_of_rank(args, ranks)
+    ranks.start_group(device, backend_for(args, device), args.timeout)
+    dtype, reason = lm.resolve_dtype(args.dtype, device)
+    config = lm.config_from_flags(args)
+    cuda = device.type == "cuda"
+    compiled = lm.compile_problem(device) is None if args.compile is None else args.compile
+    card = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
+    print(f"{config}\n{lm_parameters(config):,} parameters, {ranks.world_size} x {device.type} "
+          f"({card}), batch {args.batch_size} a rank, {str(dtype)[6:]}, torch {torch.__version__}, "
+          f"compile {compiled}, checkpoint_every {args.checkpoint_every}, bucket_mb "
+          f"{args.bucket_mb:g}, reduce_dtype {args.reduce_dtype}{f'; {reason}' if reason else ''}")
+    print("ms: median of turns (lowest to highest), the slowest rank's. communicating, exposed: in "
+          + ("NCCL's kernels, and those of no other kernel beside them, by torch.profiler" if cuda
+             else "not known on CPUs, and waiting for collectives of ours")
+          + "; hidden: the rest.\nGiB of rank 0: allocated after init, highest before the "
+          "optimizer's step, highest in it, optimizer state", flush=True)
+    print(f"{'strategy':<11}|{'ms a step':>26} |{'tok/s':>10} |{'mfu':>6} |{'communicating':>14} |"
+          f"{'exposed':>8} |{'hidden':>7} |{'init':>7} |{'before':>7} |{'step':>7} |{'state':>7}")
+    rows = {}
+    for strategy in args.strategies:
+        row = bench_strategy(strategy, args, ranks, config, device, dtype, compiled)
+        rows[strategy] = row
+        print(f"{strategy:<11}|{row['ms']:>10.2f} ({row['low_ms']:.2f}-{row['high_ms']:.2f}) |"
+              f"{row['tokens_per_s']:>10,.0f} |{shown(row['mfu'], '.1%'):>6} |"
+              f"{shown(row['communicating_ms'], '.2f'):>14} |{shown(row['exposed_ms'], '.2f'):>8} |"
+              f"{shown(row['hidden'], '.1%'):>7} |" + " |".join(
+                  f"{shown(row[k], '.2f'):>7}" for k in ("init_gib", "before_gib", "step_gib",
+                                                        "state_gib")), flush=True)
+    check_rows(rows, 1e-4 if dtype == torch.float32 else 2e-2)
+    print(json.dumps({"preset": args.preset, "ranks": ranks.world_size, "device": card,
+                      "batch_size": args.batch_size, "context_length": config.context_length,
+                      "dtype": str(dtype)[6:], "compile": compiled, "strategies": rows}))
+    return 0
+
+
+def shown(value, form):
+    return "n/a" if value is None else format(value, form)
+
+
+def check_rows(rows, bound):
+    """Stops unless all strategies had the loss and the gradient norm of the first, before the first
+    update, and its loss after it."""
+    checks = {name: row["check"] for name, row in rows.items() if "check" in row}
+    for name, check in checks.items():
+        for got, expected in zip(check, next(iter(checks.values())), strict=True):
+            if not abs(got - expected) <= bound * abs(expected):
+                raise ValueError(f"{name} must agree with {next(iter(checks))} within {bound} in "
+                                 f"loss, norm and next loss, got {checks}; this is a bug")
+
+
+def bench_strategy(strategy, args, ranks, config, device, dtype, compiled):
+    """A row of bench's table."""
+    cuda = device.type == "cuda"
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.compiler.reset()
+    ranks.watch(f"preparing {strategy}")
+    torch.manual_seed(0)
+    with device:
+        model = lm.TransformerLM(config)
+    model.checkpoint_every = args.checkpoint_every
+    engine = Engine(strategy, model, dtype, 0.1, 1e-4, (0.9, 0.95), args.bucket_mb,
+                    getattr(torch, args.reduce_dtype), compiled)
+    gc.collect()
+    row, check = {"init_gib": allocated(cuda)}, []
+    generator = torch.Generator().manual_seed(ranks.rank)
+    x, y = torch.randint(config.vocab_size, (2, args.batch_size, config.context_length),
+                         generator=generator).to(device)
+
+    def step(measure=False):
+        if measure and cuda:
+            torch.cuda.reset_peak_memory_stats()
+        stats = engine.loss_and_gradient(x, y, args.batch_size // args.grad_accum, 1.0)
+        if measure:
+            row["before_gib"] = allocated(cuda, "max_memory_allocated")
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+        engine.optimizer.step()
+        if measure:
+            row["step_gib"] = allocated(cuda, "max_memory_allocated")
+        return stats
+
+    for i in range(max(2, args.warmup_steps)):
+        ranks.watch(f"warming up {strategy}", i)
+        stats = step()
+        if i < 2:
+            if ranks.world_size > 1:
+                dist.all_reduce(stats[0])
+            check += stats.tolist()
+    row["check"] = check[:3]
+    seconds, waited = [], []
+    for turn in range(args.repeats):
+        ranks.watch(f"timing {strategy}", turn)
+        began, waited_before = lm.synchronised_time(device), COUNT["waited_s"]
+        for _ in range(args.steps):
+            step()
+        took = torch.tensor(lm.synchronised_time(device) - began, device=device)
+        waited.append((COUNT["waited_s"] - waited_before) / args.steps)
+        if ranks.world_size > 1:
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+        seconds.append(took.item() / args.steps)
+    step(measure=True)
+    rate = ranks.world_size * x.numel() / statistics.median(seconds)
+    peak = lm.peak_flops(device)
+    row.update(ms=1e3 * statistics.median(seconds), low_ms=1e3 * min(seconds),
+               high_ms=1e3 * max(seconds), tokens_per_s=rate,
+               mfu=peak and rate * lm.flops_per_token(config) / ranks.world_size / peak)
+    row["state_gib"] = sum(v.nbytes for state in engine.optimizer.state.values()
+                           for v in state.values() if torch.is_tensor(v)) / 2**30
+    row.update(communicating_ms=None, exposed_ms=None, hidden=None)
+    if cuda:
+        kernels = profile_steps(step, args, strategy, ranks, device)
+        together, exposed = (1e-3 * us / 3 for us in exposed_us(kernels))
+        row.update(communicating_ms=together, exposed_ms=exposed,
+                   hidden=1 - exposed / together if together else None)
+    elif not strategy.startswith("torch"):
+        row["exposed_ms"] = 1e3 * statistics.median(waited)
+        if args.trace:
+            profile_steps(step, args, strategy, ranks, device)
+    return {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def allocated(cuda, which="memory_allocated"):
+    return getattr(torch.cuda, which)() / 2**30 if cuda else None
+
+
+def profile_steps(step, args, strategy, ranks, device, steps=3):
+    """Runs steps under torch.profiler on rank 0, writes --trace, and returns the device's work:
+    [(begin, end in microseconds, whether it is communication)]."""
+    from torch.profiler import ProfilerActivity, profile
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    ranks.watch(f"profiling {strategy}")
+    traced = profile(activities=activities) if ranks.rank == 0 else contextlib.nullcontext()
+    with traced as profiler:
+        for _ in range(steps):
+            step()
+        lm.synchronised_time(device)
+    if ranks.rank:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        if args.trace:
+            path = Path(args.trace)
+            if len(args.strategies) > 1:
+                path = path.with_name(f"{path.stem}_{strategy}{path.suffix}")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return [(e["ts"], e["ts"] + e["dur"], "nccl" in e["name"].lower()) for e in events
+            if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+
+
+def exposed_us(kernels):
+    """(time in communication, time in communication while nothing else runs), of (begin, end, is
+    communication) in any order. [(0, 4, True), (3, 5, False)] gives (4, 3)."""
+    edges = sorted((t, change, kind) for begin, end, kind in kernels
+                   for t, change in ((begin, 1), (end, -1)))
+    running, together, exposed, before = {True: 0, False: 0}, 0.0, 0.0, 0.0
+    for t, change, kind in edges:
+        if running[True]:
+            together += t - before
+            exposed += 0 if running[False] else t - before
+        running[kind] += change
+        before = t
+    return together, exposed
+
+
+# -------------------------------------------------------------------------------------------------
+# comm: what the links can do, and where training becomes bound by them
+
+
+def bus_factor(operation, N):
+    """Bus bandwidth is size / time times this: the bytes that each link must carry, whatever the
+    algorithm, for a whole tensor of that size. source: [6]"""
+    return {"all_reduce": 2 * (N - 1) / N, "reduce_scatter": (N - 1) / N,
+            "all_gather": (N - 1) / N, "broadcast": 1.0}[operation]
+
+
+def time_collective(operation, size, device, repeats):
+    """Seconds of each of `repeats` collectives on a float32 tensor of `size` bytes, the slowest
+    rank's; checked against what it must give first."""
+    N, r = num_ranks(), this_rank()
+    n = max(1, size // 4 // N)  # elements of a part
+    whole, part = torch.full((n * N,), 1.0, device=device), torch.full((n,), 1.0, device=device)
+    run = {"all_reduce": lambda: dist.all_reduce(whole),
+           "reduce_scatter": lambda: _reduce_scatter(part, whole),
+           "all_gather": lambda: _all_gather(whole, part),
+           "broadcast": lambda: dist.broadcast(whole, 0)}[operation]
+    part.fill_(r + 1.0)
+    run()
+    result = part if operation == "reduce_scatter" else whole
+    want = {"all_reduce": N, "reduce_scatter": N, "all_gather": N, "broadcast": 1}[operation]
+    if N > 1 and result[-1].item() != want:
+        raise ValueError(f"{operation} must give {want}, got {result[-1].item()}; this is a bug")
+    seconds = []
+    for i in range(5 + repeats):
+        whole.fill_(1.0)
+        dist.all_reduce(torch.ones((), device=device))  # all begin together
+        began = lm.synchronised_time(device)
+        run()
+        took = torch.tensor(lm.synchronised_time(device) - began, device=device)
+        dist.all_reduce(took, dist.ReduceOp.MAX)
+        if i >= 5:
+            seconds.append(took.item())
+    return seconds
+
+
+def comm(args, ranks):
+    """Times collectives of many sizes; prints a table, with --limits what it means, then JSON.
+    source: [1] distributed_communication_single_node"""
+    ranks.agree(args, lambda: device_of_rank(args, ranks))
+    device = device_of_rank(args, ranks)
+    backend = backend_for(args, device)
+    ranks.start_group(device, backend, args.timeout)
+    N, rows = ranks.world_size, []
+    print(f"{N} ranks, {backend}, {device.type}, torch {torch.__version__}, float32; median of "
+          f"{args.repeats} (lowest to highest), the slowest rank's; GB = 1e9 bytes")
+    print(f"{'operation':<15}|{'MB':>7} |{'ms':>26} |{'GB/s':>8} |{'bus GB/s':>9}")
+    for operation in args.operations:
+        for size in args.sizes_mb:
+            ranks.watch(f"{operation} of {size:g} MB")
+            seconds = time_collective(operation, int(size * 1e6), device, args.repeats)
+            rate = size * 1e6 / statistics.median(seconds)
+            rows.append({"operation": operation, "mb": size, "ms": 1e3 * statistics.median(seconds),
+                         "low_ms": 1e3 * min(seconds), "high_ms": 1e3 * max(seconds),
+                         "gb_per_s": rate / 1e9, "bus_gb_per_s":
+                         rate / 1e9 * bus_factor(operation, N)})
+            row = rows[-1]
+            print(f"{operation:<15}|{size:>7g} |{row['ms']:>10.3f} ({row['low_ms']:.3f}-"
+                  f"{row['high_ms']:.3f}) |{row['gb_per_s']:>8.2f} |{row['bus_gb_per_s']:>9.2f}",
+                  flush=True)
+    answer = {"ranks": N, "backend": backend, "torch": torch.__version__, "rows": rows}
+    if args.limits:
+        answer["limits"] = show_limits(args, rows, device)
+    if args.plot and ranks.rank == 0:
+        plot_comm(rows, args.plot)
+    print(json.dumps(answer))
+    return 0
+
+
+def plot_comm(rows, path):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib, got none; pip install matplotlib") from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for operation in dict.fromkeys(row["operation"] for row in rows):
+        points = [(r["mb"], r["bus_gb_per_s"]) for r in rows if r["operation"] == operation]
+        axis.plot(*zip(*points), marker=".", label=operation)
+    axis.set(xscale="log", yscale="log", xlabel="MB", ylabel="bus bandwidth, GB/s")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def ring_all_reduce_seconds(size, N, W):
+    """A reduce-scatter and an all-gather around a ring: 2 (N - 1) steps, each sends size / N bytes.
+    source: [5] sharding. 8 bytes on 4 ranks at 1 byte a second take 12 s."""
+    return 2 * (N - 1) * size / N / W
+
+
+def alternate_ring_all_reduce_seconds(size, N, W):
+    """Each of N - 1 steps passes a whole tensor on to the next rank, which adds it to its sum:
+    N / 2 times the bytes of `ring_all_reduce_seconds`, for half the steps. source: [1] section 8
+    8 bytes on 4 ranks at 1 byte a second take 24 s."""
+    return (N - 1) * size / W
+
+
+# The limits below are of a feed-forward block w2(silu(w1 x) * w3 x), three matrices of D x F, in
+# 2-byte numbers, on B tokens over all ranks; W is what a rank can send, C what it can compute, and
+# communication hides completely behind computation. It computes 2 B (3 D F) FLOPs forward, and
+# twice that backward. source: [1] section 8, by the method of [5] training
+
+
+def data_parallel_limit(B, C, W):
+    """The most ranks at which data parallel training is bound by computation.
+
+    Backward, a rank computes 12 B D F / N FLOPs, and all-reduces 3 gradients of 2 D F bytes, which
+    sends 2 (N - 1) / N * 6 D F bytes. Computation takes longer while
+    12 B D F / (N C) >= 12 D F (N - 1) / (N W), that is N <= 1 + B W / C: B / N of about C / W
+    tokens a rank, whatever the model's size.
+    """
+    return 1 + B * W / C
+
+
+def fsdp_limit(B, C, W):
+    """As `data_parallel_limit`, for FSDP. Forward: 6 B D F / N FLOPs against an all-gather of
+    6 D F bytes, (N - 1) / N of it sent; backward twice both (gather, and reduce-scatter): the same
+    limit, N <= 1 + B W / C."""
+    return 1 + B * W / C
+
+
+def tensor_parallel_limit(F, C, W):
+    """As `data_parallel_limit`, for tensor parallelism: w1 and w3 split by columns, w2 by rows.
+
+    Forward: 6 B D F / N FLOPs, and an all-reduce of the output, 2 B D bytes, which sends
+    2 (N - 1) / N * 2 B D. 6 B D F / (N C) >= 4 B D (N - 1) / (N W), that is
+    N <= 1 + 3 F W / (2 C), whatever the batch.
+    """
+    return 1 + 3 * F * W / (2 * C)
+
+
+def fsdp_tensor_parallel_limit(B, F, C, W, overlapped=True):
+    """The most ranks N = X Y, and (X, Y), for FSDP over X of them and tensor parallelism over Y.
+
+    Forward, in units of 6 B D F / N: computing takes 1 / C; the gathers of 6 D F / Y bytes over X
+    ranks a = (X - 1) / B / W; the all-reduces of 2 B D / X bytes over Y b = 2 (Y - 1) / (3 F) / W.
+    overlapped: over links of their own, a and b <= 1 / C each: both limits above, multiplied.
+    Otherwise, over the same links, a + b <= 1 / C: N = (1 + B a W) (1 + 3 F b W / 2) is largest
+    where a W = (W / C + 2 / (3 F) - 1 / B) / 2.
+    """
+    if overlapped:
+        X, Y = fsdp_limit(B, C, W), tensor_parallel_limit(F, C, W)
+        return X * Y, (X, Y)
+    a = min(max((W / C + 2 / (3 * F) - 1 / B) / 2, 0), W / C)
+    X, Y = 1 + B * a, 1 + 1.5 * F * (W / C - a)
+    return X * Y, (X, Y)
+
+
+def show_limits(args, rows, device):
+    """Prints the limits for the measured C and W, and returns them."""
+    dtype, n = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 1024)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(10):
+        began = lm.synchronised_time(device)
+        for _ in range(3):
+            a @ b
+        seconds.append((lm.synchronised_time(device) - began) / 3)
+    C, N = 2 * n**3 / statistics.median(seconds[3:]), num_ranks()
+    W = max((row["bus_gb_per_s"] for row in rows), default=0) * 1e9
+    if N == 1 or not W:
+        print("limits need at least 2 ranks, got 1; use torchrun --nproc_per_node=2")
+        return None
+    B, F, size = args.tokens, args.d_ff, 1e9
+    both, (X, Y) = fsdp_tensor_parallel_limit(B, F, C, W)
+    shared, (X1, Y1) = fsdp_tensor_parallel_limit(B, F, C, W, overlapped=False)
+    limits = {
+        "C_flop_per_s": C, "W_bytes_per_s": W, "tokens_a_rank": C / W,
+        "data_parallel_ranks": data_parallel_limit(B, C, W), "fsdp_ranks": fsdp_limit(B, C, W),
+        "tensor_parallel_ranks": tensor_parallel_limit(F, C, W),
+        "fsdp_tensor_parallel_ranks": both, "fsdp_tensor_parallel_ranks_shared_links": shared,
+        "ring_all_reduce_s": ring_all_reduce_seconds(size, N, W),
+        "alternate_ring_all_reduce_s": alternate_ring_all_reduce_seconds(size, N, W)}
+    print(f"C {C / 1e12:.1f} TFLOP/s ({str(dtype)[6:]} matrices of {n}), W {W / 1e9:.2f} GB/s (the "
+          f"best bus bandwidth above): C / W = {C / W:,.0f}\n"
+          f"bound by computation, for B {B:,} tokens and d_ff {F:,}, up to\n"
+          f"  {limits['data_parallel_ranks']:,.1f} ranks, data parallel (1 + B W / C)\n"
+          f"  {limits['fsdp_ranks']:,.1f} ranks, FSDP (1 + B W / C)\n"
+          f"  {limits['tensor_parallel_ranks']:,.1f} ranks, tensor parallel (1 + 3 F W / 2 C)\n"
+          f"  {both:,.1f} ranks, FSDP over {X:,.1f} and tensor parallel over {Y:,.1f}, links of "
+          f"their own\n  {shared:,.1f} ranks, FSDP over {X1:,.1f} and tensor parallel over "
+          f"{Y1:,.1f}, over the same links\n"
+          f"an all-reduce of 1 GB on {N} ranks takes {limits['ring_all_reduce_s'] * 1e3:.2f} ms in "
+          f"a ring, {limits['alternate_ring_all_reduce_s'] * 1e3:.2f} ms in the alternate ring")
+    return limits
+
+
+# -------------------------------------------------------------------------------------------------
+# command line
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(prog="ddp.py", description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    counting, rate = lm.positive(int), lm.positive(float)
+
+    def add_verb(name, run, text):
+        verb = verbs.add_parser(name, help=text)
+        verb.set_defaults(run=run)
+        verb.add_argument("--backend", default="auto", choices=("auto", "nccl", "gloo"))
+        verb.add_argument("--init_timeout", type=rate, default=60, help="s, to meet and to begin")
+        verb.add_argument("--timeout", type=rate, default=600, help="s without progress, then stop")
+        return verb
+
+    def add_strategy_flags(add):
+        add("--bucket_mb", type=rate, default=25, help="gradients of a bucket: overlap, zero1")
+        add("--reduce_dtype", default="float32", choices=("float32", "bfloat16"),
+            help="in which fsdp adds gradients")
+
+    p = add_verb("train", train, "train.py on many devices")
+    p.add_argument("--strategy", default="overlap", choices=STRATEGIES)
+    add_strategy_flags(p.add_argument)
+    lm.add_training_flags(p)
+
+    p = add_verb("bench", bench, "time and memory of a training step")
+    add = p.add_argument
+    add("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    add_strategy_flags(add)
+    add("--batch_size", type=counting, default=4, help="sequences a rank")
+    add("--grad_accum", type=counting, default=1, help="parts of them")
+    add("--warmup_steps", type=counting, default=5)
+    add("--repeats", type=counting, default=5, help="turns")
+    add("--steps", type=counting, default=3, help="of a turn, without a pause")
+    add("--checkpoint_every", type=counting, nargs="*", default=[], help="recompute K blocks")
+    add("--device", default="auto")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    add("--trace", metavar="FILE", help="write a Chrome trace of rank 0 here")
+    lm.add_model_flags(p, **lm.PRESETS["small"])
+
+    p = add_verb("comm", comm, "bandwidth of collectives, and what it allows")
+    add = p.add_argument
+    operations = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
+    add("--operations", nargs="+", default=operations, choices=operations)
+    add("--sizes_mb", type=rate, nargs="+", default=[1, 10, 100, 1000])
+    add("--repeats", type=counting, default=10)
+    add("--device", default="auto")
+    add("--plot", metavar="FILE", help="draw the bus bandwidths")
+    add("--limits", action="store_true", help="measure C too; print how far each way scales")
+    add("--tokens", type=counting, default=2**20, help="B, for --limits")
+    add("--d_ff", type=counting, default=10_240, help="F, for --limits")
+    return parser
+
+
+def resumed_flags(parser, argv, args, ranks):
+    """args, with the flags of the run that goes on behind those given now."""
+    saved = ranks.share(lambda: lm.saved_flags(args.out_dir))
+    verbs = next(action for action in parser._actions if action.dest == "verb")
+    verbs.choices["train"].set_defaults(**{**saved, "out_dir": args.out_dir})
+    args = parser.parse_args(argv)
+    args.resume, args.overwrite = True, False
+    return args
+
+
+def main(argv=None):
+    lm.print_any_text()
+    rank = int(os.environ.get("RANK", 0))
+    with contextlib.ExitStack() as stack:
+        quiet = sys.stderr
+        if rank:  # rank 0 speaks for all
+            quiet = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(quiet))
+        ranks = None
+        try:
+            parser = build_parser()
+            with contextlib.redirect_stderr(quiet):
+                args = parser.parse_args(argv)
+            ranks = Ranks(args.init_timeout)
+            # after a restart by torchrun --max-restarts a run goes on, whatever was asked first
+            if args.verb == "train" and (args.resume or ranks.restarts):
+                args = resumed_flags(parser, argv, args, ranks)
+            return args.run(args, ranks)
+        except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+            return fail(ranks, rank, error, 2)
+        except RuntimeError as error:
+            if not is_of_collectives(error):
+                raise
+            return fail(ranks, rank, f"another rank is gone: {error}", 1)
+        except KeyboardInterrupt:
+            return fail(ranks, rank, "interrupted", 130)
+        finally:
+            if ranks is not None:
+                ranks.close()
+
+
+def is_of_collectives(error):
+    """Whether an error says that other processes cannot be reached; gloo's have no class."""
+    return isinstance(error, dist.DistError) or any(
+        word in str(error) for word in ("gloo", "NCCL", "Connection closed", "Broken pipe"))
+
+
+def fail(ranks, rank, error, code):
+    """Tells the error in one line, once; exits this rank, and so torchrun ends the others."""
+    message = (str(error).splitlines() or [type(error).__name__])[0]
+    if rank:
+        time.sleep(1)  # rank 0 may have the same to tell
+    if ranks.claim() if ranks is not None else rank == 0:
+        print(f"ddp.py: error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr,
+              flush=True)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
