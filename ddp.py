@@ -1037,6 +1037,10 @@ class Engine:
 # ranks: who is there, what they agree on, and who stopped answering
 
 
+class Agreed(ValueError):
+    """An error that every rank has: rank 0 alone tells it."""
+
+
 class Ranks:
     """This process among those that torchrun started, and the store through which they talk before
     and beside the process group."""
@@ -1057,7 +1061,9 @@ class Ranks:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
         try:
             timeout = timedelta(seconds=self.init_timeout)
-            return next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
+            store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
+            # torchrun's store outlives a restart: what the ranks before it said is of no use
+            return dist.PrefixStore(f"lmzero/{self.restarts}", store)
         except (dist.DistError, ValueError) as error:
             if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
                 raise ValueError(f"MASTER_PORT must be free, got {where}, which another program "
@@ -1085,7 +1091,12 @@ class Ranks:
             self.store.set(key, json.dumps(answer))
         answer = self.wait(key)
         if "error" in answer:
-            raise ValueError(answer["error"])
+            heard = self.store.add(f"{key}/heard", 1)
+            until = time.monotonic() + 5  # the store may end with rank 0
+            while self.rank == 0 and heard < self.world_size and time.monotonic() < until:
+                time.sleep(0.01)
+                heard = self.store.add(f"{key}/heard", 0)
+            raise Agreed(answer["error"])
         return answer["value"]
 
     def collect(self, value, *limit_s):
@@ -1109,9 +1120,7 @@ class Ranks:
                 except (ValueError, OSError) as problem:
                     error = str(problem)
             errors = self.collect(error)
-            message = self.share(lambda found=errors: next(filter(None, found), None))
-            if message:
-                raise ValueError(message)
+            self.share(functools.partial(raise_first, errors))
         return result
 
     def agree(self, args, check):
@@ -1130,19 +1139,18 @@ class Ranks:
         def verdict():
             for rank, (problem, _, _) in enumerate(reports):
                 if problem:
-                    return problem if rank == 0 else f"rank {rank}: {problem}"
+                    raise ValueError(problem if rank == 0 else f"rank {rank}: {problem}")
             _, expected, first = reports[0]
             for rank, (_, digest, flags) in enumerate(reports):
                 if digest != expected:
                     differ = [f"--{name} {flags.get(name)} for {first.get(name)}" for name in
                               sorted(first.keys() | flags.keys())
                               if flags.get(name) != first.get(name)]
-                    return ("all ranks must be started with the same flags, got "
-                            f"{', '.join(differ)} on rank {rank}; start them with one command")
-            return None
+                    raise ValueError("all ranks must be started with the same flags, got "
+                                     f"{', '.join(differ)} on rank {rank}; start them with one "
+                                     "command")
 
-        if message := self.share(verdict):
-            raise ValueError(message)
+        self.share(verdict)
 
     def start_group(self, device, backend, timeout):
         """The process group, proven by a first collective that has a short time limit."""
@@ -1165,12 +1173,17 @@ class Ranks:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def claim(self):
+    def claim(self, without_store):
         """Whether this rank is the first that wants to tell about an error."""
         try:
             return self.store.add("lmzero/told", 1) == 1
-        except RuntimeError:  # the store is gone, so nobody else can tell
-            return True
+        except RuntimeError:
+            return without_store
+
+
+def raise_first(errors):
+    for error in filter(None, errors):
+        raise ValueError(error)
 
 
 class Watchdog:
@@ -2064,9 +2077,12 @@ def is_of_collectives(error):
 def fail(ranks, rank, error, code):
     """Tells the error in one line, once; exits this rank, and so torchrun ends the others."""
     message = (str(error).splitlines() or [type(error).__name__])[0]
-    if rank:
+    if rank and not isinstance(error, Agreed):
         time.sleep(1)  # rank 0 may have the same to tell
-    if ranks.claim() if ranks is not None else rank == 0:
+    first = rank == 0
+    if ranks is not None and not isinstance(error, Agreed):
+        first = ranks.claim(without_store=rank == 0 or code == 1)  # it ended with rank 0
+    if first:
         print(f"ddp.py: error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr,
               flush=True)
     raise SystemExit(code)
