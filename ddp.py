@@ -1227,25 +1227,28 @@ class Watchdog:
     def report(self):
         """Ends the process; the first to come here tells who is to blame: the ranks whose beat has
         stopped, else those that have come least far."""
-        first = self.store.add("reports", 1) == 1
-        limit_s = self.limit_s
-        before = self.states()
-        for _ in range(4 if first else 60):  # the others shall not seem dead while one looks
-            time.sleep(1)
-            self.tell()
-        if first:
-            now = self.states()
-            silent = [r for r, (a, b) in enumerate(zip(before, now, strict=True)) if a == b]
-            place = {r: (s[1], s[2]) for r, s in enumerate(now) if s}
-            behind = silent or [r for r, at in place.items() if at == min(place.values())]
-            step, what = (now[behind[0]] or [0, self.step, 0, "the start"])[1::2]
-            names = f"rank{'s' * (len(behind) > 1)} {', '.join(map(str, behind))}"
-            how = ("stopped answering" if silent else "fell behind" if len(behind) < len(place)
-                   else "wait for each other")
-            print(f"ddp.py: error: {names} {how} at step {step}, {what}: no progress within "
-                  f"{limit_s:g} s; {self.hint or 'give a longer --timeout if that is too short'}",
-                  file=sys.stderr, flush=True)
-        os._exit(1)
+        try:
+            first = self.store.add("reports", 1) == 1
+            before = self.states()
+            for _ in range(4 if first else 6):  # none shall seem dead while the first one looks
+                time.sleep(1)
+                self.tell()
+            if first:
+                self.blame(before, self.states())
+        finally:
+            os._exit(1)
+
+    def blame(self, before, now):
+        silent = [r for r, (a, b) in enumerate(zip(before, now, strict=True)) if a == b]
+        place = {r: (state[1], state[2]) for r, state in enumerate(now) if state}
+        behind = silent or [r for r, at in place.items() if at == min(place.values())]
+        names = f"rank{'s' * (len(behind) > 1)} {', '.join(map(str, behind))}"
+        how = ("stopped answering" if silent else "fell behind" if len(behind) < len(place)
+               else "wait for each other")
+        print(f"ddp.py: error: {names} {how} at step {self.step}, rank {self.ranks.rank} was at: "
+              f"{self.what}; no progress within {self.limit_s:g} s; "
+              f"{self.hint or 'give a longer --timeout if that is too short'}",
+              file=sys.stderr, flush=True)
 
 
 def device_of_rank(args, ranks):
@@ -1584,8 +1587,7 @@ def lm_parameters(config):
 
 
 def train(args, ranks):
-    args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
-
+    """train.py's run, on the ranks that torchrun started."""
     def check():
         device_of_rank(args, ranks)
         sequences = args.batch_size * args.grad_accum
@@ -1595,6 +1597,7 @@ def train(args, ranks):
                              "change one of them")
 
     ranks.agree(args, check)
+    args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     device = device_of_rank(args, ranks)
     ranks.start_group(device, backend_for(args, device), args.timeout)
     trainer = Trainer(args, ranks, device)
