@@ -1212,8 +1212,9 @@ class Watchdog:
                 self.tell()
                 if time.monotonic() - self.since > self.limit_s:
                     self.report()
-        except RuntimeError:  # the store has gone: the run is over, or the main thread will see why
-            return
+        except RuntimeError:  # the store has gone, and rank 0 with it
+            if not self.ended.wait(10):  # neither over, nor did the main thread see it
+                os._exit(1)
 
     def tell(self):
         self.beat += 1
@@ -1863,7 +1864,7 @@ def plot_comm(rows, path):
     axis = figure.subplots()
     for operation in dict.fromkeys(row["operation"] for row in rows):
         points = [(r["mb"], r["bus_gb_per_s"]) for r in rows if r["operation"] == operation]
-        axis.plot(*zip(*points), marker=".", label=operation)
+        axis.plot(*zip(*points, strict=True), marker=".", label=operation)
     axis.set(xscale="log", yscale="log", xlabel="MB", ylabel="bus bandwidth, GB/s")
     axis.grid(alpha=0.3)
     axis.legend()
