@@ -2089,6 +2089,9 @@ def fail(ranks, rank, error, code):
     if first:
         print(f"ddp.py: error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr,
               flush=True)
+    if ranks is not None and ranks.world_size > 1:
+        sys.stdout.flush()
+        os._exit(code)  # not through destructors that wait for the other ranks
     raise SystemExit(code)
 
 

@@ -102,7 +102,7 @@ def every_wrapper_trains_as_one_process_does(folder):
     N = ddp.num_ranks()
     for tied in (False, True):
         for frozen in (False, True):
-            for accumulate in (False, True):
+            for accumulate in (False, True) if N == 2 else (True,):
                 for kind in ("NaiveDDP", "FlatDDP", "DDP", "zero1", "FSDP"):
                     torch.manual_seed(0)
                     plain = Toy(tied, frozen)
@@ -352,20 +352,29 @@ def engine_steps(strategy, compiled=False, dtype=torch.float32, spans=(), **chan
 
 
 @on_ranks
-def compiled_and_checkpointed_blocks_train_the_same_under_each_strategy(folder):
+def checkpointed_blocks_train_the_same_under_each_strategy(folder):
     expected = engine_steps("naive")
     assert expected[2, 0] < expected[0, 0]
-    compile_fast = functools.partial(torch.compile, backend="aot_eager")  # no code to compile
-    for strategy in ddp.STRATEGIES:
-        for spans in ((), (1,), (3,), (2, 1)):
+    for strategy in ddp.STRATEGIES if ddp.num_ranks() == 2 else ("zero1", "fsdp"):
+        for spans in ((1,), (3, 1)):
             got = engine_steps(strategy, spans=spans)
             assert torch.allclose(got, expected, **F32), (strategy, spans)
-        torch.compile, real = compile_fast, torch.compile
-        try:
-            got = engine_steps(strategy, compiled=True)
-        finally:
-            torch.compile = real
-        assert torch.allclose(got, expected, **F32), (strategy, "compiled")
+
+
+@on_ranks
+def compiled_blocks_train_the_same_under_each_strategy(folder):
+    if ddp.num_ranks() != 2:  # nothing that depends on their number is compiled, and it takes long
+        return
+    torch.compile, real = functools.partial(torch.compile, backend="aot_eager"), torch.compile  # no C++
+    try:
+        for dtype, bound in ((torch.float32, F32), (torch.bfloat16, dict(rtol=2e-2, atol=0))):
+            expected = engine_steps("naive", dtype=dtype, num_layers=2)
+            for strategy in ddp.STRATEGIES if dtype == torch.float32 else ("fsdp", "torch_fsdp"):
+                spans = (1,) if strategy == "fsdp" else ()
+                got = engine_steps(strategy, True, dtype, spans, num_layers=2)
+                assert torch.allclose(got, expected, **bound), (strategy, dtype)
+    finally:
+        torch.compile = real
 
 
 @on_ranks
