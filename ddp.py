@@ -78,7 +78,7 @@ def this_rank():
 
 def averages():
     """Whether the back end divides by itself: NCCL does, in the same pass; gloo only adds."""
-    return dist.get_backend() == "nccl"
+    return num_ranks() == 1 or dist.get_backend() == "nccl"
 
 
 def wait_for(works):
@@ -760,7 +760,7 @@ class FSDP(nn.Module):
         for s, part in zip(unit.trained, parts, strict=True):
             if unit.present[s]:
                 part = part[: len(s.shard)].to(s.shard.dtype)
-                part = part if averaged() else part / num_ranks()
+                part = part if averages() else part / num_ranks()
                 s.shard.grad = part if s.shard.grad is None else s.shard.grad + part
 
     def finish_gradient_synchronization(self):
@@ -795,11 +795,6 @@ class FSDP(nn.Module):
         for name, p in self.local_parameters().items():
             full[name] = gather_rows(p, self.rows[name]) if name in self.rows else p.detach()
         return {name: full[first] for name, first in self.first_name.items()}
-
-
-def averaged():
-    """Whether a reduce-scatter gave the mean already."""
-    return num_ranks() == 1 or averages()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1373,21 +1368,11 @@ class Trainer:
             print(f"not enough memory: micro-batches of {self.micro_batch_size}, the same update")
 
     def open_log(self):
-        """log.jsonl, cut back to this step; a first record of flags and versions if it is new."""
-        path, kept = self.out_dir / "log.jsonl", []
-        if self.step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, TypeError, AttributeError):  # half a line
-                    if json.loads(line).get("step", 0) <= self.step:
-                        kept.append(line)
-        if not kept:
-            card = torch.cuda.get_device_name() if self.device.type == "cuda" else str(self.device)
-            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-            kept = [json.dumps({"flags": self.flags(), "versions": versions, "device": card,
-                                "ranks": self.ranks.world_size})]
-        with lm.atomic_write(path) as file:
-            file.write(("\n".join(kept) + "\n").encode())
-        return open(path, "a", encoding="utf-8")
+        card = torch.cuda.get_device_name() if self.device.type == "cuda" else str(self.device)
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+        first = {"flags": self.flags(), "versions": versions, "device": card,
+                 "ranks": self.ranks.world_size}
+        return lm.open_log(self.out_dir / "log.jsonl", self.step, first)
 
     def record(self, **entry):
         if self.log:
@@ -1452,40 +1437,25 @@ class Trainer:
         self.step_began, now = done, time.perf_counter()
         loss, norm, *stop = stats.tolist()
         self.stopping = self.stopping or bool(stop and stop[0])
+        entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.stop_on_non_finite(step, loss, norm, drawn_from)
+            lm.stop_on_non_finite(entry, drawn_from, len(self.train_ids)
+                                  - self.config.context_length, self.sequences, self.saved)
         self.eta_from = self.eta_from or (step, now)
         args, tokens = self.args, self.sequences * self.config.context_length
         if step % args.log_every and step not in (1, args.max_steps):
             return
         rate, peak = tokens / seconds, lm.peak_flops(self.device)
-        of_peak = rate * lm.flops_per_token(self.config) / (peak or 1) / self.ranks.world_size
+        mfu = peak and rate * lm.flops_per_token(self.config) / peak / self.ranks.world_size
         mean_s = (now - self.eta_from[1]) / max(1, step - self.eta_from[0]) or seconds
-        left = int(mean_s * (args.max_steps - step))
-        line = (f"step {step}/{args.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-                f"{seconds * 1e3:.1f} ms | {rate:,.0f} tok/s | mfu "
-                f"{f'{of_peak:.1%}' if peak else 'n/a'} | ")
-        entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "step_ms": seconds * 1e3,
-                 "tokens_per_s": rate}
+        entry.update(step_ms=seconds * 1e3, tokens_per_s=rate)
         if self.device.type == "cuda":  # of the rank that used most
             used = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device=self.device)
             if self.ranks.world_size > 1:
                 dist.all_reduce(used, dist.ReduceOp.MAX)
             entry["memory_gib"] = used.item()
-            line += f"mem {entry['memory_gib']:.1f} GiB | "
-        print(f"{line}eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}", flush=True)
+        print(lm.log_line(entry, args.max_steps, mfu, mean_s * (args.max_steps - step)), flush=True)
         self.record(**entry)
-
-    def stop_on_non_finite(self, step, loss, norm, drawn_from):
-        """Names step and batch of a loss or gradient that is not a number any more."""
-        generator = torch.Generator().set_state(drawn_from)
-        highest = len(self.train_ids) - self.config.context_length
-        starts = torch.randint(highest, (self.sequences,), generator=generator)[:4].tolist()
-        raise FloatingPointError(
-            f"loss and gradient must be finite, got loss {loss} and norm {norm} at step {step}, on "
-            f"windows that start at training tokens {', '.join(map(str, starts))} ...; lower --lr, "
-            f"the last good checkpoint is of step {self.saved}"
-        )
 
     def validate(self, num_tokens):
         self.watch("validation", self.step)
@@ -1569,17 +1539,8 @@ class Trainer:
                 model = model.to(self.device)
         for block in model.layers:
             block.__dict__.pop("forward", None)  # the compiled one: not for texts of all lengths
-        try:
-            lm.save_pretrained(model, self.tokenizer, self.out_dir / "model")
-        except ValueError as reason:  # the ablations have no Hugging Face class
-            print(f"{self.out_dir / 'model'} was not written: {reason}")
-        if self.tokenizer:
-            (row,) = lm.generate(
-                model, [self.args.prompt or bpe.END_OF_TEXT], self.args.sample_tokens, 0.8,
-                top_p=0.95, tokenizer=self.tokenizer, seed=self.args.seed,
-                stop_ids=tuple(lm.special_ids(self.tokenizer)),
-            )
-            print(f"--- sample\n{self.args.prompt}{row.text}\n---")
+        lm.export_and_sample(model, self.tokenizer, self.out_dir, self.args.prompt,
+                             self.args.sample_tokens, self.args.seed)
         print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
 
 
@@ -2015,7 +1976,8 @@ def build_parser():
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     add("--trace", metavar="FILE", help="write a Chrome trace of rank 0 here")
-    lm.add_model_flags(p, **lm.PRESETS["small"])
+    lm.add_model_flags(p)
+    p.set_defaults(preset="small")
 
     p = add_verb("comm", comm, "bandwidth of collectives, and what it allows")
     add = p.add_argument

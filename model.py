@@ -893,8 +893,8 @@ def get_batch(dataset, batch_size, context_length, device, generator=None, rows=
     if len(dataset) <= context_length:
         raise ValueError(f"the data must hold more than context_length = {context_length} tokens, "
                          f"got {len(dataset)}; give more text or a shorter --context_length")
-    starts = torch.randint(len(dataset) - context_length, (batch_size, 1), generator=generator)[rows]
-    windows = dataset[starts.numpy() + np.arange(context_length + 1)]
+    starts = torch.randint(len(dataset) - context_length, (batch_size, 1), generator=generator)
+    windows = dataset[starts[rows].numpy() + np.arange(context_length + 1)]
     windows = torch.from_numpy(windows.astype(np.int64))
     if torch.device(device).type == "cuda":
         windows = windows.pin_memory().to(device, non_blocking=True)
@@ -1948,6 +1948,55 @@ def stop_politely(received):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def open_log(path, step, first):
+    """The log.jsonl of a run, to append to: what it holds up to `step`, or the record `first`."""
+    kept = []
+    if step and os.path.exists(path):
+        with open(path, encoding="utf-8") as log:
+            for line in log.read().splitlines():
+                with contextlib.suppress(ValueError, TypeError, AttributeError):  # half a line
+                    if json.loads(line).get("step", 0) <= step:
+                        kept.append(line)
+    with atomic_write(path) as file:
+        file.write(("\n".join(kept or [json.dumps(first)]) + "\n").encode())
+    return open(path, "a", encoding="utf-8")
+
+
+def log_line(entry, max_steps, mfu, left_s):
+    """The line that shows a record of a training step; mfu None where the peak is not known."""
+    e, left, memory = entry, int(left_s), entry.get("memory_gib")
+    return (f"step {e['step']}/{max_steps} | loss {e['loss']:.4f} | lr {e['lr']:.2e} | "
+            f"norm {e['grad_norm']:.2f} | {e['step_ms']:.1f} ms | {e['tokens_per_s']:,.0f} tok/s | "
+            f"mfu {'n/a' if mfu is None else f'{mfu:.1%}'} | "
+            f"{'' if memory is None else f'mem {memory:.1f} GiB | '}"
+            f"eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+
+
+def stop_on_non_finite(entry, drawn_from, highest, sequences, saved):
+    """raises FloatingPointError that names step and batch of a loss or gradient that is no number:
+    `sequences` windows that began below `highest`, by a generator in the state `drawn_from`."""
+    generator = torch.Generator().set_state(drawn_from)
+    starts = torch.randint(highest, (sequences,), generator=generator)[:4].tolist()
+    raise FloatingPointError(
+        f"loss and gradient must be finite, got loss {entry['loss']} and norm {entry['grad_norm']} "
+        f"at step {entry['step']}, on windows that start at training tokens "
+        f"{', '.join(map(str, starts))} ...; lower --lr, the last good checkpoint is of step "
+        f"{saved}")
+
+
+def export_and_sample(model, tokenizer, out_dir, prompt, num_tokens, seed):
+    """The end of a run: writes the Hugging Face folder out_dir/model, prints a sample."""
+    try:
+        save_pretrained(model, tokenizer, out_dir / "model")
+    except ValueError as reason:  # the ablations have no Hugging Face class
+        print(f"{out_dir / 'model'} was not written: {reason}")
+    if tokenizer:
+        (row,) = generate(model, [prompt or "<|endoftext|>"], num_tokens, 0.8, top_p=0.95,
+                          tokenizer=tokenizer, seed=seed,
+                          stop_ids=tuple(special_ids(tokenizer)))
+        print(f"--- sample\n{prompt}{row.text}\n---")
 
 
 def saved_flags(out_dir):

@@ -11,7 +11,6 @@ Source: CS336 assignment 1 (basics) handout, Stanford 2025 and 2026, sections 5 
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -117,20 +116,10 @@ class Trainer:
               f" to {self.sequences // self.micro_batch_size}, the same update")
 
     def open_log(self):
-        """log.jsonl, cut back to this step; a first record of flags and versions if it is new."""
-        path, kept = self.out_dir / "log.jsonl", []
-        if self.step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, TypeError, AttributeError):  # half a line
-                    if json.loads(line).get("step", 0) <= self.step:
-                        kept.append(line)
-        if not kept:
-            card = torch.cuda.get_device_name() if self.device.type == "cuda" else str(self.device)
-            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-            kept = [json.dumps({"flags": self.flags(), "versions": versions, "device": card})]
-        with lm.atomic_write(path) as file:
-            file.write(("\n".join(kept) + "\n").encode())
-        return open(path, "a", encoding="utf-8")
+        card = torch.cuda.get_device_name() if self.device.type == "cuda" else str(self.device)
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+        first = {"flags": self.flags(), "versions": versions, "device": card}
+        return lm.open_log(self.out_dir / "log.jsonl", self.step, first)
 
     def record(self, **entry):
         entry["elapsed_s"] = round(time.perf_counter() - self.started, 3)
@@ -175,36 +164,22 @@ class Trainer:
         seconds = lm.seconds_between(self.step_began, done)  # waits for the step
         self.step_began, now = done, time.perf_counter()
         loss, norm = stats.tolist()
+        entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.stop_on_non_finite(step, loss, norm, drawn_from)
+            lm.stop_on_non_finite(entry, drawn_from, len(self.train_ids)
+                                  - self.config.context_length, self.sequences, self.saved)
         self.eta_from = self.eta_from or (step, now)
         args, tokens = self.args, self.sequences * self.config.context_length
         if step % args.log_every and step not in (1, args.max_steps):
             return
         rate, peak = tokens / seconds, lm.peak_flops(self.device)
-        mfu = f"{rate * lm.flops_per_token(self.config) / peak:.1%}" if peak else "n/a"
+        mfu = peak and rate * lm.flops_per_token(self.config) / peak
         mean_s = (now - self.eta_from[1]) / max(1, step - self.eta_from[0]) or seconds
-        left = int(mean_s * (args.max_steps - step))
-        line = (f"step {step}/{args.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-                f"{seconds * 1e3:.1f} ms | {rate:,.0f} tok/s | mfu {mfu} | ")
-        entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "step_ms": seconds * 1e3,
-                 "tokens_per_s": rate}
+        entry.update(step_ms=seconds * 1e3, tokens_per_s=rate)
         if self.device.type == "cuda":
             entry["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            line += f"mem {entry['memory_gib']:.1f} GiB | "
-        print(f"{line}eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}", flush=True)
+        print(lm.log_line(entry, args.max_steps, mfu, mean_s * (args.max_steps - step)), flush=True)
         self.record(**entry)
-
-    def stop_on_non_finite(self, step, loss, norm, drawn_from):
-        """Names step and batch of a loss or gradient that is not a number any more."""
-        generator = torch.Generator().set_state(drawn_from)
-        highest = len(self.train_ids) - self.config.context_length
-        starts = torch.randint(highest, (self.sequences,), generator=generator)[:4].tolist()
-        raise FloatingPointError(
-            f"loss and gradient must be finite, got loss {loss} and norm {norm} at step {step}, on "
-            f"windows that start at training tokens {', '.join(map(str, starts))} ...; lower --lr, "
-            f"the last good checkpoint is of step {self.saved}"
-        )
 
     def validate(self, num_tokens):
         loss = lm.evaluate(self.hidden_states, self.model, self.valid_ids, num_tokens,
@@ -269,17 +244,8 @@ class Trainer:
     def finish(self, loop_s):
         """Last validation, Hugging Face folder, sample, times."""
         self.validate(4 * self.args.eval_tokens)
-        try:
-            lm.save_pretrained(self.model, self.tokenizer, self.out_dir / "model")
-        except ValueError as reason:  # the ablations have no Hugging Face class
-            print(f"{self.out_dir / 'model'} was not written: {reason}")
-        if self.tokenizer:
-            (row,) = lm.generate(
-                self.model, [self.args.prompt or bpe.END_OF_TEXT], self.args.sample_tokens, 0.8,
-                top_p=0.95, tokenizer=self.tokenizer, seed=self.args.seed,
-                stop_ids=tuple(lm.special_ids(self.tokenizer)),
-            )
-            print(f"--- sample\n{self.args.prompt}{row.text}\n---")
+        lm.export_and_sample(self.model, self.tokenizer, self.out_dir, self.args.prompt,
+                             self.args.sample_tokens, self.args.seed)
         print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
 
 
