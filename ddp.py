@@ -1907,9 +1907,11 @@ def show_limits(args, rows, device):
             a @ b
         seconds.append((lm.synchronised_time(device) - began) / 3)
     C, N = 2 * n**3 / statistics.median(seconds[3:]), num_ranks()
-    W = max((row["bus_gb_per_s"] for row in rows), default=0) * 1e9
+    W = 1e9 * max((row["bus_gb_per_s"] for row in rows if row["operation"] != "broadcast"),
+                  default=0)
     if N == 1 or not W:
-        print("limits need at least 2 ranks, got 1; use torchrun --nproc_per_node=2")
+        print(f"limits need 2 ranks and an operation other than broadcast, got {N} and "
+              f"{', '.join(args.operations)}")
         return None
     B, F, size = args.tokens, args.d_ff, 1e9
     both, (X, Y) = fsdp_tensor_parallel_limit(B, F, C, W)
@@ -1922,7 +1924,7 @@ def show_limits(args, rows, device):
         "ring_all_reduce_s": ring_all_reduce_seconds(size, N, W),
         "alternate_ring_all_reduce_s": alternate_ring_all_reduce_seconds(size, N, W)}
     print(f"C {C / 1e12:.1f} TFLOP/s ({str(dtype)[6:]} matrices of {n}), W {W / 1e9:.2f} GB/s (the "
-          f"best bus bandwidth above): C / W = {C / W:,.0f}\n"
+          f"best bus bandwidth of a ring above): C / W = {C / W:,.0f}\n"
           f"bound by computation, for B {B:,} tokens and d_ff {F:,}, up to\n"
           f"  {limits['data_parallel_ranks']:,.1f} ranks, data parallel (1 + B W / C)\n"
           f"  {limits['fsdp_ranks']:,.1f} ranks, FSDP (1 + B W / C)\n"

@@ -31,6 +31,7 @@ import train
 
 ROOT = Path(__file__).resolve().parent.parent
 F32 = dict(rtol=0, atol=1e-5)  # the contract's bound; sums over ranks come in another order
+DEVICE = "cpu"  # of the checks on ranks; run_checks sets it
 CPU = dict(env={**os.environ, "OMP_NUM_THREADS": "1"})
 CHECKS = {}
 
@@ -84,8 +85,16 @@ def weights(wrapper):
 
 
 def batch(rows, step):
-    generator = torch.Generator().manual_seed(step)
-    return torch.randint(7, (2, rows, 3), generator=generator)
+    return torch.randint(7, (2, rows, 3), generator=seeded(step), device="cpu").to(DEVICE)
+
+
+def seeded(seed):
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def same(a, b):
+    """Bit for bit on a CPU; a GPU adds the rows of an embedding's gradient in any order."""
+    return torch.equal(a, b) if DEVICE == "cpu" else torch.allclose(a, b, rtol=0, atol=1e-5)
 
 
 def mine(tensor):
@@ -195,7 +204,7 @@ def fsdp_in_float32_equals_one_process_bit_for_bit(folder):
             optimizer.step()
         got = weights(wrapper)
         for name, p in plain.named_parameters():
-            assert torch.equal(got[name], p), (same_data, name)
+            assert same(got[name], p), (same_data, name)
 
 
 @on_ranks
@@ -266,7 +275,7 @@ def fsdp_shards_classes_that_are_named_and_weights_that_blocks_share(folder):
     plain[2].weight = plain[0].weight
     wrapper = ddp.FSDP(copy.deepcopy(plain), shard_types=(Scale,))
     assert set(wrapper.rows) == {"0.weight", "1.weight"}
-    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(8, 5, generator=seeded(0), device="cpu").to(DEVICE)
     plain(x).square().mean().backward()
     wrapper(mine(x)).square().mean().backward()
     wrapper.finish_gradient_synchronization()
@@ -310,14 +319,14 @@ def the_sharded_optimizer_takes_any_class_groups_and_schedules(folder):
             o.add_param_group({"params": [p], "lr": 0.01})
         schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (reference, optimizer)]
         for step in range(4):
-            x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step))
+            x = torch.randn(4, 7, generator=seeded(step), device="cpu").to(DEVICE)
             for o, m, p, schedule in zip((reference, optimizer), (plain, module), (plain_late, late), schedules):
                 o.zero_grad()
                 (m(x).square().mean() + p.square().sum()).backward()
                 o.step()
                 schedule.step()
         for p, expected in zip((*module.parameters(), late), (*plain.parameters(), plain_late)):
-            assert torch.equal(p, expected), cls  # the same arithmetic on one of the ranks
+            assert same(p, expected), cls  # the same arithmetic on one of the ranks
         own = {p for p, owner in optimizer.owner.items() if owner == r}
         assert set(optimizer.state) <= own and len(own) > 0
         sizes = [sum(p.numel() for p, o in optimizer.owner.items() if o == k) for k in range(N)]
@@ -341,7 +350,7 @@ def engine_steps(strategy, compiled=False, dtype=torch.float32, spans=(), **chan
     model = tiny_model(**changes)
     model.checkpoint_every = spans
     engine = ddp.Engine(strategy, model, dtype, 0.1, 1e-2, (0.9, 0.95), 1e-3, compiled=compiled)
-    x, y = torch.randint(53, (2, 8, 8), generator=torch.Generator().manual_seed(0))
+    x, y = torch.randint(53, (2, 8, 8), generator=seeded(0), device="cpu").to(DEVICE)
     rows = []
     for _ in range(3):
         stats = engine.loss_and_gradient(mine(x), mine(y), 1, 1.0)
@@ -401,9 +410,15 @@ def collectives_on_unequal_parts_are_right(folder):
         assert torch.equal(ddp.gather_rows(ddp.my_rows(whole, rows), rows), whole)
 
 
-def run_checks(rank, n, folder):
+def run_checks(rank, n, folder, kind):
+    global DEVICE
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n,
+    if kind == "cuda":
+        DEVICE = f"cuda:{rank}"
+        F32["atol"] = 1e-4  # its kernels add in other orders, and AdamW divides by small numbers
+        torch.cuda.set_device(rank)
+        torch.set_default_device(DEVICE)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n,
                             timeout=timedelta(seconds=60))  # fmt: skip
     outcomes = {}
     for name, check in CHECKS.items():
@@ -445,12 +460,12 @@ def free_ports(n):
 
 
 @functools.cache
-def outcomes(n, folder):
-    folder = folder / f"ranks_{n}"
+def outcomes(n, folder, kind):
+    folder = folder / f"ranks_{n}_{kind}"
     folder.mkdir()
     problem = None
     try:
-        spawn(run_checks, n, str(folder))
+        spawn(run_checks, n, str(folder), kind)
     except Exception as error:  # noqa: BLE001: told by the test
         problem = str(error)
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
@@ -458,10 +473,13 @@ def outcomes(n, folder):
             or [problem] for name in CHECKS}  # fmt: skip
 
 
-@pytest.mark.parametrize("n", [2, 4])
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 NVIDIA GPUs")
+
+
+@pytest.mark.parametrize("n, kind", [(2, "cpu"), (4, "cpu"), pytest.param(2, "cuda", marks=two_gpus)])
 @pytest.mark.parametrize("check", CHECKS)
-def test_on_ranks(check, n, tmp_path_factory):
-    for rank, error in enumerate(outcomes(n, tmp_path_factory.getbasetemp())[check]):
+def test_on_ranks(check, n, kind, tmp_path_factory):
+    for rank, error in enumerate(outcomes(n, tmp_path_factory.getbasetemp(), kind)[check]):
         assert error is None, f"rank {rank}:\n{error}"
 
 
@@ -874,7 +892,7 @@ def test_wrappers_work_without_a_process_group():
             assert torch.equal(got[name], p), (kind, name)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 NVIDIA GPUs")
+@two_gpus
 def test_two_gpus_train_as_one_under_every_strategy(folder):
     def losses(out):
         return [r["loss"] for r in numbers(folder, out) if "loss" in r]
