@@ -41,6 +41,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -229,6 +230,13 @@ def my_rows(tensor, rows):
     return tensor[this_rank() * n : (this_rank() + 1) * n]
 
 
+def weakly(method, *first):
+    """A hook that does not keep the method's object alive: Python's collector does not see cycles
+    through the hooks of a tensor."""
+    method = weakref.WeakMethod(method)
+    return lambda tensor: method()(*first, tensor) if method() else None
+
+
 class SameGradients:
     """Finds ranks that have a gradient which others lack, after each synchronisation; on a GPU one
     step late, so that the host need not wait for it."""
@@ -364,7 +372,7 @@ class DDP(Replicated):
             size += p.nbytes
         self.bucket_of = {i: b for b, bucket in enumerate(self.buckets) for i in bucket}
         for i, p in enumerate(self.trained):
-            p.register_post_accumulate_grad_hook(functools.partial(self.ready, i))
+            p.register_post_accumulate_grad_hook(weakly(self.ready, i))
         self.reset()
 
     def reset(self):
@@ -518,8 +526,8 @@ class Unit:
         # a frozen weight may be needed after the last gradient is there
         self.frees_early = len(self.trained) == len(params)
         self.gathering, self.works, self.sent, self.in_backward = False, None, None, False
-        for s in self.trained:
-            s.full.register_post_accumulate_grad_hook(functools.partial(self.ready, s))
+        for i, s in enumerate(self.trained):
+            s.full.register_post_accumulate_grad_hook(weakly(self.ready, i))
         self.reset()
 
     def reset(self):
@@ -554,8 +562,9 @@ class Unit:
             for s in self.params:
                 s.free()
 
-    def ready(self, s, _):
-        """The hook: the gradient of s is complete in this backward pass."""
+    def ready(self, i, _):
+        """The hook: the gradient of trained[i] is complete in this backward pass."""
+        s = self.trained[i]
         if s in self.waiting:
             self.waiting.remove(s)
             if not self.waiting:
@@ -1415,8 +1424,12 @@ class Trainer:
                                  f"another; give the same text, or --tokenizer {self.out_dir}"
                                  "/tokenizer.json")
             lm.restore(content, self.model)
-            return [content["iteration"], bytes(content["generator"].tolist()).hex(),
-                    content["micro_batch_size"], content["elapsed_s"]]
+            try:
+                return [content["iteration"], bytes(content["generator"].tolist()).hex(),
+                        content["micro_batch_size"], content["elapsed_s"]]
+            except KeyError as missing:
+                raise ValueError(f"{self.checkpoint} must be of train.py or ddp.py, got one without"
+                                 f" {missing}; start anew with --overwrite") from None
 
         if (found := self.ranks.share(read)) is None:
             return None

@@ -6,6 +6,7 @@ seconds): the functions of CHECKS on all ranks in turn, RUNS through main([...])
 
 import copy
 import functools
+import gc
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
+import weakref
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -387,6 +389,19 @@ def compiled_blocks_train_the_same_under_each_strategy(folder):
 
 
 @on_ranks
+def a_wrapper_that_is_dropped_frees_its_weights(folder):
+    for strategy in ddp.STRATEGIES:
+        model = tiny_model()
+        engine = ddp.Engine(strategy, model, torch.float32, 0.1, 1e-2, (0.9, 0.95), 1e-3)
+        x, y = torch.zeros(2, 1, 8, dtype=torch.long)
+        engine.loss_and_gradient(x, y, 1, 1.0)
+        left = [weakref.ref(model), weakref.ref(next(iter(engine.parameters.values())))]
+        del model, engine
+        gc.collect()
+        assert [ref() for ref in left] == [None, None], strategy
+
+
+@on_ranks
 def bfloat16_agrees_between_strategies(folder):
     expected = engine_steps("naive", dtype=torch.bfloat16)
     for strategy in ddp.STRATEGIES[1:]:
@@ -418,8 +433,8 @@ def run_checks(rank, n, folder, kind):
         F32["atol"] = 1e-4  # its kernels add in other orders, and AdamW divides by small numbers
         torch.cuda.set_device(rank)
         torch.set_default_device(DEVICE)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n,
-                            timeout=timedelta(seconds=60))  # fmt: skip
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", init_method=f"file://{folder}/store",
+                            rank=rank, world_size=n, timeout=timedelta(seconds=60))  # fmt: skip
     outcomes = {}
     for name, check in CHECKS.items():
         began = time.perf_counter()
