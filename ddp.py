@@ -894,8 +894,8 @@ class Engine:
             for block in model.layers:
                 block.forward = torch.compile(block.forward)
         module = LanguageModelLoss(model)
-        sharded = dtype if dtype != torch.float32 else None
-        make_optimizer = functools.partial(lm.AdamW, lr=lr, betas=betas)
+        sent_in = dtype if dtype != torch.float32 else None
+        self.owner = None
         if strategy == "zero1":
             self.optimizer = ShardedOptimizer(lm.optimizer_groups(model, weight_decay), lm.AdamW,
                                               lr=lr, betas=betas)
@@ -905,13 +905,12 @@ class Engine:
             self.wrapper = {
                 "naive": lambda: NaiveDDP(module), "flat": lambda: FlatDDP(module),
                 "overlap": lambda: DDP(module, bucket_mb),
-                "fsdp": lambda: FSDP(module, sharded, reduce_dtype=reduce_dtype),
+                "fsdp": lambda: FSDP(module, sent_in, reduce_dtype=reduce_dtype),
                 "torch_ddp": lambda: TorchDDP(module, bucket_mb),
-                "torch_fsdp": lambda: TorchFSDP(module, sharded, reduce_dtype),
+                "torch_fsdp": lambda: TorchFSDP(module, sent_in, reduce_dtype),
             }[strategy]()
             local = SimpleNamespace(parameters=self.wrapper.local_parameters().values)
-            self.optimizer = make_optimizer(lm.optimizer_groups(local, weight_decay))
-            self.owner = None
+            self.optimizer = lm.AdamW(lm.optimizer_groups(local, weight_decay), lr, betas)
         self.parameters = {name.removeprefix("model."): p
                            for name, p in self.wrapper.local_parameters().items()}
         self.rows = {name.removeprefix("model."): n for name, n in self.wrapper.rows.items()}
@@ -1339,7 +1338,7 @@ class Trainer:
         self.pending = None  # the newest step: its numbers are read while the next one runs
         self.eta_from = None  # (step, time) of the first step: it may compile, and is not counted
         self.signals, self.stopping = [], False
-        print(f"{lm_parameters(config):,} parameters, {ranks.world_size} x {self.device.type}, "
+        print(f"{parameters_of(config):,} parameters, {ranks.world_size} x {self.device.type}, "
               f"{args.strategy}, {str(self.dtype)[6:]}"
               f"{', compiled in the first step' if compiled else ''}")
 
@@ -1548,7 +1547,7 @@ class Trainer:
         if weights:  # a whole model, which the sharded one is not
             model = lm.TransformerLM(self.config)
             model.load_state_dict(weights)
-            if 4 * lm_parameters(self.config) < lm.free_memory(self.device) / 2:
+            if 4 * parameters_of(self.config) < lm.free_memory(self.device) / 2:
                 model = model.to(self.device)
         for block in model.layers:
             block.__dict__.pop("forward", None)  # the compiled one: not for texts of all lengths
@@ -1557,7 +1556,7 @@ class Trainer:
         print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
 
 
-def lm_parameters(config):
+def parameters_of(config):
     return sum(lm.count_parameters(config).values())
 
 
@@ -1595,7 +1594,7 @@ def bench(args, ranks):
     cuda = device.type == "cuda"
     compiled = lm.compile_problem(device) is None if args.compile is None else args.compile
     card = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
-    print(f"{config}\n{lm_parameters(config):,} parameters, {ranks.world_size} x {device.type} "
+    print(f"{config}\n{parameters_of(config):,} parameters, {ranks.world_size} x {device.type} "
           f"({card}), batch {args.batch_size} a rank, {str(dtype)[6:]}, torch {torch.__version__}, "
           f"compile {compiled}, checkpoint_every {args.checkpoint_every}, bucket_mb "
           f"{args.bucket_mb:g}, reduce_dtype {args.reduce_dtype}{f'; {reason}' if reason else ''}")
