@@ -1062,6 +1062,10 @@ class Ranks:
 
     def connect(self):
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+        # another program's port may take a connection and never answer: torch waits for ever
+        limit = threading.Timer(self.init_timeout + 5, os._exit, [2])
+        limit.daemon = True
+        limit.start()
         try:
             timeout = timedelta(seconds=self.init_timeout)
             store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
@@ -1074,6 +1078,8 @@ class Ranks:
             raise ValueError(f"all {self.world_size} ranks must meet at {where} within "
                              f"{self.init_timeout:g} s, got {' '.join(str(error).split())[:160]}; "
                              "start them all, and see that this host reaches that one") from None
+        finally:
+            limit.cancel()
 
     def key(self):
         self.count += 1

@@ -703,9 +703,9 @@ def test_a_port_in_use_is_one_line(folder):
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
-        argv = ["train", *flags(folder, "bad")]
+        argv = ["train", *flags(folder, "bad", "--init_timeout", "5")]
         port = str(busy.getsockname()[1])
-        ends_with_one_line(start_ranks(2, argv, MASTER_PORT=port, WORLD_SIZE="2")[:1], f"127.0.0.1:{port}")
+        ends_with_one_line(start_ranks(2, argv, MASTER_PORT=port), f"must be free, got 127.0.0.1:{port}")
 
 
 def test_a_rank_that_never_comes_ends_the_wait(folder):
