@@ -33,6 +33,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -62,12 +63,17 @@ PRESETS = {
         ("large", 1280, 36, 20, 5120, 512, 10_000),
         ("xl", 2560, 32, 32, 10_240, 512, 10_000),
         ("10B", 4608, 50, 36, 12_288, 512, 10_000),
+        ("8B", 4096, 34, 32, 11_008, 32_768, 151_936),  # the leaderboard of 2026
     )
 }
 
 # Dense bf16 matrix rate in FLOP/s by a word of the device's name (vendors' datasheets).
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
               "4090": 165e12, "3090": 71e12, "L4": 121e12, "A10": 125e12}
+
+# What 2 CPU cores can teach in 5 minutes: chosen by bits per byte (README has the candidates).
+CPU_MODEL = dict(vocab_size=2048, context_length=128, d_model=128, num_layers=4, num_heads=2,
+                 tie_embeddings=True)
 
 # About the most logits that linear_cross_entropy holds at one time, by kind of device. Measured:
 # 1 GiB of bf16 keeps a GPU's matrix products large; a CPU is fastest while a chunk stays in its
@@ -154,6 +160,44 @@ def add_model_flags(parser, **defaults):
             options["type"] = float if isinstance(f.default, float) else int
         group.add_argument(f"--{f.name}", **options)
     parser.set_defaults(model_defaults=defaults)
+
+
+def add_training_flags(parser):
+    """Adds the flags that train.py and ddp.py share: data, steps, optimizer, files, model."""
+    import bpe
+    add, at_least_1 = parser.add_argument, positive(int)
+    add("--data", default="python", help="python (this Python's own source), "
+        f"{', '.join(bpe.DATASETS)}, or a .txt, .jsonl(.gz), folder or .bin")
+    add("--valid_data", help="validation text or .bin (default: 5%% of the documents)")
+    add("--data_dir", default="data", help="where text, tokenizer and token files go")
+    add("--tokenizer", help="a tokenizer.json (default: train one of --vocab_size)")
+    add("--pattern", default="gpt2", choices=bpe.PATTERNS, help="how a new tokenizer cuts text")
+    add("--errors", default="strict", choices=("strict", "replace"), help="on other than UTF-8")
+    add("--num_workers", type=at_least_1, help="processes that prepare the data (default: all)")
+    add("--batch_size", type=at_least_1, default=8, help="sequences a micro-batch")
+    add("--grad_accum", type=at_least_1, default=1, help="micro-batches an update")
+    add("--max_steps", type=at_least_1, default=3000, help="updates")
+    add("--lr", type=positive(float), default=3e-3, help="highest learning rate")
+    add("--min_lr", type=positive(float, zero=True), help="last rate (default: lr / 10)")
+    add("--warmup_steps", type=positive(int, zero=True), default=100)
+    for name, default in (("weight_decay", 0.1), ("beta1", 0.9), ("beta2", 0.95)):
+        add(f"--{name}", type=positive(float, zero=True), default=default)
+    add("--grad_clip", type=positive(float), default=1.0, help="largest norm of the gradient")
+    add("--checkpoint_every", type=at_least_1, nargs="*", default=[], help="recompute K blocks")
+    add("--eval_tokens", type=at_least_1, default=16_384, help="a validation; 4 times at the end")
+    for name, steps in (("eval_every", 500), ("save_every", 500), ("log_every", 50)):
+        add(f"--{name}", type=at_least_1, default=steps, help="steps")
+    add("--out_dir", default="out")
+    held = parser.add_mutually_exclusive_group().add_argument  # when --out_dir holds a run
+    held("--resume", action="store_true", help="go on with the run in --out_dir, same flags")
+    held("--overwrite", action="store_true", help="start anew in an --out_dir that holds a run")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    add("--prompt", default="def read(self", help="that the sample at the end continues")
+    add("--sample_tokens", type=at_least_1, default=256)
+    add_model_flags(parser, **CPU_MODEL)
 
 
 def config_from_flags(args, **overrides):
@@ -817,30 +861,40 @@ def lr_cosine_schedule(step, max_lr, min_lr, warmup_steps, cosine_steps):
     return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-@torch.no_grad()
-def clip_grad_norm_(parameters, max_norm):
-    """Scales the gradients in place so that their joint L2 norm is at most max_norm; returns the
-    norm before, a scalar tensor (not read here: no device sync). source: [1] A1 section 4.5"""
-    grads = [p.grad for p in parameters if p.grad is not None]
+def grad_norm(grads):
+    """The joint L2 norm of a list of gradients, a scalar tensor; of none it is 0."""
     if not grads:
         return torch.zeros(())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters, max_norm, norm=None):
+    """Scales the gradients in place so that their joint L2 norm is at most max_norm; returns the
+    norm before, a scalar tensor (not read here: no device sync). source: [1] A1 section 4.5
+
+    norm: the norm, where these parameters are not all there are (shards: see ddp.py)
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = grad_norm(grads) if norm is None else norm
+    if grads:
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-def get_batch(dataset, batch_size, context_length, device, generator=None):
+def get_batch(dataset, batch_size, context_length, device, generator=None, rows=slice(None)):
     """Random windows (x, y), both (batch_size, context_length) int64 on `device`, y one token on.
 
     dataset: 1-D array or memmap of token ids; only the windows are read. Starts are uniform, drawn
     from `generator` (a CPU torch.Generator; its state is the position in the data) or torch's own.
+    rows: those of the batch to read and return; all are drawn, as every rank of ddp.py does
     raises ValueError where the data is shorter than a window and its target
     """
     if len(dataset) <= context_length:
         raise ValueError(f"the data must hold more than context_length = {context_length} tokens, "
                          f"got {len(dataset)}; give more text or a shorter --context_length")
     starts = torch.randint(len(dataset) - context_length, (batch_size, 1), generator=generator)
-    windows = dataset[starts.numpy() + np.arange(context_length + 1)]
+    windows = dataset[starts[rows].numpy() + np.arange(context_length + 1)]
     windows = torch.from_numpy(windows.astype(np.int64))
     if torch.device(device).type == "cuda":
         windows = windows.pin_memory().to(device, non_blocking=True)
@@ -855,18 +909,37 @@ def evaluate(hidden_states, model, dataset, num_tokens, batch_size, device, dtyp
 
     hidden_states: model.hidden_states, or its compiled form; dtype: to compute in
     """
+    def loss_sum(x, y):
+        with compute_context(device, dtype):
+            hidden = hidden_states(x)
+            return linear_cross_entropy(hidden, model.lm_head.weight, y, reduction="sum")
+
     T = min(model.config.context_length, len(dataset) - 1)
+    total, tokens = evaluation_sum(loss_sum, dataset, T, num_tokens, batch_size, device)
+    return total / tokens
+
+
+@torch.no_grad()
+def evaluation_sum(loss_sum, dataset, T, num_tokens, batch_size, device, rank=0, world_size=1):
+    """The work of `evaluate`: (sum of losses on this rank, tokens on all ranks).
+
+    loss_sum(x, y): sum of losses of x, y (B, T). Each rank takes every world_size-th window, and
+    all take as many batches: a rank without a last window computes one that counts nothing.
+    """
     windows = (len(dataset) - 1) // T
     chosen = np.linspace(0, windows - 1, min(windows, max(1, num_tokens // T))).astype(np.int64) * T
+    mine = np.resize(chosen, -(-len(chosen) // world_size) * world_size)[rank::world_size]
+    counted = len(chosen[rank::world_size])
     total = 0.0
-    for first in range(0, len(chosen), batch_size):
-        starts = chosen[first : first + batch_size, None]
+    for first in range(0, len(mine), batch_size):
+        starts = mine[first : first + batch_size, None]
         batch = torch.from_numpy(dataset[starts + np.arange(T + 1)].astype(np.int64)).to(device)
-        with compute_context(device, dtype):
-            hidden, targets = hidden_states(batch[:, :-1]), batch[:, 1:]
-            loss = linear_cross_entropy(hidden, model.lm_head.weight, targets, reduction="sum")
-        total += loss.item()
-    return total / (len(chosen) * T)
+        x, y = batch[:, :-1], batch[:, 1:]
+        if first + len(starts) > counted:
+            y = y.clone()
+            y[counted - first :] = -100
+        total += loss_sum(x, y).item()
+    return total, len(chosen) * T
 
 
 @contextlib.contextmanager
@@ -1863,6 +1936,77 @@ def positive(kind, zero=False):
 
     convert.__name__ = kind.__name__  # argparse names the type in its message
     return convert
+
+
+@contextlib.contextmanager
+def stop_politely(received):
+    """Notes SIGTERM and SIGINT (Ctrl-C) in the list `received`: the step in hand is finished."""
+    before = {number: signal.signal(number, lambda number, frame: received.append(number))
+              for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def open_log(path, step, first):
+    """The log.jsonl of a run, to append to: what it holds up to `step`, or the record `first`."""
+    kept = []
+    if step and os.path.exists(path):
+        with open(path, encoding="utf-8") as log:
+            for line in log.read().splitlines():
+                with contextlib.suppress(ValueError, TypeError, AttributeError):  # half a line
+                    if json.loads(line).get("step", 0) <= step:
+                        kept.append(line)
+    with atomic_write(path) as file:
+        file.write(("\n".join(kept or [json.dumps(first)]) + "\n").encode())
+    return open(path, "a", encoding="utf-8")
+
+
+def log_line(entry, max_steps, mfu, left_s):
+    """The line that shows a record of a training step; mfu None where the peak is not known."""
+    e, left, memory = entry, int(left_s), entry.get("memory_gib")
+    return (f"step {e['step']}/{max_steps} | loss {e['loss']:.4f} | lr {e['lr']:.2e} | "
+            f"norm {e['grad_norm']:.2f} | {e['step_ms']:.1f} ms | {e['tokens_per_s']:,.0f} tok/s | "
+            f"mfu {'n/a' if mfu is None else f'{mfu:.1%}'} | "
+            f"{'' if memory is None else f'mem {memory:.1f} GiB | '}"
+            f"eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+
+
+def stop_on_non_finite(entry, drawn_from, highest, sequences, saved):
+    """raises FloatingPointError that names step and batch of a loss or gradient that is no number:
+    `sequences` windows that began below `highest`, by a generator in the state `drawn_from`."""
+    generator = torch.Generator().set_state(drawn_from)
+    starts = torch.randint(highest, (sequences,), generator=generator)[:4].tolist()
+    raise FloatingPointError(
+        f"loss and gradient must be finite, got loss {entry['loss']} and norm {entry['grad_norm']} "
+        f"at step {entry['step']}, on windows that start at training tokens "
+        f"{', '.join(map(str, starts))} ...; lower --lr, the last good checkpoint is of step "
+        f"{saved}")
+
+
+def export_and_sample(model, tokenizer, out_dir, prompt, num_tokens, seed):
+    """The end of a run: writes the Hugging Face folder out_dir/model, prints a sample."""
+    try:
+        save_pretrained(model, tokenizer, out_dir / "model")
+    except ValueError as reason:  # the ablations have no Hugging Face class
+        print(f"{out_dir / 'model'} was not written: {reason}")
+    if tokenizer:
+        (row,) = generate(model, [prompt or "<|endoftext|>"], num_tokens, 0.8, top_p=0.95,
+                          tokenizer=tokenizer, seed=seed,
+                          stop_ids=tuple(special_ids(tokenizer)))
+        print(f"--- sample\n{prompt}{row.text}\n---")
+
+
+def saved_flags(out_dir):
+    """The flags of the run in `out_dir`: of its checkpoint, before the first one of its log."""
+    with contextlib.suppress(FileNotFoundError, KeyError):
+        return read_checkpoint(os.path.join(out_dir, "checkpoint.pt"))["flags"]
+    with contextlib.suppress(FileNotFoundError, KeyError, ValueError, IndexError):
+        with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as log:
+            return json.loads(log.readline())["flags"]
+    return {}
 
 
 def print_any_text():

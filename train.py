@@ -11,11 +11,9 @@ Source: CS336 assignment 1 (basics) handout, Stanford 2025 and 2026, sections 5 
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict
@@ -25,10 +23,6 @@ import torch
 
 import bpe
 import model as lm
-
-# What 2 CPU cores can teach in 5 minutes: chosen by bits per byte (README has the candidates).
-CPU_MODEL = dict(vocab_size=2048, context_length=128, d_model=128, num_layers=4, num_heads=2,
-                 tie_embeddings=True)
 
 
 def loss_and_gradient(hidden_states, model, batch, micro_batch_size, grad_clip, context):
@@ -47,18 +41,6 @@ def loss_and_gradient(hidden_states, model, batch, micro_batch_size, grad_clip, 
         loss.backward()
         loss_sum += loss.detach()
     return torch.stack((loss_sum, lm.clip_grad_norm_(model.parameters(), grad_clip)))
-
-
-@contextlib.contextmanager
-def stop_politely(received):
-    """Notes SIGTERM and SIGINT (Ctrl-C) in the list `received`: the step in hand is finished."""
-    before = {number: signal.signal(number, lambda number, frame: received.append(number))
-              for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Trainer:
@@ -134,20 +116,10 @@ class Trainer:
               f" to {self.sequences // self.micro_batch_size}, the same update")
 
     def open_log(self):
-        """log.jsonl, cut back to this step; a first record of flags and versions if it is new."""
-        path, kept = self.out_dir / "log.jsonl", []
-        if self.step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, TypeError, AttributeError):  # half a line
-                    if json.loads(line).get("step", 0) <= self.step:
-                        kept.append(line)
-        if not kept:
-            card = torch.cuda.get_device_name() if self.device.type == "cuda" else str(self.device)
-            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-            kept = [json.dumps({"flags": self.flags(), "versions": versions, "device": card})]
-        with lm.atomic_write(path) as file:
-            file.write(("\n".join(kept) + "\n").encode())
-        return open(path, "a", encoding="utf-8")
+        card = torch.cuda.get_device_name() if self.device.type == "cuda" else str(self.device)
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+        first = {"flags": self.flags(), "versions": versions, "device": card}
+        return lm.open_log(self.out_dir / "log.jsonl", self.step, first)
 
     def record(self, **entry):
         entry["elapsed_s"] = round(time.perf_counter() - self.started, 3)
@@ -192,36 +164,22 @@ class Trainer:
         seconds = lm.seconds_between(self.step_began, done)  # waits for the step
         self.step_began, now = done, time.perf_counter()
         loss, norm = stats.tolist()
+        entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.stop_on_non_finite(step, loss, norm, drawn_from)
+            lm.stop_on_non_finite(entry, drawn_from, len(self.train_ids)
+                                  - self.config.context_length, self.sequences, self.saved)
         self.eta_from = self.eta_from or (step, now)
         args, tokens = self.args, self.sequences * self.config.context_length
         if step % args.log_every and step not in (1, args.max_steps):
             return
         rate, peak = tokens / seconds, lm.peak_flops(self.device)
-        mfu = f"{rate * lm.flops_per_token(self.config) / peak:.1%}" if peak else "n/a"
+        mfu = peak and rate * lm.flops_per_token(self.config) / peak
         mean_s = (now - self.eta_from[1]) / max(1, step - self.eta_from[0]) or seconds
-        left = int(mean_s * (args.max_steps - step))
-        line = (f"step {step}/{args.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-                f"{seconds * 1e3:.1f} ms | {rate:,.0f} tok/s | mfu {mfu} | ")
-        entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "step_ms": seconds * 1e3,
-                 "tokens_per_s": rate}
+        entry.update(step_ms=seconds * 1e3, tokens_per_s=rate)
         if self.device.type == "cuda":
             entry["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            line += f"mem {entry['memory_gib']:.1f} GiB | "
-        print(f"{line}eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}", flush=True)
+        print(lm.log_line(entry, args.max_steps, mfu, mean_s * (args.max_steps - step)), flush=True)
         self.record(**entry)
-
-    def stop_on_non_finite(self, step, loss, norm, drawn_from):
-        """Names step and batch of a loss or gradient that is not a number any more."""
-        generator = torch.Generator().set_state(drawn_from)
-        highest = len(self.train_ids) - self.config.context_length
-        starts = torch.randint(highest, (self.sequences,), generator=generator)[:4].tolist()
-        raise FloatingPointError(
-            f"loss and gradient must be finite, got loss {loss} and norm {norm} at step {step}, on "
-            f"windows that start at training tokens {', '.join(map(str, starts))} ...; lower --lr, "
-            f"the last good checkpoint is of step {self.saved}"
-        )
 
     def validate(self, num_tokens):
         loss = lm.evaluate(self.hidden_states, self.model, self.valid_ids, num_tokens,
@@ -286,17 +244,8 @@ class Trainer:
     def finish(self, loop_s):
         """Last validation, Hugging Face folder, sample, times."""
         self.validate(4 * self.args.eval_tokens)
-        try:
-            lm.save_pretrained(self.model, self.tokenizer, self.out_dir / "model")
-        except ValueError as reason:  # the ablations have no Hugging Face class
-            print(f"{self.out_dir / 'model'} was not written: {reason}")
-        if self.tokenizer:
-            (row,) = lm.generate(
-                self.model, [self.args.prompt or bpe.END_OF_TEXT], self.args.sample_tokens, 0.8,
-                top_p=0.95, tokenizer=self.tokenizer, seed=self.args.seed,
-                stop_ids=tuple(lm.special_ids(self.tokenizer)),
-            )
-            print(f"--- sample\n{self.args.prompt}{row.text}\n---")
+        lm.export_and_sample(self.model, self.tokenizer, self.out_dir, self.args.prompt,
+                             self.args.sample_tokens, self.args.seed)
         print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
 
 
@@ -324,51 +273,10 @@ def plot(logs, out):
 
 def build_parser():
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
-    add, positive = parser.add_argument, lm.positive(int)
-    add("--data", default="python", help="python (this Python's own source), "
-        f"{', '.join(bpe.DATASETS)}, or a .txt, .jsonl(.gz), folder or .bin")
-    add("--valid_data", help="validation text or .bin (default: 5%% of the documents)")
-    add("--data_dir", default="data", help="where text, tokenizer and token files go")
-    add("--tokenizer", help="a tokenizer.json (default: train one of --vocab_size)")
-    add("--pattern", default="gpt2", choices=bpe.PATTERNS, help="how a new tokenizer cuts text")
-    add("--errors", default="strict", choices=("strict", "replace"), help="on other than UTF-8")
-    add("--num_workers", type=positive, help="processes that prepare the data (default: all cores)")
-    add("--batch_size", type=positive, default=8, help="sequences a micro-batch")
-    add("--grad_accum", type=positive, default=1, help="micro-batches an update")
-    add("--max_steps", type=positive, default=3000, help="updates")
-    add("--lr", type=lm.positive(float), default=3e-3, help="highest learning rate")
-    add("--min_lr", type=lm.positive(float, zero=True), help="last rate (default: lr / 10)")
-    add("--warmup_steps", type=lm.positive(int, zero=True), default=100)
-    for name, default in (("weight_decay", 0.1), ("beta1", 0.9), ("beta2", 0.95)):
-        add(f"--{name}", type=lm.positive(float, zero=True), default=default)
-    add("--grad_clip", type=lm.positive(float), default=1.0, help="largest norm of the gradient")
-    add("--checkpoint_every", type=positive, nargs="*", default=[], help="recompute K blocks")
-    add("--eval_tokens", type=positive, default=16_384, help="a validation; 4 times at the end")
-    for name, steps in (("eval_every", 500), ("save_every", 500), ("log_every", 50)):
-        add(f"--{name}", type=positive, default=steps, help="steps")
-    add("--out_dir", default="out")
-    held = parser.add_mutually_exclusive_group().add_argument  # when --out_dir holds a run
-    held("--resume", action="store_true", help="go on with the run in --out_dir, same flags")
-    held("--overwrite", action="store_true", help="start anew in an --out_dir that holds a run")
-    add("--seed", type=int, default=0)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
-    add("--prompt", default="def read(self", help="that the sample at the end continues")
-    add("--sample_tokens", type=positive, default=256)
-    add("--plot", nargs="+", metavar="LOG", help="draw these log.jsonl files and stop")
-    add("--plot_file", default="curves.png")
-    lm.add_model_flags(parser, **CPU_MODEL)
+    lm.add_training_flags(parser)
+    parser.add_argument("--plot", nargs="+", metavar="LOG", help="draw these log.jsonl and stop")
+    parser.add_argument("--plot_file", default="curves.png")
     return parser
-
-
-def saved_flags(out_dir):
-    """The flags of the run in `out_dir`: of its checkpoint, before the first one of its log."""
-    with contextlib.suppress(FileNotFoundError, KeyError):
-        return lm.read_checkpoint(Path(out_dir) / "checkpoint.pt")["flags"]
-    with contextlib.suppress(FileNotFoundError, KeyError, ValueError, IndexError):
-        return json.loads((Path(out_dir) / "log.jsonl").read_text().splitlines()[0])["flags"]
-    return {}
 
 
 def main(argv=None):
@@ -381,15 +289,15 @@ def main(argv=None):
         if args.plot:
             return plot(args.plot, args.plot_file)
         if args.resume:  # the run's own flags, and over them those given now
-            parser.set_defaults(**{**saved_flags(args.out_dir), "out_dir": args.out_dir})
+            parser.set_defaults(**{**lm.saved_flags(args.out_dir), "out_dir": args.out_dir})
             args = parser.parse_args(argv)
         args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
         trainer = Trainer(args)
-        with stop_politely(trainer.signals):
+        with lm.stop_politely(trainer.signals):
             return trainer.run()
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         parser.exit(2, f"train.py: error: {str(error).splitlines()[0]}\n")
-    except KeyboardInterrupt:  # before the first step: later ones are saved, see stop_politely
+    except KeyboardInterrupt:  # before the first step: later ones are saved, see lm.stop_politely
         parser.exit(130, "train.py: interrupted; run it again, it uses what was made so far\n")
 
 

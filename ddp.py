@@ -1,0 +1,2081 @@
+"""Trains one model on many devices: data parallel, sharded optimizer, fully sharded data parallel.
+
+    torchrun --standalone --nproc_per_node=2 ddp.py train --strategy fsdp  # train.py's flags
+    torchrun --standalone --nproc_per_node=2 ddp.py bench --preset xl      # step time and memory
+    torchrun --standalone --nproc_per_node=2 ddp.py comm --limits          # what the links can do
+    python ddp.py train                                                     # one rank: train.py
+
+A run's update, log and checkpoint are train.py's: the same flags give the same numbers on any
+number of ranks under any strategy, and each resumes the other's runs. From plain to fast:
+
+    naive      an all-reduce for each gradient, after the backward pass
+    flat       one all-reduce of all gradients, after the backward pass
+    overlap    all-reduces of buckets, while the backward pass computes the rest
+    zero1      gradients reduced to the one rank that keeps the optimizer state of their parameter
+    fsdp       each rank keeps rows of every weight; whole ones exist while a layer needs them
+    torch_ddp, torch_fsdp    PyTorch's own engines
+
+Sources
+[1] CS336 assignment 2 (systems) handout, Stanford 2025 and 2026, the parts on distributed training
+[2] Li et al. 2020, PyTorch Distributed (buckets, overlap), arXiv 2006.15704
+[3] Rajbhandari et al. 2019, ZeRO, arXiv 1910.02054
+[4] Zhao et al. 2023, PyTorch FSDP, arXiv 2304.11277
+[5] Austin et al. 2025, How to Scale Your Model, chapters on sharding and training
+[6] NCCL tests, PERFORMANCE.md: algorithm and bus bandwidth
+
+Dims: N ranks; B tokens of a batch over all ranks, D d_model, F d_ff; C FLOP/s of a device, W bytes
+a second that a device can send.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import hashlib
+import json
+import math
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+import bpe
+import model as lm
+
+STRATEGIES = ("naive", "flat", "overlap", "zero1", "fsdp", "torch_ddp", "torch_fsdp")
+MiB = 2**20
+SECOND_BACKWARD = ("a gradient changed after its synchronisation began: run all but the last "
+                   "backward pass of an update under no_sync()")
+
+# -------------------------------------------------------------------------------------------------
+# collectives
+
+# of this process: `issued` tells the watchdog how far a rank came; `waited_s`, what a CPU waited
+COUNT = {"issued": 0, "waited_s": 0.0}
+# names since torch 2.12 first: the older ones warn there
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def num_ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def this_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def averages():
+    """Whether the back end divides by itself: NCCL does, in the same pass; gloo only adds."""
+    return num_ranks() == 1 or dist.get_backend() == "nccl"
+
+
+def wait_for(works):
+    """Waits for asynchronous collectives; on CUDA it is the current stream that waits."""
+    started = time.perf_counter()
+    for work in works:
+        work.wait()
+    COUNT["waited_s"] += time.perf_counter() - started
+
+
+def start_mean(tensor):
+    """Starts the all-reduce of `tensor` to its mean over the ranks; the function that it returns
+    waits for it."""
+    COUNT["issued"] += 1
+    op = dist.ReduceOp.AVG if averages() else dist.ReduceOp.SUM
+    work = dist.all_reduce(tensor, op, async_op=True)
+
+    def finish():
+        wait_for([work])
+        if not averages():
+            tensor.div_(num_ranks())
+
+    return finish
+
+
+def start_mean_to_owners(chunks):
+    """Starts a reduce-scatter of unequal parts: rank r shall have the mean of chunks[r] (1-D).
+    Returns (this rank's part, which is ready after finish; finish)."""
+    COUNT["issued"] += 1
+    op = dist.ReduceOp.AVG if averages() else dist.ReduceOp.SUM
+    mine = chunks[this_rank()]
+    if averages() and all(map(len, chunks)):
+        mine = torch.empty_like(mine)
+        works = [dist.reduce_scatter(mine, chunks, op, async_op=True)]
+    else:  # gloo takes equal parts only, nobody empty ones
+        works = [dist.reduce(chunk, r, op, async_op=True) for r, chunk in enumerate(chunks)
+                 if len(chunk)]
+
+    def finish():
+        wait_for(works)
+        if not averages():
+            mine.div_(num_ranks())
+
+    return mine, finish
+
+
+@torch.no_grad()
+def send_from_owners(tensors, owners, at_once_bytes=256 * MiB):
+    """Gives every rank the values that rank owners[i] has in tensors[i]: an all-gather of unequal
+    parts."""
+    if num_ranks() == 1:
+        return
+    if not averages():
+        COUNT["issued"] += 1
+        wait_for([dist.broadcast(t.detach(), r, async_op=True)
+                  for t, r in zip(tensors, owners, strict=True)])
+        return
+    parts, size = [], math.inf
+    for i in sorted(range(len(tensors)), key=lambda i: str(tensors[i].dtype)):  # stable
+        if size >= at_once_bytes or tensors[i].dtype != tensors[parts[-1][0]].dtype:
+            parts.append([])
+            size = 0
+        parts[-1].append(i)
+        size += tensors[i].nbytes
+    for part in parts:
+        of_rank = [[tensors[i] for i in part if owners[i] == r] for r in range(num_ranks())]
+        COUNT["issued"] += 1
+        if not all(of_rank):
+            wait_for([dist.broadcast(tensors[i].detach(), owners[i], async_op=True) for i in part])
+            continue
+        chunks = [flatten(ts) if r == this_rank() else ts[0].new_empty(sum(t.numel() for t in ts))
+                  for r, ts in enumerate(of_rank)]
+        dist.all_gather(chunks, chunks[this_rank()].clone())
+        for r, (ts, chunk) in enumerate(zip(of_rank, chunks, strict=True)):
+            if r != this_rank():
+                torch._foreach_copy_(ts, split_like(chunk, ts))
+
+
+def start_gathers(pairs, group=None):
+    """Starts all-gathers, (whole (N * n, ...), part (n, ...)) each, as one launch where the back
+    end can; returns the works to wait for."""
+    COUNT["issued"] += 1
+    if num_ranks() == 1:
+        for whole, part in pairs:
+            whole.copy_(part)
+        return []
+    if averages():
+        with dist.distributed_c10d._coalescing_manager(group, async_ops=True) as works:
+            for whole, part in pairs:
+                _all_gather(whole, part, group)
+        return [works]
+    return [_all_gather(whole, part, group, async_op=True) for whole, part in pairs]
+
+
+def start_reduce_scatters(pairs, group=None):
+    """As `start_gathers`, for reduce-scatters of (part, whole): sums, with NCCL means."""
+    COUNT["issued"] += 1
+    if num_ranks() == 1:
+        for part, whole in pairs:
+            part.copy_(whole)
+        return []
+    if averages():
+        with dist.distributed_c10d._coalescing_manager(group, async_ops=True) as works:
+            for part, whole in pairs:
+                _reduce_scatter(part, whole, dist.ReduceOp.AVG, group)
+        return [works]
+    return [_reduce_scatter(part, whole, group=group, async_op=True) for part, whole in pairs]
+
+
+@torch.no_grad()
+def broadcast_module(module):
+    """Gives every rank the parameters and buffers that rank 0 has."""
+    if num_ranks() > 1:
+        COUNT["issued"] += 1
+        tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}.values()
+        wait_for([dist.broadcast(t.detach(), 0, async_op=True) for t in tensors])
+
+
+def flatten(tensors):
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def split_like(flat, tensors):
+    """Views of 1-D `flat` in the shapes of `tensors`."""
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+def gather_rows(part, rows):
+    """The whole tensor (rows, ...) on every rank, of which each rank holds `part`: rows r*n to
+    (r+1)*n of it, n = rows / N rounded up; the last ranks may hold fewer or none."""
+    n = -(-rows // num_ranks())
+    whole = part.new_empty(n * num_ranks(), *part.shape[1:])
+    wait_for(start_gathers([(whole, pad_rows(part.detach(), n))]))
+    return whole[:rows]
+
+
+def pad_rows(tensor, n):
+    """tensor (up to n, ...) with rows of zeros up to n; itself where it has them and is whole."""
+    if len(tensor) == n:
+        return tensor.contiguous()
+    return torch.cat([tensor, tensor.new_zeros(n - len(tensor), *tensor.shape[1:])])
+
+
+def my_rows(tensor, rows):
+    """This rank's rows of a whole tensor: see `gather_rows`."""
+    n = -(-rows // num_ranks())
+    return tensor[this_rank() * n : (this_rank() + 1) * n]
+
+
+def weakly(method, *first):
+    """A hook that does not keep the method's object alive: Python's collector does not see cycles
+    through the hooks of a tensor."""
+    method = weakref.WeakMethod(method)
+    return lambda tensor: method()(*first, tensor) if method() else None
+
+
+class SameGradients:
+    """Finds ranks that have a gradient which others lack, after each synchronisation; on a GPU one
+    step late, so that the host need not wait for it."""
+
+    def __init__(self, names):
+        self.names, self.present, self.mine, self.table, self.done = names, None, None, None, None
+
+    def compare(self, present, device):
+        """present: for each name, whether this rank had its gradient. raises ValueError"""
+        self.report()
+        if not present:
+            return
+        if present != self.present:
+            mine = torch.tensor(present, dtype=torch.uint8)
+            self.mine = (mine.pin_memory() if device.type == "cuda" else mine).to(
+                device, non_blocking=True)
+            self.present = present
+        table = self.mine.new_empty(num_ranks() * len(present))
+        _all_gather(table, self.mine)
+        self.table = table.to("cpu", non_blocking=device.type == "cuda")
+        if device.type == "cuda":
+            self.done = torch.cuda.Event()
+            self.done.record()
+        else:
+            self.report()
+
+    def report(self):
+        if self.table is None:
+            return
+        if self.done is not None:
+            self.done.synchronize()
+        table, self.table = self.table.view(num_ranks(), -1).bool(), None
+        for i in (table != table[0]).any(0).nonzero().flatten().tolist():
+            have = [r for r in range(num_ranks()) if table[r, i]]
+            lack = [r for r in range(num_ranks()) if not table[r, i]]
+            raise ValueError(f"every rank must use the same parameters, got a gradient of "
+                             f"{self.names[i]} on ranks {have} and none on {lack}; use it on all "
+                             "or on none of them")
+
+
+# -------------------------------------------------------------------------------------------------
+# data parallel: every rank has the whole model
+
+
+class Replicated(nn.Module):
+    """What the data-parallel wrappers share. A rank runs forward and backward on its part of the
+    batch; `finish_gradient_synchronization()` then makes every gradient the mean over the ranks.
+    A parameter that no rank used keeps no gradient. `with no_sync():` accumulates without
+    communication. raises ValueError there when ranks used different parameters."""
+
+    rows = {}  # of FSDP: {name: rows of the whole tensor}
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        broadcast_module(module)
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.trained = [p for _, p in named]
+        self.same = SameGradients([name for name, _ in named])
+        self.syncing = True
+
+    def forward(self, *inputs, **named_inputs):
+        return self.module(*inputs, **named_inputs)
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        before, self.syncing = self.syncing, False
+        try:
+            yield
+        finally:
+            self.syncing = before
+
+    def local_parameters(self):
+        """{name: parameter} that this rank's optimizer sees."""
+        return dict(self.module.named_parameters())
+
+    def gradients(self):
+        """All gradients, zeros for missing ones, and for each whether it is there."""
+        present = [p.grad is not None for p in self.trained]
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained], present
+
+
+class NaiveDDP(Replicated):
+    """An all-reduce for each gradient, one after the other, after the backward pass: as many
+    latencies as parameters, and the links idle during the backward pass. source: [1]"""
+
+    def finish_gradient_synchronization(self):
+        if num_ranks() > 1 and self.trained:
+            grads, present = self.gradients()
+            for grad in grads:
+                start_mean(grad)()
+            self.same.compare(present, grads[0].device)
+
+
+class FlatDDP(Replicated):
+    """One all-reduce of all gradients (of a dtype) after the backward pass: a single latency, for
+    one copy of the gradients. source: [1]"""
+
+    def finish_gradient_synchronization(self):
+        if num_ranks() == 1 or not self.trained:
+            return
+        grads, present = self.gradients()
+        for dtype in dict.fromkeys(g.dtype for g in grads):
+            alike = [i for i, g in enumerate(grads) if g.dtype == dtype]
+            flat = flatten([grads[i] for i in alike])
+            start_mean(flat)()
+            for i, view in zip(alike, split_like(flat, [grads[i] for i in alike]), strict=True):
+                if present[i]:
+                    self.trained[i].grad = view
+        self.same.compare(present, grads[0].device)
+
+
+class DDP(Replicated):
+    """All-reduces of buckets of gradients, each started when the backward pass has made its last
+    one, so that communication hides behind the rest of it. source: [2]
+
+    Buckets are filled in reverse order of the parameters, about that of the backward pass, and
+    start in the same order on all ranks: one that is complete waits for those before it.
+    owner: {parameter: rank}, of a ShardedOptimizer: the mean goes to that rank alone, the others
+    keep no gradient (ZeRO, stages 1 and 2 [3]). For that many bytes once, not twice, over the link.
+    """
+
+    def __init__(self, module, bucket_mb=25.0, owner=None):
+        super().__init__(module)
+        self.owner = owner
+        self.buckets, size, kind = [], math.inf, None
+        for i in reversed(range(len(self.trained))):
+            p = self.trained[i]
+            if size >= bucket_mb * MiB or kind != (p.dtype, p.device):
+                self.buckets.append([])
+                size, kind = 0, (p.dtype, p.device)
+            self.buckets[-1].append(i)
+            size += p.nbytes
+        self.bucket_of = {i: b for b, bucket in enumerate(self.buckets) for i in bucket}
+        for i, p in enumerate(self.trained):
+            p.register_post_accumulate_grad_hook(weakly(self.ready, i))
+        self.reset()
+
+    def reset(self):
+        self.waiting = [set(bucket) for bucket in self.buckets]
+        self.started, self.present, self.in_flight = 0, [False] * len(self.trained), []
+
+    def ready(self, i, _):
+        """The hook: gradient i is complete on this rank."""
+        if not self.syncing or num_ranks() == 1:
+            return
+        if i not in self.waiting[self.bucket_of[i]]:
+            raise RuntimeError(SECOND_BACKWARD)
+        self.waiting[self.bucket_of[i]].remove(i)
+        while self.started < len(self.buckets) and not self.waiting[self.started]:
+            self.start_next()
+
+    def start_next(self):
+        bucket = self.buckets[self.started]
+        self.started += 1
+        params = [self.trained[i] for i in bucket]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        for i, p in zip(bucket, params, strict=True):
+            self.present[i] = p.grad is not None
+        if self.owner is None:
+            flat = flatten(grads)
+            finish = start_mean(flat)
+        else:
+            chunks = []
+            for r in range(num_ranks()):
+                theirs = [g for g, p in zip(grads, params, strict=True) if self.owner[p] == r]
+                chunks.append(flatten(theirs) if theirs else grads[0].new_empty(0))
+            flat, finish = start_mean_to_owners(chunks)
+            for p in params:
+                p.grad = None
+            keep = [k for k, p in enumerate(params) if self.owner[p] == this_rank()]
+            params, grads = [params[k] for k in keep], [grads[k] for k in keep]
+            bucket = [bucket[k] for k in keep]
+            while len(self.in_flight) > 1:  # what others own is freed when it has been sent
+                self.in_flight.pop(0)()
+        self.in_flight.append(finish)
+        for i, p, view in zip(bucket, params, split_like(flat, grads), strict=True):
+            p.grad = view if self.present[i] else None
+
+    def finish_gradient_synchronization(self):
+        if num_ranks() == 1 or not self.trained:
+            return
+        while self.started < len(self.buckets):  # parameters that this backward pass did not reach
+            self.start_next()
+        for finish in self.in_flight:
+            finish()
+        present = self.present
+        self.reset()
+        self.same.compare(present, self.trained[0].device)
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """Any optimizer, its state spread over the ranks: each parameter belongs to one rank, which
+    alone updates it and sends the result to the others. source: [1], [3] stage 1
+
+    Parameters go, largest first, to the rank that has the fewest elements; `owner` tells whose a
+    parameter is. Whole parameters, so that optimizers which look at a matrix as one work too: a
+    matrix larger than 1/N of the model makes its owner's part larger than 1/N.
+    Gradients: the same on all ranks, or (DDP with owner=) those of the own parameters only.
+    """
+
+    def __init__(self, params, optimizer_cls, **kwargs):
+        self.optimizer_cls, self.kwargs, self.inner = optimizer_cls, kwargs, None
+        self.owner, self.elements = {}, [0] * num_ranks()
+        super().__init__(params, dict(kwargs))
+        self.state = self.inner.state
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in sorted(group["params"], key=lambda p: -p.numel()):
+            self.owner[p] = self.elements.index(min(self.elements))
+            self.elements[self.owner[p]] += p.numel()
+        mine = [p for p in group["params"] if self.owner[p] == this_rank()]
+        if self.inner is None:
+            self.inner = self.optimizer_cls([{**group, "params": mine}], **self.kwargs)
+        else:
+            self.inner.add_param_group({**group, "params": mine})
+        for name, value in self.inner.param_groups[-1].items():  # the class's own defaults
+            group.setdefault(name, value)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner.update({name: v for name, v in group.items() if name != "params"})  # schedules
+        loss = self.inner.step(closure) if closure is not None else self.inner.step()
+        params = [p for group in self.param_groups for p in group["params"]]
+        send_from_owners(params, [self.owner[p] for p in params])
+        return loss
+
+    def load_state_dict(self, state_dict):
+        """Takes the whole state, keeps this rank's part."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        mine = {i: s for i, s in state_dict["state"].items()
+                if self.owner[params[i]] == this_rank()}
+        super().load_state_dict({**state_dict, "state": mine})
+        self.inner.state = self.state
+
+
+# -------------------------------------------------------------------------------------------------
+# fully sharded: every rank has rows of each weight
+
+
+class ShardedParameter:
+    """A parameter of FSDP: `shard`, this rank's rows, which the optimizer sees, and `full`, whose
+    memory exists only between `allocate` and `free`."""
+
+    def __init__(self, name, param, places, dtype):
+        self.name, self.places, self.shape = name, places, param.shape
+        self.n = -(-len(param) // num_ranks())
+        self.shard = nn.Parameter(my_rows(param.detach(), len(param)).clone(), param.requires_grad)
+        with torch.no_grad():
+            self.buffer = param.new_empty(self.n * num_ranks(), *param.shape[1:], dtype=dtype)
+            # .data: the gathers that fill the buffer are no change that autograd should object to
+            self.full = nn.Parameter(self.buffer[: len(param)].data, param.requires_grad)
+        self.nbytes, self.accumulated = self.buffer.nbytes, None
+        self.free()
+
+    def show(self, param):
+        """Puts the shard or the full weight where the module looks for it."""
+        for module, attribute in self.places:
+            module._parameters[attribute] = param
+
+    def allocate(self):
+        self.buffer.untyped_storage().resize_(self.nbytes)
+
+    def free(self):
+        # what autograd saved shares this storage, which is filled again before it is used
+        self.buffer.untyped_storage().resize_(0)
+        self.show(self.shard)
+
+    def take_gradient(self, dtype):
+        """The whole gradient in `dtype`, with those of passes under no_sync; None without any."""
+        grad, self.full.grad = self.full.grad, None
+        if self.accumulated is not None:
+            grad = self.accumulated if grad is None else self.accumulated.add_(grad)
+            self.accumulated = None
+        return None if grad is None else grad.to(dtype)
+
+
+class Unit:
+    """Parameters that FSDP gathers and frees together: those of one block."""
+
+    def __init__(self, fsdp, module, params):
+        self.fsdp, self.module, self.params = fsdp, module, params
+        self.trained = [s for s in params if s.full.requires_grad]
+        # a frozen weight may be needed after the last gradient is there
+        self.frees_early = len(self.trained) == len(params)
+        self.gathering, self.works, self.sent, self.in_backward = False, None, None, False
+        for i, s in enumerate(self.trained):
+            s.full.register_post_accumulate_grad_hook(weakly(self.ready, i))
+        self.reset()
+
+    def reset(self):
+        self.waiting, self.present, self.in_backward = set(self.trained), None, False
+
+    def start_gather(self):
+        if self.gathering:
+            return
+        self.gathering = True
+        for s in self.params:  # on the stream that computes: there its memory is used and freed
+            s.allocate()
+        with self.fsdp.on_stream("gather"):
+            self.sent = [(s.buffer, pad_rows(s.shard.detach().to(s.buffer.dtype), s.n))
+                         for s in self.params]
+            self.works = start_gathers(self.sent)
+
+    def gather(self):
+        """The whole weights are there for what is computed from now on."""
+        self.start_gather()
+        if self.works is not None:
+            wait_for(self.works)
+            if num_ranks() == 1:  # a copy, which no collective's end stands for
+                self.fsdp.join("gather")
+            self.works = self.sent = None
+            for s in self.params:
+                s.show(s.full)
+
+    def free(self):
+        if self.gathering:
+            self.gather()  # one that was started and not used must end before its memory goes
+            self.gathering = False
+            for s in self.params:
+                s.free()
+
+    def ready(self, i, _):
+        """The hook: the gradient of trained[i] is complete in this backward pass."""
+        s = self.trained[i]
+        if s in self.waiting:
+            self.waiting.remove(s)
+            if not self.waiting:
+                self.fsdp.unit_done(self)
+        elif self.present is not None or not self.waiting:
+            raise RuntimeError(SECOND_BACKWARD)
+
+
+class FSDP(nn.Module):
+    """Fully sharded data parallel: each rank keeps 1/N of the rows of every sharded parameter, of
+    its gradient and of its optimizer state. source: [1], [3] stage 3, [4]
+
+    Sharded are the parameters of every Linear and Embedding, ours and torch.nn's, and of modules of
+    the classes `shard_types`; others (norms) are replicated. The unit of communication is an item
+    of a ModuleList or Sequential; what lies outside of those is one more unit, the root, gathered
+    from the start of the forward pass to the end of the backward pass.
+    A unit's weights are sent in compute_dtype, `prefetch` units ahead of their use, freed after it,
+    gathered again in the backward pass; its gradients are reduced in reduce_dtype as soon as they
+    are complete. The shards stay in the dtype the module had.
+
+    parameters() are the shards and the replicated parameters, for an optimizer made after wrapping.
+    """
+
+    def __init__(self, module, compute_dtype=None, shard_types=None, reduce_dtype=torch.float32,
+                 prefetch=2):
+        super().__init__()
+        self.module, self.reduce_dtype, self.prefetch = module, reduce_dtype, prefetch
+        self.compute_dtype, self.syncing, self.in_backward = compute_dtype, True, False
+        broadcast_module(module)
+        self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        cuda = self.device.type == "cuda"
+        self.streams = {k: torch.cuda.Stream() if cuda else None for k in ("gather", "reduce")}
+        # of its own, so that a reduction which comes early on one rank cannot meet another's gather
+        self.reduce_group = dist.new_group() if num_ranks() > 1 else None
+        self.names = [name for name, p in module.named_parameters() if p.requires_grad]
+        first = {p: name for name, p in module.named_parameters()}
+        self.first_name = {name: first[p] for name, p in
+                           module.named_parameters(remove_duplicate=False)}
+        del first  # of the whole weights
+        self.units = self.make_units((lm.Linear, lm.Embedding, nn.Linear, nn.Embedding,
+                                      *(shard_types or ())))
+        self.rows = {s.name: s.shape[0] for unit in self.units for s in unit.params}
+        sharded = {s.name: s.shard for unit in self.units for s in unit.params}
+        self.replicated = {name: p for name, p in module.named_parameters() if name not in sharded}
+        self.same, self.reductions, self.copied = SameGradients(self.names), [], None
+        for i, unit in enumerate(self.units[1:], 1):
+            unit.module.register_forward_pre_hook(functools.partial(self.before_forward, i))
+            unit.module.register_forward_hook(functools.partial(self.after_forward, i))
+
+    def make_units(self, types):
+        """The root unit, then one for each outermost item of a container, in the module's order."""
+        item_of = {}  # submodule: its item; None where two share it
+
+        def find_items(module, inside_of=None):
+            for child in module.children():
+                is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
+                item = child if is_list and inside_of is None else inside_of
+                item_of[child] = item if item_of.get(child, item) is item else None
+                find_items(child, item)
+
+        find_items(self.module)
+        sharded = {p: None for m in self.module.modules() if isinstance(m, types)
+                   for p in m.parameters(recurse=False) if p.dim()}
+        places = {}
+        for m in self.module.modules():
+            for attribute, p in m._parameters.items():
+                if p in sharded:
+                    places.setdefault(p, []).append((m, attribute))
+        homes = {}
+        for name, p in self.module.named_parameters():
+            if p in sharded:
+                home = {item_of.get(m) for m, _ in places[p]}  # tied across units: of the root
+                homes.setdefault(home.pop() if len(home) == 1 else None, []).append((name, p))
+        items = [None, *(m for m in self.module.modules() if m in homes)]
+        if self.compute_dtype is not None:
+            for m in {m for p in sharded for m, _ in places[p]}:
+                m.register_forward_pre_hook(self.cast_inputs)
+        units = []
+        for item in items:
+            params = []
+            for name, p in homes.get(item, ()):
+                dtype = self.compute_dtype if self.compute_dtype and p.is_floating_point() else None
+                params.append(ShardedParameter(name, p, places[p], dtype or p.dtype))
+            units.append(Unit(self, item, params))
+        return units
+
+    def cast_inputs(self, _, inputs):
+        return tuple(x.to(self.compute_dtype) if torch.is_tensor(x) and x.is_floating_point()
+                     else x for x in inputs)
+
+    def on_stream(self, name):
+        """Runs on a stream of that name, behind all that the current one was given so far."""
+        stream = self.streams[name]
+        if stream is None:
+            return contextlib.nullcontext()
+        stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(stream)
+
+    def join(self, name):
+        """The current stream waits for the one of that name."""
+        if self.streams[name] is not None:
+            torch.cuda.current_stream().wait_stream(self.streams[name])
+
+    no_sync = Replicated.no_sync
+
+    def local_parameters(self):
+        return {name.removeprefix("module."): p for name, p in self.named_parameters()}
+
+    # --- forward
+
+    def forward(self, *inputs, **named_inputs):
+        for unit in self.units:  # also what a forward pass without a backward pass has left
+            unit.free()
+            unit.in_backward = False
+            if unit.present is None:
+                unit.waiting = set(unit.trained)
+        self.in_backward = False
+        self.units[0].gather()
+        for unit in self.units[1 : 1 + self.prefetch]:
+            unit.start_gather()
+        outputs = self.module(*inputs, **named_inputs)
+        if torch.is_grad_enabled():
+            self.watch_gradient(0, outputs)
+        else:
+            self.units[0].free()
+        return outputs
+
+    def before_forward(self, i, *_):
+        if not self.in_backward:  # else a checkpointed block is computed again
+            for unit in self.units[i : i + 1 + self.prefetch]:
+                unit.start_gather()
+        self.units[i].gather()
+
+    def after_forward(self, i, _, inputs, outputs):
+        unit, grad = self.units[i], torch.is_grad_enabled()
+        last = i == len(self.units) - 1 and not self.in_backward  # needed first in backward: stays
+        if not unit.in_backward and not (last and grad):
+            unit.free()
+        if grad and not self.in_backward:
+            self.watch_gradient(i, outputs)
+
+    def watch_gradient(self, i, outputs):
+        for tensor in torch.utils._pytree.tree_leaves(outputs):
+            if torch.is_tensor(tensor) and tensor.requires_grad:
+                tensor.register_hook(functools.partial(self.before_backward, i))
+
+    # --- backward
+
+    def before_backward(self, i, _):
+        """A gradient of an output of unit i is there: its backward pass begins."""
+        self.in_backward = self.units[i].in_backward = True
+        previous = self.units[max(1, i - self.prefetch) : i] if i else self.units[-self.prefetch :]
+        for unit in (self.units[i], *reversed(previous)):
+            if unit.waiting or not unit.trained:  # else it had its backward pass: two outputs
+                unit.start_gather()
+        self.units[i].gather()
+
+    def unit_done(self, unit):
+        """All gradients of the unit are complete: frees its weights, and reduces when syncing."""
+        unit.waiting, unit.in_backward = set(unit.trained), False
+        if unit.frees_early:
+            unit.free()
+        if not self.syncing:
+            for s in unit.trained:
+                s.accumulated = s.take_gradient(self.reduce_dtype)
+            return
+        unit.waiting = set()
+        for later in reversed(self.units):  # the root last; in the same order on all ranks
+            if later.present is None and later.trained:
+                if later.waiting:
+                    return
+                self.reduce(later)
+
+    def reduce(self, unit):
+        """Starts the reduce-scatter of the unit's gradients into the gradients of its shards."""
+        grads = [(s, s.full.grad, s.accumulated) for s in unit.trained]
+        unit.present = {s: grad is not None or more is not None for s, grad, more in grads}
+        if self.copied is not None:  # the gradients of the unit before may be freed now
+            torch.cuda.current_stream().wait_event(self.copied[1])
+        with self.on_stream("reduce"):
+            pairs, borrowed = [], False
+            for s in unit.trained:
+                grad = s.take_gradient(self.reduce_dtype)
+                if grad is None:
+                    grad = s.shard.new_zeros(s.shape, dtype=self.reduce_dtype)
+                whole = pad_rows(grad, len(s.buffer))
+                borrowed = borrowed or any(whole is g for _, *gs in grads for g in gs)
+                pairs.append((torch.empty_like(whole[: s.n]), whole))
+            works = start_reduce_scatters(pairs, self.reduce_group)
+            if self.device.type != "cuda":
+                self.reductions.append((unit, pairs, works))
+                return
+            self.copied = grads, torch.cuda.Event()
+            if not borrowed:  # by the collective itself: read until it ends
+                self.copied[1].record()
+            wait_for(works)  # the stream "reduce" does, not the host
+            self.add_to_shards(unit, [part for part, _ in pairs])
+            if borrowed:
+                self.copied[1].record()
+
+    def add_to_shards(self, unit, parts):
+        for s, part in zip(unit.trained, parts, strict=True):
+            if unit.present[s]:
+                part = part[: len(s.shard)].to(s.shard.dtype)
+                part = part if averages() else part / num_ranks()
+                s.shard.grad = part if s.shard.grad is None else s.shard.grad + part
+
+    def finish_gradient_synchronization(self):
+        for unit in reversed(self.units):
+            if unit.present is None and unit.trained:
+                self.reduce(unit)
+        for unit, pairs, works in self.reductions:
+            wait_for(works)
+            self.add_to_shards(unit, [part for part, _ in pairs])
+        present = {s.name: there for unit in self.units
+                   for s, there in (unit.present or {}).items()}
+        self.reductions, self.copied, self.in_backward = [], None, False
+        for unit in self.units:
+            unit.free()
+            unit.reset()
+        self.join("reduce")
+        trained = [p for p in self.replicated.values() if p.requires_grad]
+        present.update({name: p.grad is not None for name, p in self.replicated.items()})
+        if num_ranks() > 1:
+            for dtype in dict.fromkeys(p.dtype for p in trained):
+                alike = [p for p in trained if p.dtype == dtype]
+                flat = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in alike])
+                start_mean(flat)()
+                for p, view in zip(alike, split_like(flat, alike), strict=True):
+                    p.grad = None if p.grad is None else view
+            self.same.compare([present[name] for name in self.names], self.device)
+
+    @torch.no_grad()
+    def gather_full_params(self):
+        """{name: whole tensor in the shards' dtype}, on every rank; tied names share one tensor."""
+        full = {}
+        for name, p in self.local_parameters().items():
+            full[name] = gather_rows(p, self.rows[name]) if name in self.rows else p.detach()
+        return {name: full[first] for name, first in self.first_name.items()}
+
+
+# -------------------------------------------------------------------------------------------------
+# PyTorch's own engines, behind the same interface
+
+
+class TorchDDP(Replicated):
+    """torch.nn.parallel.DistributedDataParallel."""
+
+    def __init__(self, module, bucket_mb=25.0):
+        nn.Module.__init__(self)
+        self.module = module
+        self.engine = nn.parallel.DistributedDataParallel(
+            module, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True)
+        self.no_sync = self.engine.no_sync
+
+    def forward(self, *inputs):
+        return self.engine(*inputs)
+
+    def finish_gradient_synchronization(self):
+        pass  # its backward pass ends with it
+
+
+class TorchFSDP(nn.Module):
+    """torch.distributed.fsdp.fully_shard of each block, then of the rest. The optimizer sees plain
+    tensors that share the memory of its DTensors, as it does under FSDP."""
+
+    def __init__(self, module, compute_dtype=None, reduce_dtype=torch.float32):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        super().__init__()
+        broadcast_module(module)
+        self.rows = {name: len(p) for name, p in module.named_parameters()}
+        device = next(module.parameters()).device.type
+        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
+        options = dict(mesh=init_device_mesh(device, (num_ranks(),)), mp_policy=policy)
+        for container in [m for m in module.modules() if isinstance(m, nn.ModuleList)]:
+            for item in container:
+                fully_shard(item, **options)
+        self.module = fully_shard(module, **options)
+        self.plain = {name: nn.Parameter(p.to_local().detach(), p.requires_grad)
+                      for name, p in module.named_parameters()}
+
+    def forward(self, *inputs):
+        return self.module(*inputs)
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        self.module.set_requires_gradient_sync(False)
+        yield
+        self.module.set_requires_gradient_sync(True)
+
+    def local_parameters(self):
+        return self.plain
+
+    def finish_gradient_synchronization(self):
+        for name, p in self.module.named_parameters():
+            self.plain[name].grad, p.grad = None if p.grad is None else p.grad.to_local(), None
+
+
+# -------------------------------------------------------------------------------------------------
+# one strategy as a whole: wrapper, optimizer, norm, and the state that a checkpoint holds
+
+
+class LanguageModelLoss(nn.Module):
+    """The module that is wrapped: ids and targets (B, T) to the sum of the losses."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y):
+        return self.model.loss(x, y, reduction="sum")
+
+
+class Engine:
+    """`strategy` around a TransformerLM: `loss_and_gradient` and `optimizer.step()` are a step."""
+
+    def __init__(self, strategy, model, dtype, weight_decay, lr, betas, bucket_mb=25.0,
+                 reduce_dtype=torch.float32, compiled=False):
+        self.strategy, self.model, self.dtype = strategy, model, dtype
+        self.device = next(model.parameters()).device
+        first = {p: name for name, p in model.named_parameters()}
+        self.first_name = {name: first[p] for name, p in
+                           model.named_parameters(remove_duplicate=False)}
+        del first
+        if compiled:  # block by block: a whole model's gradients would all be ready at the end
+            for block in model.layers:
+                block.forward = torch.compile(block.forward)
+        module = LanguageModelLoss(model)
+        sent_in = dtype if dtype != torch.float32 else None
+        self.owner = None
+        if strategy == "zero1":
+            self.optimizer = ShardedOptimizer(lm.optimizer_groups(model, weight_decay), lm.AdamW,
+                                              lr=lr, betas=betas)
+            self.wrapper = DDP(module, bucket_mb, self.optimizer.owner)
+            self.owner = self.optimizer.owner
+        else:
+            self.wrapper = {
+                "naive": lambda: NaiveDDP(module), "flat": lambda: FlatDDP(module),
+                "overlap": lambda: DDP(module, bucket_mb),
+                "fsdp": lambda: FSDP(module, sent_in, reduce_dtype=reduce_dtype),
+                "torch_ddp": lambda: TorchDDP(module, bucket_mb),
+                "torch_fsdp": lambda: TorchFSDP(module, sent_in, reduce_dtype),
+            }[strategy]()
+            local = SimpleNamespace(parameters=self.wrapper.local_parameters().values)
+            self.optimizer = lm.AdamW(lm.optimizer_groups(local, weight_decay), lr, betas)
+        self.parameters = {name.removeprefix("model."): p
+                           for name, p in self.wrapper.local_parameters().items()}
+        self.rows = {name.removeprefix("model."): n for name, n in self.wrapper.rows.items()}
+        # FSDP's weights have the dtype to compute in, and its activations follow them
+        self.autocast = None if "fsdp" in strategy else dtype
+
+    def loss_sum(self, x, y):
+        with lm.compute_context(self.device, self.autocast or torch.float32):
+            return self.wrapper(x, y)
+
+    def loss_and_gradient(self, x, y, micro_batch_size, grad_clip, watch=lambda what: None):
+        """Leaves the clipped mean gradient over the tokens of all ranks in the parameters, of which
+        x, y (B, T) int64 are this rank's; returns the tensor (its part of the loss, gradient norm
+        before clipping). Gradients are means over the ranks: hence losses over tokens / N."""
+        self.zero_grad()
+        total = torch.zeros((), device=self.device)
+        parts = [*zip(x.split(micro_batch_size), y.split(micro_batch_size), strict=True)]
+        for i, (x_part, y_part) in enumerate(parts):
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last else self.wrapper.no_sync():
+                loss = self.loss_sum(x_part, y_part) / y.numel()
+                loss.backward()
+            total += loss.detach()
+        watch("waiting for the gradients of the others")
+        self.wrapper.finish_gradient_synchronization()
+        norm = self.gradient_norm()
+        lm.clip_grad_norm_(self.parameters.values(), grad_clip, norm)
+        return torch.stack((total / num_ranks(), norm))
+
+    @torch.no_grad()
+    def gradient_norm(self):
+        """The norm of the whole gradient: shards are added up over the ranks, whole ones are the
+        same on all and count once."""
+        shards, whole = [], []
+        for name, p in self.parameters.items():
+            if p.grad is not None:
+                (shards if name in self.rows or self.owner else whole).append(p.grad)
+        if num_ranks() == 1 or not (self.rows or self.owner):
+            return lm.grad_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        square = lm.grad_norm(shards).to(self.device).square()
+        dist.all_reduce(square)
+        return (square + lm.grad_norm(whole).to(self.device).square()).sqrt()
+
+    def zero_grad(self):
+        for p in (*self.parameters.values(), *self.wrapper.parameters()):
+            p.grad = None
+
+    def whole_model(self):
+        """On rank 0 {name: whole tensor on the CPU}, as model.state_dict() has it; else empty.
+        Tensor by tensor: no rank ever holds all of them on its device."""
+        whole = {}
+        for name, p in self.parameters.items():
+            tensor = gather_rows(p, self.rows[name]) if name in self.rows else p.detach()
+            if this_rank() == 0:
+                whole[name] = tensor.cpu()
+        return {name: whole[first] for name, first in self.first_name.items()} if whole else {}
+
+    def state_parameters(self):
+        """(number, parameter, name) in the order in which optimizer.state_dict() counts them."""
+        names = {p: name for name, p in self.parameters.items()}
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [(i, p, names[p]) for i, p in enumerate(params)]
+
+    def whole_optimizer(self, ranks):
+        """On rank 0 what optimizer.state_dict() would be on one device, tensors on the CPU."""
+        mine = {i: {key: list(v.shape) if torch.is_tensor(v) else v for key, v in
+                    self.optimizer.state[p].items()}
+                for i, p, _ in self.state_parameters() if p in self.optimizer.state}
+        layout = ranks.collect(mine)
+        state = {}
+        for i, p, name in self.state_parameters():
+            owner = self.owner[p] if self.owner else 0
+            theirs = layout[owner].get(str(i)) if this_rank() == 0 else mine.get(i)
+            if theirs is None:  # not of this rank, or never updated
+                continue
+            state[i] = {}
+            for key, value in theirs.items():
+                if isinstance(value, list):
+                    tensor = self.optimizer.state.get(p, {}).get(key)
+                    value = self.fetch(tensor, value, p, owner, name)
+                state[i][key] = value
+        groups, start = [], 0
+        for group in self.optimizer.param_groups:
+            end = start + len(group["params"])
+            groups.append({**group, "params": list(range(start, end))})
+            start = end
+        return {"state": state, "param_groups": groups}
+
+    def fetch(self, tensor, shape, p, owner, name):
+        """A tensor of the optimizer's state, whole and on the CPU, for rank 0."""
+        if name in self.rows:
+            tensor = gather_rows(tensor, self.rows[name])
+        elif owner != 0 and this_rank() == owner:
+            dist.send(tensor.contiguous(), 0)
+        elif owner != 0:
+            tensor = p.new_empty(shape)
+            dist.recv(tensor, owner)
+        return tensor.cpu() if this_rank() == 0 else None
+
+    @torch.no_grad()
+    def load_optimizer(self, saved, ranks):
+        """Takes over the state of `whole_optimizer`, which rank 0 alone has; each rank keeps its
+        part of a tensor, and one tensor is whole on the devices at a time."""
+        layout = ranks.share(lambda: {
+            i: {key: [list(v.shape), str(v.dtype)[6:]] if torch.is_tensor(v) else v
+                for key, v in values.items()} for i, values in saved["state"].items()})
+        for i, p, name in self.state_parameters():
+            if str(i) not in layout:
+                continue
+            state = {}
+            for key, value in layout[str(i)].items():
+                if isinstance(value, list):
+                    shape, dtype = value
+                    value = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+                    if this_rank() == 0:
+                        value.copy_(saved["state"][i][key])
+                    if num_ranks() > 1:
+                        dist.broadcast(value, 0)
+                    if name in self.rows and tuple(shape) != tuple(p.shape):
+                        value = my_rows(value, self.rows[name]).clone()
+                state[key] = value
+            if not self.owner or self.owner[p] == this_rank():
+                self.optimizer.state[p] = state
+
+
+# -------------------------------------------------------------------------------------------------
+# ranks: who is there, what they agree on, and who stopped answering
+
+
+class Agreed(ValueError):
+    """An error that every rank has: rank 0 alone tells it."""
+
+
+class Ranks:
+    """This process among those that torchrun started, and the store through which they talk before
+    and beside the process group."""
+
+    def __init__(self, init_timeout):
+        environment = os.environ
+        self.rank, self.world_size = int(environment.get("RANK", 0)), 1
+        self.local_rank = int(environment.get("LOCAL_RANK", self.rank))
+        self.restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
+        self.count, self.init_timeout, self.watch = 0, init_timeout, None
+        if "MASTER_ADDR" not in environment:  # plain python
+            self.store = dist.HashStore()
+            return
+        self.world_size = int(environment.get("WORLD_SIZE", 1))
+        self.store = self.connect()
+
+    def connect(self):
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+        # another program's port may take a connection and never answer: torch waits for ever
+        limit = threading.Timer(self.init_timeout + 5, os._exit, [2])
+        limit.daemon = True
+        limit.start()
+        try:
+            timeout = timedelta(seconds=self.init_timeout)
+            store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
+            # torchrun's store outlives a restart: what the ranks before it said is of no use
+            return dist.PrefixStore(f"lmzero/{self.restarts}", store)
+        except (dist.DistError, ValueError) as error:
+            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+                raise ValueError(f"MASTER_PORT must be free, got {where}, which another program "
+                                 "uses; choose another port, or torchrun --standalone") from None
+            raise ValueError(f"all {self.world_size} ranks must meet at {where} within "
+                             f"{self.init_timeout:g} s, got {' '.join(str(error).split())[:160]}; "
+                             "start them all, and see that this host reaches that one") from None
+        finally:
+            limit.cancel()
+
+    def key(self):
+        self.count += 1
+        return f"lmzero/{self.count}"
+
+    def wait(self, key, limit_s=7 * 86_400):  # data may be prepared for hours
+        self.store.wait([key], timedelta(seconds=limit_s))
+        return json.loads(self.store.get(key))
+
+    def share(self, function):
+        """What function() returns on rank 0, JSON; its ValueError or OSError is raised on all."""
+        key = self.key()
+        if self.rank == 0:
+            try:
+                answer = {"value": function()}
+            except (ValueError, OSError) as error:
+                answer = {"error": str(error)}
+            self.store.set(key, json.dumps(answer))
+        answer = self.wait(key)
+        if "error" in answer:
+            heard = self.store.add(f"{key}/heard", 1)
+            until = time.monotonic() + 5  # the store may end with rank 0
+            while self.rank == 0 and heard < self.world_size and time.monotonic() < until:
+                time.sleep(0.01)
+                heard = self.store.add(f"{key}/heard", 0)
+            raise Agreed(answer["error"])
+        return answer["value"]
+
+    def collect(self, value, *limit_s):
+        """On rank 0 the values of all ranks, JSON; None on the others."""
+        key = self.key()
+        self.store.set(f"{key}/{self.rank}", json.dumps(value))
+        if self.rank == 0:
+            return [self.wait(f"{key}/{r}", *limit_s) for r in range(self.world_size)]
+        return None
+
+    def in_turns(self, function):
+        """function() on rank 0, then on the first rank of each other host, then on all others: the
+        first finds or makes what the next ones find."""
+        turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
+        result = None
+        for number in range(3):
+            error = None
+            if turn == number:
+                try:
+                    result = function()
+                except (ValueError, OSError) as problem:
+                    error = str(problem)
+            errors = self.collect(error)
+            self.share(functools.partial(raise_first, errors))
+        return result
+
+    def agree(self, args, check):
+        """Before any work: check() must raise on no rank, and all must have been given the same
+        flags. raises ValueError with rank and flags, the same on every rank"""
+        problem = None
+        try:
+            check()
+        except ValueError as error:
+            problem = str(error)
+        flags = {name: str(value) for name, value in vars(args).items()
+                 if name not in ("run", "model_defaults")}
+        digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
+        reports = self.collect([problem, digest, flags], self.init_timeout)
+
+        def verdict():
+            for rank, (problem, _, _) in enumerate(reports):
+                if problem:
+                    raise ValueError(problem if rank == 0 else f"rank {rank}: {problem}")
+            _, expected, first = reports[0]
+            for rank, (_, digest, flags) in enumerate(reports):
+                if digest != expected:
+                    differ = [f"--{name} {flags.get(name)} for {first.get(name)}" for name in
+                              sorted(first.keys() | flags.keys())
+                              if flags.get(name) != first.get(name)]
+                    raise ValueError("all ranks must be started with the same flags, got "
+                                     f"{', '.join(differ)} on rank {rank}; start them with one "
+                                     "command")
+
+        self.share(verdict)
+
+    def start_group(self, device, backend, timeout):
+        """The process group, proven by a first collective that has a short time limit."""
+        self.watch = Watchdog(self, timeout)
+        self.watch("the first collective", limit_s=self.init_timeout, hint="see that the hosts "
+                   "reach each other: NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names the network "
+                   "card, NCCL_DEBUG=INFO says more")
+        dist.init_process_group(backend, store=dist.PrefixStore("group", self.store),
+                                rank=self.rank, world_size=self.world_size,
+                                timeout=timedelta(seconds=timeout + 60))  # the watchdog is first
+        if self.world_size > 1:
+            one = torch.ones((), device=device)
+            dist.all_reduce(one)
+            assert one.item() == self.world_size, (one.item(), self.world_size)
+        self.watch("starting", limit_s=math.inf)
+
+    def close(self):
+        if self.watch is not None:
+            self.watch.ended.set()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def claim(self, without_store):
+        """Whether this rank is the first that wants to tell about an error."""
+        try:
+            return self.store.add("lmzero/told", 1) == 1
+        except RuntimeError:
+            return without_store
+
+
+def raise_first(errors):
+    for error in filter(None, errors):
+        raise ValueError(error)
+
+
+class Watchdog:
+    """A thread that tells the others that this process lives, and ends it, naming the ranks that
+    stopped answering, when the main thread has not come on for `limit_s` seconds.
+
+    watch(what, step, limit_s): the main thread is at `what` of `step` now."""
+
+    def __init__(self, ranks, limit_s):
+        self.ranks, self.default_s, self.ended = ranks, limit_s, threading.Event()
+        self.step, self.beat, self.hint = 0, 0, ""
+        self("starting", limit_s=math.inf)
+        if ranks.world_size > 1:
+            self.store = dist.PrefixStore("watch", ranks.connect())  # one that no wait() holds up
+            threading.Thread(target=self.run, daemon=True).start()
+
+    def __call__(self, what, step=None, limit_s=None, hint=""):
+        self.what, self.hint = what, hint
+        self.step = self.step if step is None else step
+        self.limit_s = self.default_s if limit_s is None else limit_s
+        self.since = time.monotonic()
+
+    def run(self):
+        try:
+            while not self.ended.wait(min(1.0, self.limit_s / 5)):
+                self.tell()
+                if time.monotonic() - self.since > self.limit_s:
+                    self.report()
+        except RuntimeError:  # the store has gone, and rank 0 with it
+            if not self.ended.wait(10):  # neither over, nor did the main thread see it
+                os._exit(1)
+
+    def tell(self):
+        self.beat += 1
+        state = [self.beat, self.step, COUNT["issued"], self.what]
+        self.store.set(str(self.ranks.rank), json.dumps(state))
+
+    def states(self):
+        ranks = map(str, range(self.ranks.world_size))
+        return [json.loads(self.store.get(r)) if self.store.check([r]) else None for r in ranks]
+
+    def report(self):
+        """Ends the process; the first to come here tells who is to blame: the ranks whose beat has
+        stopped, else those that have come least far."""
+        try:
+            first = self.store.add("reports", 1) == 1
+            before = self.states()
+            for _ in range(4 if first else 6):  # none shall seem dead while the first one looks
+                time.sleep(1)
+                self.tell()
+            if first:
+                self.blame(before, self.states())
+        finally:
+            os._exit(1)
+
+    def blame(self, before, now):
+        silent = [r for r, (a, b) in enumerate(zip(before, now, strict=True)) if a == b]
+        place = {r: (state[1], state[2]) for r, state in enumerate(now) if state}
+        behind = silent or [r for r, at in place.items() if at == min(place.values())]
+        names = f"rank{'s' * (len(behind) > 1)} {', '.join(map(str, behind))}"
+        how = ("stopped answering" if silent else "fell behind" if len(behind) < len(place)
+               else "wait for each other")
+        print(f"ddp.py: error: {names} {how} at step {self.step}, rank {self.ranks.rank} was at: "
+              f"{self.what}; no progress within {self.limit_s:g} s; "
+              f"{self.hint or 'give a longer --timeout if that is too short'}",
+              file=sys.stderr, flush=True)
+
+
+def device_of_rank(args, ranks):
+    """The device of this rank. raises ValueError where it has none"""
+    name = args.device
+    if ranks.world_size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        gpus, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if max(needed, ranks.local_rank + 1) > gpus:
+            raise ValueError(f"a host must have a GPU for each of its ranks, got {needed} ranks "
+                             f"and {gpus} GPUs; lower --nproc_per_node, or --device cpu")
+        name = f"cuda:{ranks.local_rank}"
+    device = lm.resolve_device(name)
+    if ranks.world_size > 1 and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"several ranks must be on CPUs or NVIDIA GPUs, got {device}; "
+                         "give --device cpu")
+    if args.backend == "nccl" and device.type != "cuda":
+        raise ValueError(f"backend=nccl needs an NVIDIA GPU for each rank, got device {device}; "
+                         "give --backend gloo")
+    return device
+
+
+def backend_for(args, device):
+    return args.backend if args.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
+
+
+# -------------------------------------------------------------------------------------------------
+# train: train.py's run, in the same order
+
+
+class Trainer:
+    """The state of a run and what happens to it; `run` is the loop."""
+
+    def __init__(self, args, ranks, device):
+        self.args, self.ranks, self.started = args, ranks, time.perf_counter()
+        self.device, self.watch = device, ranks.watch
+        self.out_dir = Path(args.out_dir)
+        self.checkpoint = self.out_dir / "checkpoint.pt"
+        ranks.share(self.check_out_dir)
+        self.dtype, reason = lm.resolve_dtype(args.dtype, self.device)
+        problem = lm.compile_problem(self.device)
+        compiled = problem is None if args.compile is None else args.compile
+        for note in filter(None, (reason, problem if args.compile is None else None)):
+            print(note)
+        if args.attention == "flash":  # said before the data is made ready
+            lm.load_flash_attention(self.device)
+        self.train_ids, self.valid_ids, self.tokenizer, self.tokens_per_byte = ranks.in_turns(
+            lambda: bpe.prepare_data(
+                args.data, lm.config_from_flags(args).vocab_size, args.data_dir, args.valid_data,
+                args.tokenizer, args.pattern, args.num_workers, args.errors,
+            ))
+        self.tokenizer_hash = self.tokenizer.sha256 if self.tokenizer else None
+        known = {"vocab_size": self.tokenizer.vocab_size} if self.tokenizer else {}
+        config = self.config = lm.config_from_flags(args, **known)
+        if config.vocab_size < known.get("vocab_size", 0):
+            raise ValueError(f"vocab_size must be at least {self.tokenizer.vocab_size}, which the "
+                             f"tokenizer has, got {config.vocab_size}; leave --vocab_size out")
+        for ids in (self.train_ids, self.valid_ids):  # too short ones are found before any work
+            lm.get_batch(ids, 1, config.context_length, "cpu", torch.Generator())
+        self.micro_batch_size, self.sequences = args.batch_size, args.batch_size * args.grad_accum
+        share = self.sequences // ranks.world_size
+        self.rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
+        self.fit_to_memory()
+        torch.manual_seed(args.seed)
+        self.model = lm.TransformerLM(config).to(self.device)
+        self.model.checkpoint_every = args.checkpoint_every
+        self.generator = torch.Generator().manual_seed(args.seed)  # the place in the data
+        self.step, self.saved, content = 0, None, None
+        if args.resume:
+            content = self.load()
+        self.engine = Engine(
+            args.strategy, self.model, self.dtype, args.weight_decay, args.lr,
+            (args.beta1, args.beta2), args.bucket_mb, getattr(torch, args.reduce_dtype), compiled)
+        self.optimizer = self.engine.optimizer
+        if self.step:
+            self.engine.load_optimizer(content and content["optimizer"], ranks)
+        del content
+        if args.overwrite and ranks.rank == 0:
+            for old in self.out_dir.glob("checkpoint.pt*"):
+                old.unlink()
+        if self.tokenizer and ranks.rank == 0:  # of this run, whatever becomes of data_dir
+            self.tokenizer.save(self.out_dir / "tokenizer.json")
+        self.log = self.open_log() if ranks.rank == 0 else None
+        self.pending = None  # the newest step: its numbers are read while the next one runs
+        self.eta_from = None  # (step, time) of the first step: it may compile, and is not counted
+        self.signals, self.stopping = [], False
+        print(f"{parameters_of(config):,} parameters, {ranks.world_size} x {self.device.type}, "
+              f"{args.strategy}, {str(self.dtype)[6:]}"
+              f"{', compiled in the first step' if compiled else ''}")
+
+    def check_out_dir(self):
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        holds_a_run = any((self.out_dir / f).exists() for f in ("log.jsonl", "checkpoint.pt"))
+        if holds_a_run and not (self.args.resume or self.args.overwrite):
+            raise ValueError(f"out_dir must be a new folder, got {self.out_dir}, which holds a run;"
+                             " give --resume to go on, --overwrite to start anew, or another")
+
+    def fit_to_memory(self):
+        """Says what memory a step will need; halves the micro-batch, on all ranks, until that is
+        free on each."""
+        args, device, N = self.args, self.device, self.ranks.world_size
+        free = lm.free_memory(device)
+        if device.type == "cpu":  # the ranks of a host share it
+            free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        sharded = {"zero1": ("optimizer (m and v)",)}.get(args.strategy, ())
+        if "fsdp" in args.strategy:
+            sharded = ("parameters", "gradients", "optimizer (m and v)")
+        size = min(self.micro_batch_size, self.sequences // N)
+        while True:
+            parts = lm.estimate_memory(self.config, size, self.dtype, args.checkpoint_every,
+                                       device.type)
+            need = sum(value / (N if part in sharded else 1) for part, value in parts.items())
+            print(f"memory: about {need / 2**30:.2f} of {free / 2**30:.1f} GiB free on {device}")
+            if need <= free or size % 2:
+                break
+            size //= 2
+        least = torch.tensor(size, device=device)
+        if N > 1:
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+        if least.item() < min(self.micro_batch_size, self.sequences // N):
+            self.micro_batch_size = least.item()
+            print(f"not enough memory: micro-batches of {self.micro_batch_size}, the same update")
+
+    def open_log(self):
+        card = torch.cuda.get_device_name() if self.device.type == "cuda" else str(self.device)
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+        first = {"flags": self.flags(), "versions": versions, "device": card,
+                 "ranks": self.ranks.world_size}
+        return lm.open_log(self.out_dir / "log.jsonl", self.step, first)
+
+    def record(self, **entry):
+        if self.log:
+            entry["elapsed_s"] = round(time.perf_counter() - self.started, 3)
+            self.log.write(json.dumps(entry) + "\n")
+            self.log.flush()
+
+    def flags(self):
+        skip = ("model_defaults", "resume", "overwrite", "verb", "run")
+        return {name: value for name, value in vars(self.args).items() if name not in skip}
+
+    def save(self):
+        """Rank 0 writes the one checkpoint, as train.py does; the others only send their part."""
+        self.watch("saving the checkpoint", self.step)
+        weights, state = self.engine.whole_model(), self.engine.whole_optimizer(self.ranks)
+        if self.ranks.rank == 0:
+            lm.save_checkpoint(
+                SimpleNamespace(state_dict=lambda: weights),
+                SimpleNamespace(state_dict=lambda: state),
+                self.step, self.checkpoint, config=asdict(self.config), flags=self.flags(),
+                generator=self.generator.get_state(),
+                elapsed_s=time.perf_counter() - self.started,
+                micro_batch_size=self.micro_batch_size, tokenizer_hash=self.tokenizer_hash,
+            )
+        self.saved = self.step
+
+    def load(self):
+        """Rank 0 reads the checkpoint and puts its weights in the model, from where they reach the
+        other ranks; returns its contents there, None where there are none."""
+        content = {}
+
+        def read():
+            try:
+                content.update(lm.read_checkpoint(self.checkpoint))
+            except FileNotFoundError:
+                print(f"no checkpoint in {self.out_dir} yet: starting from the beginning")
+                return None
+            if content.get("tokenizer_hash", "") != self.tokenizer_hash:
+                raise ValueError(f"{self.checkpoint} must be of a run with this tokenizer, got "
+                                 f"another; give the same text, or --tokenizer {self.out_dir}"
+                                 "/tokenizer.json")
+            lm.restore(content, self.model)
+            try:
+                return [content["iteration"], bytes(content["generator"].tolist()).hex(),
+                        content["micro_batch_size"], content["elapsed_s"]]
+            except KeyError as missing:
+                raise ValueError(f"{self.checkpoint} must be of train.py or ddp.py, got one without"
+                                 f" {missing}; start anew with --overwrite") from None
+
+        if (found := self.ranks.share(read)) is None:
+            return None
+        self.step, state, micro_batch_size, elapsed_s = found
+        self.generator.set_state(torch.tensor([*bytes.fromhex(state)], dtype=torch.uint8))
+        self.micro_batch_size = min(self.micro_batch_size, micro_batch_size)
+        self.saved = self.step
+        self.started -= elapsed_s
+        print(f"resumed {self.checkpoint} at step {self.step}")
+        return content or None
+
+    def settle(self):
+        """Waits for the pending step, checks its numbers, and logs them when it is time."""
+        if self.pending is None:
+            return
+        (step, stats, done, drawn_from, lr), self.pending = self.pending, None
+        seconds = lm.seconds_between(self.step_began, done)  # waits for the step
+        self.step_began, now = done, time.perf_counter()
+        loss, norm, *stop = stats.tolist()
+        self.stopping = self.stopping or bool(stop and stop[0])
+        entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            lm.stop_on_non_finite(entry, drawn_from, len(self.train_ids)
+                                  - self.config.context_length, self.sequences, self.saved)
+        self.eta_from = self.eta_from or (step, now)
+        args, tokens = self.args, self.sequences * self.config.context_length
+        if step % args.log_every and step not in (1, args.max_steps):
+            return
+        rate, peak = tokens / seconds, lm.peak_flops(self.device)
+        mfu = peak and rate * lm.flops_per_token(self.config) / peak / self.ranks.world_size
+        mean_s = (now - self.eta_from[1]) / max(1, step - self.eta_from[0]) or seconds
+        entry.update(step_ms=seconds * 1e3, tokens_per_s=rate)
+        if self.device.type == "cuda":  # of the rank that used most
+            used = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device=self.device)
+            if self.ranks.world_size > 1:
+                dist.all_reduce(used, dist.ReduceOp.MAX)
+            entry["memory_gib"] = used.item()
+        print(lm.log_line(entry, args.max_steps, mfu, mean_s * (args.max_steps - step)), flush=True)
+        self.record(**entry)
+
+    def validate(self, num_tokens):
+        self.watch("validation", self.step)
+        T = min(self.config.context_length, len(self.valid_ids) - 1)
+        total, tokens = lm.evaluation_sum(
+            self.engine.loss_sum, self.valid_ids, T, num_tokens, self.micro_batch_size,
+            self.device, self.ranks.rank, self.ranks.world_size)
+        if self.ranks.world_size > 1:
+            total = torch.tensor(total, dtype=torch.float64, device=self.device)
+            dist.all_reduce(total)
+            total = total.item()
+        loss = total / tokens
+        bits, perplexity = loss / math.log(2) * self.tokens_per_byte, math.exp(min(loss, 700))
+        print(f"step {self.step}/{self.args.max_steps} | validation loss {loss:.4f} | perplexity "
+              f"{perplexity:.2f} | bits per byte {bits:.4f}", flush=True)
+        self.record(step=self.step, valid_loss=loss, perplexity=perplexity, bits_per_byte=bits)
+
+    def run(self):
+        """Trains to max_steps; returns 0, or 128 + the signal that stopped it after a save."""
+        args, T = self.args, self.config.context_length
+        loop_started, self.step_began = time.perf_counter(), lm.time_mark(self.device)
+        while self.step < args.max_steps:
+            self.watch("forward and backward", self.step + 1)
+            lr = lm.lr_cosine_schedule(self.step + 1, args.lr, args.min_lr, args.warmup_steps,
+                                       args.max_steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            drawn_from = self.generator.get_state()
+            batch = lm.get_batch(self.train_ids, self.sequences, T, self.device, self.generator,
+                                 self.rows)
+            stats = self.train_step(*batch)
+            self.settle()
+            self.step += 1
+            on_cuda = self.device.type == "cuda"  # its copy waits for its turn, the host does not
+            stats = stats.to("cpu", non_blocking=on_cuda)
+            self.pending = (self.step, stats, lm.time_mark(self.device), drawn_from, lr)
+            if not on_cuda:
+                self.settle()
+            stopping = self.stopping if self.ranks.world_size > 1 else bool(self.signals)
+            saving = self.step % args.save_every == 0 or self.step == args.max_steps or stopping
+            validating = self.step % args.eval_every == 0 and self.step < args.max_steps
+            if saving or validating:
+                self.settle()
+                if saving:  # before evaluation: whatever happens there, the step is safe
+                    self.save()
+                if stopping:
+                    number = self.signals[0] if self.signals else signal.SIGTERM
+                    print(f"signal {number}: saved at step {self.step}, --resume goes on")
+                    return 128 + number
+                if validating:
+                    self.validate(args.eval_tokens)
+                self.step_began = lm.time_mark(self.device)
+        self.finish(time.perf_counter() - loop_started)
+        return 0
+
+    def train_step(self, x, y):
+        """One update; returns loss and norm over all ranks and, if there are several, whether one
+        of them was told to stop: a signal reaches them at different steps."""
+        stats = self.engine.loss_and_gradient(x, y, self.micro_batch_size, self.args.grad_clip,
+                                              self.watch)
+        self.optimizer.step()
+        if self.ranks.world_size == 1:
+            return stats
+        told = torch.full((), float(bool(self.signals)), device=self.device)
+        summed = torch.stack((stats[0], told))
+        dist.all_reduce(summed)
+        return torch.stack((summed[0], stats[1], summed[1]))
+
+    def finish(self, loop_s):
+        """Last validation, Hugging Face folder, sample, times."""
+        self.validate(4 * self.args.eval_tokens)
+        weights = self.engine.whole_model() if self.engine.rows else {}
+        if self.ranks.rank:
+            return
+        self.watch("writing the model", limit_s=math.inf)
+        model = self.model
+        if weights:  # a whole model, which the sharded one is not
+            model = lm.TransformerLM(self.config)
+            model.load_state_dict(weights)
+            if 4 * parameters_of(self.config) < lm.free_memory(self.device) / 2:
+                model = model.to(self.device)
+        for block in model.layers:
+            block.__dict__.pop("forward", None)  # the compiled one: not for texts of all lengths
+        lm.export_and_sample(model, self.tokenizer, self.out_dir, self.args.prompt,
+                             self.args.sample_tokens, self.args.seed)
+        print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
+
+
+def parameters_of(config):
+    return sum(lm.count_parameters(config).values())
+
+
+def train(args, ranks):
+    """train.py's run, on the ranks that torchrun started."""
+    def check():
+        device_of_rank(args, ranks)
+        sequences = args.batch_size * args.grad_accum
+        if sequences % ranks.world_size:
+            raise ValueError(f"batch_size * grad_accum must be a multiple of the number of ranks, "
+                             f"got {args.batch_size} * {args.grad_accum} and {ranks.world_size}; "
+                             "change one of them")
+
+    ranks.agree(args, check)
+    args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
+    device = device_of_rank(args, ranks)
+    ranks.start_group(device, backend_for(args, device), args.timeout)
+    trainer = Trainer(args, ranks, device)
+    with lm.stop_politely(trainer.signals):
+        return trainer.run()
+
+
+# -------------------------------------------------------------------------------------------------
+# bench: step time, communication that is not hidden, memory
+
+
+def bench(args, ranks):
+    """Times training steps on random ids under each strategy, rivals in the same processes; prints
+    a table, then JSON. source: [1] the benchmarking problems of data parallelism"""
+    ranks.agree(args, lambda: device_of_rank(args, ranks))
+    device = device_of_rank(args, ranks)
+    ranks.start_group(device, backend_for(args, device), args.timeout)
+    dtype, reason = lm.resolve_dtype(args.dtype, device)
+    config = lm.config_from_flags(args)
+    cuda = device.type == "cuda"
+    compiled = lm.compile_problem(device) is None if args.compile is None else args.compile
+    card = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
+    print(f"{config}\n{parameters_of(config):,} parameters, {ranks.world_size} x {device.type} "
+          f"({card}), batch {args.batch_size} a rank, {str(dtype)[6:]}, torch {torch.__version__}, "
+          f"compile {compiled}, checkpoint_every {args.checkpoint_every}, bucket_mb "
+          f"{args.bucket_mb:g}, reduce_dtype {args.reduce_dtype}{f'; {reason}' if reason else ''}")
+    print("ms: median of turns (lowest to highest), the slowest rank's. communicating, exposed: in "
+          + ("NCCL's kernels, and those of no other kernel beside them, by torch.profiler" if cuda
+             else "not known on CPUs, and waiting for collectives of ours")
+          + "; hidden: the rest.\nGiB of rank 0: allocated after init, highest before the "
+          "optimizer's step, highest in it, optimizer state", flush=True)
+    print(f"{'strategy':<11}|{'ms a step':>26} |{'tok/s':>10} |{'mfu':>6} |{'communicating':>14} |"
+          f"{'exposed':>8} |{'hidden':>7} |{'init':>7} |{'before':>7} |{'step':>7} |{'state':>7}")
+    rows = {}
+    for strategy in args.strategies:
+        row = bench_strategy(strategy, args, ranks, config, device, dtype, compiled)
+        rows[strategy] = row
+        print(f"{strategy:<11}|{row['ms']:>10.2f} ({row['low_ms']:.2f}-{row['high_ms']:.2f}) |"
+              f"{row['tokens_per_s']:>10,.0f} |{shown(row['mfu'], '.1%'):>6} |"
+              f"{shown(row['communicating_ms'], '.2f'):>14} |{shown(row['exposed_ms'], '.2f'):>8} |"
+              f"{shown(row['hidden'], '.1%'):>7} |" + " |".join(
+                  f"{shown(row[k], '.2f'):>7}" for k in ("init_gib", "before_gib", "step_gib",
+                                                        "state_gib")), flush=True)
+    check_rows(rows, 1e-4 if dtype == torch.float32 else 2e-2)
+    print(json.dumps({"preset": args.preset, "ranks": ranks.world_size, "device": card,
+                      "batch_size": args.batch_size, "context_length": config.context_length,
+                      "dtype": str(dtype)[6:], "compile": compiled, "strategies": rows}))
+    return 0
+
+
+def shown(value, form):
+    return "n/a" if value is None else format(value, form)
+
+
+def check_rows(rows, bound):
+    """Stops unless all strategies had the loss and the gradient norm of the first, before the first
+    update, and its loss after it."""
+    checks = {name: row["check"] for name, row in rows.items() if "check" in row}
+    for name, check in checks.items():
+        for got, expected in zip(check, next(iter(checks.values())), strict=True):
+            if not abs(got - expected) <= bound * abs(expected):
+                raise ValueError(f"{name} must agree with {next(iter(checks))} within {bound} in "
+                                 f"loss, norm and next loss, got {checks}; this is a bug")
+
+
+def bench_strategy(strategy, args, ranks, config, device, dtype, compiled):
+    """A row of bench's table."""
+    cuda = device.type == "cuda"
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.compiler.reset()
+    ranks.watch(f"preparing {strategy}")
+    torch.manual_seed(0)
+    with device:
+        model = lm.TransformerLM(config)
+    model.checkpoint_every = args.checkpoint_every
+    engine = Engine(strategy, model, dtype, 0.1, 1e-4, (0.9, 0.95), args.bucket_mb,
+                    getattr(torch, args.reduce_dtype), compiled)
+    gc.collect()
+    row, check = {"init_gib": allocated(cuda)}, []
+    generator = torch.Generator().manual_seed(ranks.rank)
+    x, y = torch.randint(config.vocab_size, (2, args.batch_size, config.context_length),
+                         generator=generator).to(device)
+
+    def step(measure=False):
+        if measure and cuda:
+            torch.cuda.reset_peak_memory_stats()
+        stats = engine.loss_and_gradient(x, y, args.batch_size // args.grad_accum, 1.0)
+        if measure:
+            row["before_gib"] = allocated(cuda, "max_memory_allocated")
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+        engine.optimizer.step()
+        if measure:
+            row["step_gib"] = allocated(cuda, "max_memory_allocated")
+        return stats
+
+    for i in range(max(2, args.warmup_steps)):
+        ranks.watch(f"warming up {strategy}", i)
+        stats = step()
+        if i < 2:
+            if ranks.world_size > 1:
+                dist.all_reduce(stats[0])
+            check += stats.tolist()
+    row["check"] = check[:3]
+    seconds, waited = [], []
+    for turn in range(args.repeats):
+        ranks.watch(f"timing {strategy}", turn)
+        began, waited_before = lm.synchronised_time(device), COUNT["waited_s"]
+        for _ in range(args.steps):
+            step()
+        took = torch.tensor(lm.synchronised_time(device) - began, device=device)
+        waited.append((COUNT["waited_s"] - waited_before) / args.steps)
+        if ranks.world_size > 1:
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+        seconds.append(took.item() / args.steps)
+    step(measure=True)
+    rate = ranks.world_size * x.numel() / statistics.median(seconds)
+    peak = lm.peak_flops(device)
+    row.update(ms=1e3 * statistics.median(seconds), low_ms=1e3 * min(seconds),
+               high_ms=1e3 * max(seconds), tokens_per_s=rate,
+               mfu=peak and rate * lm.flops_per_token(config) / ranks.world_size / peak)
+    row["state_gib"] = sum(v.nbytes for state in engine.optimizer.state.values()
+                           for v in state.values() if torch.is_tensor(v)) / 2**30
+    row.update(communicating_ms=None, exposed_ms=None, hidden=None)
+    if cuda:
+        kernels = profile_steps(step, args, strategy, ranks, device)
+        together, exposed = (1e-3 * us / 3 for us in exposed_us(kernels))
+        row.update(communicating_ms=together, exposed_ms=exposed,
+                   hidden=1 - exposed / together if together else None)
+    elif not strategy.startswith("torch"):
+        row["exposed_ms"] = 1e3 * statistics.median(waited)
+        if args.trace:
+            profile_steps(step, args, strategy, ranks, device)
+    return {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def allocated(cuda, which="memory_allocated"):
+    return getattr(torch.cuda, which)() / 2**30 if cuda else None
+
+
+def profile_steps(step, args, strategy, ranks, device, steps=3):
+    """Runs steps under torch.profiler on rank 0, writes --trace, and returns the device's work:
+    [(begin, end in microseconds, whether it is communication)]."""
+    from torch.profiler import ProfilerActivity, profile
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    ranks.watch(f"profiling {strategy}")
+    traced = profile(activities=activities) if ranks.rank == 0 else contextlib.nullcontext()
+    with traced as profiler:
+        for _ in range(steps):
+            step()
+        lm.synchronised_time(device)
+    if ranks.rank:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        if args.trace:
+            path = Path(args.trace)
+            if len(args.strategies) > 1:
+                path = path.with_name(f"{path.stem}_{strategy}{path.suffix}")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return [(e["ts"], e["ts"] + e["dur"], "nccl" in e["name"].lower()) for e in events
+            if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+
+
+def exposed_us(kernels):
+    """(time in communication, time in communication while nothing else runs), of (begin, end, is
+    communication) in any order. [(0, 4, True), (3, 5, False)] gives (4, 3)."""
+    edges = sorted((t, change, kind) for begin, end, kind in kernels
+                   for t, change in ((begin, 1), (end, -1)))
+    running, together, exposed, before = {True: 0, False: 0}, 0.0, 0.0, 0.0
+    for t, change, kind in edges:
+        if running[True]:
+            together += t - before
+            exposed += 0 if running[False] else t - before
+        running[kind] += change
+        before = t
+    return together, exposed
+
+
+# -------------------------------------------------------------------------------------------------
+# comm: what the links can do, and where training becomes bound by them
+
+
+def bus_factor(operation, N):
+    """Bus bandwidth is size / time times this: the bytes that each link must carry, whatever the
+    algorithm, for a whole tensor of that size. source: [6]"""
+    return {"all_reduce": 2 * (N - 1) / N, "reduce_scatter": (N - 1) / N,
+            "all_gather": (N - 1) / N, "broadcast": 1.0}[operation]
+
+
+def time_collective(operation, size, device, repeats):
+    """Seconds of each of `repeats` collectives on a float32 tensor of `size` bytes, the slowest
+    rank's; checked against what it must give first."""
+    N, r = num_ranks(), this_rank()
+    n = max(1, size // 4 // N)  # elements of a part
+    whole, part = torch.full((n * N,), 1.0, device=device), torch.full((n,), 1.0, device=device)
+    run = {"all_reduce": lambda: dist.all_reduce(whole),
+           "reduce_scatter": lambda: _reduce_scatter(part, whole),
+           "all_gather": lambda: _all_gather(whole, part),
+           "broadcast": lambda: dist.broadcast(whole, 0)}[operation]
+    part.fill_(r + 1.0)
+    run()
+    result = part if operation == "reduce_scatter" else whole
+    want = {"all_reduce": N, "reduce_scatter": N, "all_gather": N, "broadcast": 1}[operation]
+    if N > 1 and result[-1].item() != want:
+        raise ValueError(f"{operation} must give {want}, got {result[-1].item()}; this is a bug")
+    seconds = []
+    for i in range(5 + repeats):
+        whole.fill_(1.0)
+        dist.all_reduce(torch.ones((), device=device))  # all begin together
+        began = lm.synchronised_time(device)
+        run()
+        took = torch.tensor(lm.synchronised_time(device) - began, device=device)
+        dist.all_reduce(took, dist.ReduceOp.MAX)
+        if i >= 5:
+            seconds.append(took.item())
+    return seconds
+
+
+def comm(args, ranks):
+    """Times collectives of many sizes; prints a table, with --limits what it means, then JSON.
+    source: [1] distributed_communication_single_node"""
+    ranks.agree(args, lambda: device_of_rank(args, ranks))
+    device = device_of_rank(args, ranks)
+    backend = backend_for(args, device)
+    ranks.start_group(device, backend, args.timeout)
+    N, rows = ranks.world_size, []
+    print(f"{N} ranks, {backend}, {device.type}, torch {torch.__version__}, float32; median of "
+          f"{args.repeats} (lowest to highest), the slowest rank's; GB = 1e9 bytes")
+    print(f"{'operation':<15}|{'MB':>7} |{'ms':>26} |{'GB/s':>8} |{'bus GB/s':>9}")
+    for operation in args.operations:
+        for size in args.sizes_mb:
+            ranks.watch(f"{operation} of {size:g} MB")
+            seconds = time_collective(operation, int(size * 1e6), device, args.repeats)
+            rate = size * 1e6 / statistics.median(seconds)
+            rows.append({"operation": operation, "mb": size, "ms": 1e3 * statistics.median(seconds),
+                         "low_ms": 1e3 * min(seconds), "high_ms": 1e3 * max(seconds),
+                         "gb_per_s": rate / 1e9, "bus_gb_per_s":
+                         rate / 1e9 * bus_factor(operation, N)})
+            row = rows[-1]
+            print(f"{operation:<15}|{size:>7g} |{row['ms']:>10.3f} ({row['low_ms']:.3f}-"
+                  f"{row['high_ms']:.3f}) |{row['gb_per_s']:>8.2f} |{row['bus_gb_per_s']:>9.2f}",
+                  flush=True)
+    answer = {"ranks": N, "backend": backend, "torch": torch.__version__, "rows": rows}
+    if args.limits:
+        answer["limits"] = show_limits(args, rows, device)
+    if args.plot and ranks.rank == 0:
+        plot_comm(rows, args.plot)
+    print(json.dumps(answer))
+    return 0
+
+
+def plot_comm(rows, path):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib, got none; pip install matplotlib") from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for operation in dict.fromkeys(row["operation"] for row in rows):
+        points = [(r["mb"], r["bus_gb_per_s"]) for r in rows if r["operation"] == operation]
+        axis.plot(*zip(*points, strict=True), marker=".", label=operation)
+    axis.set(xscale="log", yscale="log", xlabel="MB", ylabel="bus bandwidth, GB/s")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def ring_all_reduce_seconds(size, N, W):
+    """A reduce-scatter and an all-gather around a ring: 2 (N - 1) steps, each sends size / N bytes.
+    source: [5] sharding. 8 bytes on 4 ranks at 1 byte a second take 12 s."""
+    return 2 * (N - 1) * size / N / W
+
+
+def alternate_ring_all_reduce_seconds(size, N, W):
+    """Each of N - 1 steps passes a whole tensor on to the next rank, which adds it to its sum:
+    N / 2 times the bytes of `ring_all_reduce_seconds`, for half the steps. source: [1] section 8
+    8 bytes on 4 ranks at 1 byte a second take 24 s."""
+    return (N - 1) * size / W
+
+
+# The limits below are of a feed-forward block w2(silu(w1 x) * w3 x), three matrices of D x F, in
+# 2-byte numbers, on B tokens over all ranks; W is what a rank can send, C what it can compute, and
+# communication hides completely behind computation. It computes 2 B (3 D F) FLOPs forward, and
+# twice that backward. source: [1] section 8, by the method of [5] training
+
+
+def data_parallel_limit(B, C, W):
+    """The most ranks at which data parallel training is bound by computation.
+
+    Backward, a rank computes 12 B D F / N FLOPs, and all-reduces 3 gradients of 2 D F bytes, which
+    sends 2 (N - 1) / N * 6 D F bytes. Computation takes longer while
+    12 B D F / (N C) >= 12 D F (N - 1) / (N W), that is N <= 1 + B W / C: B / N of about C / W
+    tokens a rank, whatever the model's size.
+    """
+    return 1 + B * W / C
+
+
+def fsdp_limit(B, C, W):
+    """As `data_parallel_limit`, for FSDP. Forward: 6 B D F / N FLOPs against an all-gather of
+    6 D F bytes, (N - 1) / N of it sent; backward twice both (gather, and reduce-scatter): the same
+    limit, N <= 1 + B W / C."""
+    return 1 + B * W / C
+
+
+def tensor_parallel_limit(F, C, W):
+    """As `data_parallel_limit`, for tensor parallelism: w1 and w3 split by columns, w2 by rows.
+
+    Forward: 6 B D F / N FLOPs, and an all-reduce of the output, 2 B D bytes, which sends
+    2 (N - 1) / N * 2 B D. 6 B D F / (N C) >= 4 B D (N - 1) / (N W), that is
+    N <= 1 + 3 F W / (2 C), whatever the batch.
+    """
+    return 1 + 3 * F * W / (2 * C)
+
+
+def fsdp_tensor_parallel_limit(B, F, C, W, overlapped=True):
+    """The most ranks N = X Y, and (X, Y), for FSDP over X of them and tensor parallelism over Y.
+
+    Forward, in units of 6 B D F / N: computing takes 1 / C; the gathers of 6 D F / Y bytes over X
+    ranks a = (X - 1) / B / W; the all-reduces of 2 B D / X bytes over Y b = 2 (Y - 1) / (3 F) / W.
+    overlapped: over links of their own, a and b <= 1 / C each: both limits above, multiplied.
+    Otherwise, over the same links, a + b <= 1 / C: N = (1 + B a W) (1 + 3 F b W / 2) is largest
+    where a W = (W / C + 2 / (3 F) - 1 / B) / 2.
+    """
+    if overlapped:
+        X, Y = fsdp_limit(B, C, W), tensor_parallel_limit(F, C, W)
+        return X * Y, (X, Y)
+    a = min(max((W / C + 2 / (3 * F) - 1 / B) / 2, 0), W / C)
+    X, Y = 1 + B * a, 1 + 1.5 * F * (W / C - a)
+    return X * Y, (X, Y)
+
+
+def show_limits(args, rows, device):
+    """Prints the limits for the measured C and W, and returns them."""
+    dtype, n = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 1024)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(10):
+        began = lm.synchronised_time(device)
+        for _ in range(3):
+            a @ b
+        seconds.append((lm.synchronised_time(device) - began) / 3)
+    C, N = 2 * n**3 / statistics.median(seconds[3:]), num_ranks()
+    W = 1e9 * max((row["bus_gb_per_s"] for row in rows if row["operation"] != "broadcast"),
+                  default=0)
+    if N == 1 or not W:
+        print(f"limits need 2 ranks and an operation other than broadcast, got {N} and "
+              f"{', '.join(args.operations)}")
+        return None
+    B, F, size = args.tokens, args.d_ff, 1e9
+    both, (X, Y) = fsdp_tensor_parallel_limit(B, F, C, W)
+    shared, (X1, Y1) = fsdp_tensor_parallel_limit(B, F, C, W, overlapped=False)
+    limits = {
+        "C_flop_per_s": C, "W_bytes_per_s": W, "tokens_a_rank": C / W,
+        "data_parallel_ranks": data_parallel_limit(B, C, W), "fsdp_ranks": fsdp_limit(B, C, W),
+        "tensor_parallel_ranks": tensor_parallel_limit(F, C, W),
+        "fsdp_tensor_parallel_ranks": both, "fsdp_tensor_parallel_ranks_shared_links": shared,
+        "ring_all_reduce_s": ring_all_reduce_seconds(size, N, W),
+        "alternate_ring_all_reduce_s": alternate_ring_all_reduce_seconds(size, N, W)}
+    print(f"C {C / 1e12:.1f} TFLOP/s ({str(dtype)[6:]} matrices of {n}), W {W / 1e9:.2f} GB/s (the "
+          f"best bus bandwidth of a ring above): C / W = {C / W:,.0f}\n"
+          f"bound by computation, for B {B:,} tokens and d_ff {F:,}, up to\n"
+          f"  {limits['data_parallel_ranks']:,.1f} ranks, data parallel (1 + B W / C)\n"
+          f"  {limits['fsdp_ranks']:,.1f} ranks, FSDP (1 + B W / C)\n"
+          f"  {limits['tensor_parallel_ranks']:,.1f} ranks, tensor parallel (1 + 3 F W / 2 C)\n"
+          f"  {both:,.1f} ranks, FSDP over {X:,.1f} and tensor parallel over {Y:,.1f}, links of "
+          f"their own\n  {shared:,.1f} ranks, FSDP over {X1:,.1f} and tensor parallel over "
+          f"{Y1:,.1f}, over the same links\n"
+          f"an all-reduce of 1 GB on {N} ranks takes {limits['ring_all_reduce_s'] * 1e3:.2f} ms in "
+          f"a ring, {limits['alternate_ring_all_reduce_s'] * 1e3:.2f} ms in the alternate ring")
+    return limits
+
+
+# -------------------------------------------------------------------------------------------------
+# command line
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(prog="ddp.py", description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    counting, rate = lm.positive(int), lm.positive(float)
+
+    def add_verb(name, run, text):
+        verb = verbs.add_parser(name, help=text)
+        verb.set_defaults(run=run)
+        verb.add_argument("--backend", default="auto", choices=("auto", "nccl", "gloo"))
+        verb.add_argument("--init_timeout", type=rate, default=60, help="s, to meet and to begin")
+        verb.add_argument("--timeout", type=rate, default=600, help="s without progress, then stop")
+        return verb
+
+    def add_strategy_flags(add):
+        add("--bucket_mb", type=rate, default=25, help="gradients of a bucket: overlap, zero1")
+        add("--reduce_dtype", default="float32", choices=("float32", "bfloat16"),
+            help="in which fsdp adds gradients")
+
+    p = add_verb("train", train, "train.py on many devices")
+    p.add_argument("--strategy", default="overlap", choices=STRATEGIES)
+    add_strategy_flags(p.add_argument)
+    lm.add_training_flags(p)
+
+    p = add_verb("bench", bench, "time and memory of a training step")
+    add = p.add_argument
+    add("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    add_strategy_flags(add)
+    add("--batch_size", type=counting, default=4, help="sequences a rank")
+    add("--grad_accum", type=counting, default=1, help="parts of them")
+    add("--warmup_steps", type=counting, default=5)
+    add("--repeats", type=counting, default=5, help="turns")
+    add("--steps", type=counting, default=3, help="of a turn, without a pause")
+    add("--checkpoint_every", type=counting, nargs="*", default=[], help="recompute K blocks")
+    add("--device", default="auto")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    add("--trace", metavar="FILE", help="write a Chrome trace of rank 0 here")
+    lm.add_model_flags(p)
+    p.set_defaults(preset="small")
+
+    p = add_verb("comm", comm, "bandwidth of collectives, and what it allows")
+    add = p.add_argument
+    operations = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
+    add("--operations", nargs="+", default=operations, choices=operations)
+    add("--sizes_mb", type=rate, nargs="+", default=[1, 10, 100, 1000])
+    add("--repeats", type=counting, default=10)
+    add("--device", default="auto")
+    add("--plot", metavar="FILE", help="draw the bus bandwidths")
+    add("--limits", action="store_true", help="measure C too; print how far each way scales")
+    add("--tokens", type=counting, default=2**20, help="B, for --limits")
+    add("--d_ff", type=counting, default=10_240, help="F, for --limits")
+    return parser
+
+
+def resumed_flags(parser, argv, args, ranks):
+    """args, with the flags of the run that goes on behind those given now."""
+    saved = ranks.share(lambda: lm.saved_flags(args.out_dir))
+    verbs = next(action for action in parser._actions if action.dest == "verb")
+    verbs.choices["train"].set_defaults(**{**saved, "out_dir": args.out_dir})
+    args = parser.parse_args(argv)
+    args.resume, args.overwrite = True, False
+    return args
+
+
+def main(argv=None):
+    lm.print_any_text()
+    rank = int(os.environ.get("RANK", 0))
+    with contextlib.ExitStack() as stack:
+        quiet = sys.stderr
+        if rank:  # rank 0 speaks for all
+            quiet = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(quiet))
+        ranks = None
+        try:
+            parser = build_parser()
+            with contextlib.redirect_stderr(quiet):
+                args = parser.parse_args(argv)
+            ranks = Ranks(args.init_timeout)
+            # after a restart by torchrun --max-restarts a run goes on, whatever was asked first
+            if args.verb == "train" and (args.resume or ranks.restarts):
+                args = resumed_flags(parser, argv, args, ranks)
+            return args.run(args, ranks)
+        except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+            return fail(ranks, rank, error, 2)
+        except RuntimeError as error:
+            if not is_of_collectives(error):
+                raise
+            return fail(ranks, rank, f"another rank is gone: {error}", 1)
+        except KeyboardInterrupt:
+            return fail(ranks, rank, "interrupted", 130)
+        finally:
+            if ranks is not None:
+                ranks.close()
+
+
+def is_of_collectives(error):
+    """Whether an error says that other processes cannot be reached; gloo's have no class."""
+    return isinstance(error, dist.DistError) or any(
+        word in str(error) for word in ("gloo", "NCCL", "Connection closed", "Broken pipe"))
+
+
+def fail(ranks, rank, error, code):
+    """Tells the error in one line, once; exits this rank, and so torchrun ends the others."""
+    message = (str(error).splitlines() or [type(error).__name__])[0]
+    if rank and not isinstance(error, Agreed):
+        time.sleep(1)  # rank 0 may have the same to tell
+    first = rank == 0
+    if ranks is not None and not isinstance(error, Agreed):
+        first = ranks.claim(without_store=rank == 0 or code == 1)  # it ended with rank 0
+    if first:
+        print(f"ddp.py: error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr,
+              flush=True)
+    if ranks is not None and ranks.world_size > 1:
+        sys.stdout.flush()
+        os._exit(code)  # not through destructors that wait for the other ranks
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
