@@ -31,22 +31,27 @@ import argparse
 import contextlib
 import functools
 import gc
-import hashlib
+import io
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import weakref
+import zlib
 from dataclasses import asdict
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -56,6 +61,7 @@ import model as lm
 
 STRATEGIES = ("naive", "flat", "overlap", "zero1", "fsdp", "torch_ddp", "torch_fsdp")
 MiB = 2**20
+TOKENS, D_FF = 2**20, 10_240  # that comm --limits speaks of: B and F
 SECOND_BACKWARD = ("a gradient changed after its synchronisation began: run all but the last "
                    "backward pass of an update under no_sync()")
 
@@ -1040,6 +1046,10 @@ class Engine:
 # ranks: who is there, what they agree on, and who stopped answering
 
 
+SAME = {"flags": "start them with one command",
+        "data": "share data_dir, or prepare the same text with the same Python on every host"}
+
+
 class Agreed(ValueError):
     """An error that every rank has: rank 0 alone tells it."""
 
@@ -1050,15 +1060,18 @@ class Ranks:
 
     def __init__(self, init_timeout):
         environment = os.environ
-        self.rank, self.world_size = int(environment.get("RANK", 0)), 1
+        self.rank = int(environment.get("RANK", 0))
+        self.world_size = int(environment.get("WORLD_SIZE", 1))
         self.local_rank = int(environment.get("LOCAL_RANK", self.rank))
         self.restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
         self.count, self.init_timeout, self.watch = 0, init_timeout, None
-        if "MASTER_ADDR" not in environment:  # plain python
+        if "MASTER_ADDR" in environment:
+            self.store = self.connect()
+        elif self.rank or self.world_size > 1:
+            raise ValueError("MASTER_ADDR must be set where RANK or WORLD_SIZE are, got rank "
+                             f"{self.rank} of {self.world_size} without; start with torchrun")
+        else:  # plain python
             self.store = dist.HashStore()
-            return
-        self.world_size = int(environment.get("WORLD_SIZE", 1))
-        self.store = self.connect()
 
     def connect(self):
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
@@ -1132,34 +1145,31 @@ class Ranks:
             self.share(functools.partial(raise_first, errors))
         return result
 
-    def agree(self, args, check):
-        """Before any work: check() must raise on no rank, and all must have been given the same
-        flags. raises ValueError with rank and flags, the same on every rank"""
+    def same(self, what, values, limit_s=7 * 86_400):
+        """ValueError on every rank, naming the first that differs, unless `values` (JSON, a dict)
+        are the same on all."""
+        found = self.collect(values, limit_s)
+
+        def verdict():
+            for rank, theirs in enumerate(found):
+                differ = [f"{name} {theirs.get(name)} for {found[0].get(name)}" for name in
+                          sorted(theirs.keys() | found[0].keys())
+                          if theirs.get(name) != found[0].get(name)]
+                if differ:
+                    raise ValueError(f"all ranks must have the same {what}, got "
+                                     f"{', '.join(differ)} on rank {rank}; {SAME[what]}")
+
+        self.share(verdict)
+
+    def agree(self, check):
+        """Raises on every rank the ValueError that check() has on one, and names that."""
         problem = None
         try:
             check()
         except ValueError as error:
             problem = str(error)
-        flags = {name: str(value) for name, value in vars(args).items()
-                 if name not in ("run", "model_defaults")}
-        digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
-        reports = self.collect([problem, digest, flags], self.init_timeout)
-
-        def verdict():
-            for rank, (problem, _, _) in enumerate(reports):
-                if problem:
-                    raise ValueError(problem if rank == 0 else f"rank {rank}: {problem}")
-            _, expected, first = reports[0]
-            for rank, (_, digest, flags) in enumerate(reports):
-                if digest != expected:
-                    differ = [f"--{name} {flags.get(name)} for {first.get(name)}" for name in
-                              sorted(first.keys() | flags.keys())
-                              if flags.get(name) != first.get(name)]
-                    raise ValueError("all ranks must be started with the same flags, got "
-                                     f"{', '.join(differ)} on rank {rank}; start them with one "
-                                     "command")
-
-        self.share(verdict)
+        problems = self.collect(problem, self.init_timeout)
+        self.share(functools.partial(raise_first, problems))
 
     def start_group(self, device, backend, timeout):
         """The process group, proven by a first collective that has a short time limit."""
@@ -1191,13 +1201,15 @@ class Ranks:
 
 
 def raise_first(errors):
-    for error in filter(None, errors):
-        raise ValueError(error)
+    for rank, error in enumerate(errors):
+        if error:
+            raise ValueError(f"rank {rank}: {error}" if rank else error)
 
 
 class Watchdog:
     """A thread that tells the others that this process lives, and ends it, naming the ranks that
-    stopped answering, when the main thread has not come on for `limit_s` seconds.
+    stopped answering, when the main thread has not come on for `limit_s` seconds, or when the next
+    rank (of the last: rank 0) has given no sign of life for as long as `default_s`.
 
     watch(what, step, limit_s): the main thread is at `what` of `step` now."""
 
@@ -1212,14 +1224,20 @@ class Watchdog:
     def __call__(self, what, step=None, limit_s=None, hint=""):
         self.what, self.hint = what, hint
         self.step = self.step if step is None else step
-        self.limit_s = self.default_s if limit_s is None else limit_s
         self.since = time.monotonic()
+        self.limit_s = self.default_s if limit_s is None else limit_s
 
     def run(self):
         try:
+            neighbour = str((self.ranks.rank + 1) % self.ranks.world_size)
+            seen, seen_at = None, time.monotonic()
             while not self.ended.wait(min(1.0, self.limit_s / 5)):
                 self.tell()
-                if time.monotonic() - self.since > self.limit_s:
+                sign = self.store.get(neighbour) if self.store.check([neighbour]) else None
+                if sign != seen:
+                    seen, seen_at = sign, time.monotonic()
+                if time.monotonic() - min(self.since + self.limit_s,
+                                          seen_at + self.default_s) > 0:
                     self.report()
         except RuntimeError:  # the store has gone, and rank 0 with it
             if not self.ended.wait(10):  # neither over, nor did the main thread see it
@@ -1256,7 +1274,7 @@ class Watchdog:
         how = ("stopped answering" if silent else "fell behind" if len(behind) < len(place)
                else "wait for each other")
         print(f"ddp.py: error: {names} {how} at step {self.step}, rank {self.ranks.rank} was at: "
-              f"{self.what}; no progress within {self.limit_s:g} s; "
+              f"{self.what}; no progress within {min(self.limit_s, self.default_s):g} s; "
               f"{self.hint or 'give a longer --timeout if that is too short'}",
               file=sys.stderr, flush=True)
 
@@ -1264,6 +1282,9 @@ class Watchdog:
 def device_of_rank(args, ranks):
     """The device of this rank. raises ValueError where it has none"""
     name = args.device
+    if ranks.world_size > 1 and ":" in name:
+        raise ValueError(f"several ranks must take a GPU each, got --device {name}; give cuda, and "
+                         "CUDA_VISIBLE_DEVICES to choose among them")
     if ranks.world_size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         gpus, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if max(needed, ranks.local_rank + 1) > gpus:
@@ -1317,6 +1338,8 @@ class Trainer:
                              f"tokenizer has, got {config.vocab_size}; leave --vocab_size out")
         for ids in (self.train_ids, self.valid_ids):  # too short ones are found before any work
             lm.get_batch(ids, 1, config.context_length, "cpu", torch.Generator())
+        ranks.same("data", {"tokenizer": self.tokenizer_hash, "training": digest(self.train_ids),
+                            "validation": digest(self.valid_ids)})
         self.micro_batch_size, self.sequences = args.batch_size, args.batch_size * args.grad_accum
         share = self.sequences // ranks.world_size
         self.rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
@@ -1341,6 +1364,8 @@ class Trainer:
         if self.tokenizer and ranks.rank == 0:  # of this run, whatever becomes of data_dir
             self.tokenizer.save(self.out_dir / "tokenizer.json")
         self.log = self.open_log() if ranks.rank == 0 else None
+        if ranks.rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ:
+            marker_of(args).write_text(os.environ["TORCHELASTIC_RUN_ID"])
         self.pending = None  # the newest step: its numbers are read while the next one runs
         self.eta_from = None  # (step, time) of the first step: it may compile, and is not counted
         self.signals, self.stopping = [], False
@@ -1400,7 +1425,7 @@ class Trainer:
 
     def save(self):
         """Rank 0 writes the one checkpoint, as train.py does; the others only send their part."""
-        self.watch("saving the checkpoint", self.step)
+        self.watch("saving the checkpoint", self.step, limit_s=math.inf)  # disks may be slow
         weights, state = self.engine.whole_model(), self.engine.whole_optimizer(self.ranks)
         if self.ranks.rank == 0:
             lm.save_checkpoint(
@@ -1411,6 +1436,8 @@ class Trainer:
                 elapsed_s=time.perf_counter() - self.started,
                 micro_batch_size=self.micro_batch_size, tokenizer_hash=self.tokenizer_hash,
             )
+        self.ranks.share(lambda: None)  # the others wait here, where nothing has a time limit
+        self.watch("going on after the checkpoint")
         self.saved = self.step
 
     def load(self):
@@ -1476,10 +1503,13 @@ class Trainer:
         self.record(**entry)
 
     def validate(self, num_tokens):
-        self.watch("validation", self.step)
+        def loss_sum(x, y):
+            self.watch("validation", self.step)
+            return self.engine.loss_sum(x, y)
+
         T = min(self.config.context_length, len(self.valid_ids) - 1)
         total, tokens = lm.evaluation_sum(
-            self.engine.loss_sum, self.valid_ids, T, num_tokens, self.micro_batch_size,
+            loss_sum, self.valid_ids, T, num_tokens, self.micro_batch_size,
             self.device, self.ranks.rank, self.ranks.world_size)
         if self.ranks.world_size > 1:
             total = torch.tensor(total, dtype=torch.float64, device=self.device)
@@ -1559,7 +1589,14 @@ class Trainer:
             block.__dict__.pop("forward", None)  # the compiled one: not for texts of all lengths
         lm.export_and_sample(model, self.tokenizer, self.out_dir, self.args.prompt,
                              self.args.sample_tokens, self.args.seed)
+        marker_of(self.args).unlink(missing_ok=True)
         print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
+
+
+def digest(ids):
+    """A text that tells token arrays apart: their length, and a checksum of a part of them."""
+    sample = np.ascontiguousarray(ids[:: max(1, len(ids) // 100_000)])
+    return f"{len(ids):,} tokens of checksum {zlib.crc32(sample):08x}"
 
 
 def parameters_of(config):
@@ -1576,7 +1613,7 @@ def train(args, ranks):
                              f"got {args.batch_size} * {args.grad_accum} and {ranks.world_size}; "
                              "change one of them")
 
-    ranks.agree(args, check)
+    ranks.agree(check)
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     device = device_of_rank(args, ranks)
     ranks.start_group(device, backend_for(args, device), args.timeout)
@@ -1592,7 +1629,7 @@ def train(args, ranks):
 def bench(args, ranks):
     """Times training steps on random ids under each strategy, rivals in the same processes; prints
     a table, then JSON. source: [1] the benchmarking problems of data parallelism"""
-    ranks.agree(args, lambda: device_of_rank(args, ranks))
+    ranks.agree(functools.partial(check_bench, args, ranks))
     device = device_of_rank(args, ranks)
     ranks.start_group(device, backend_for(args, device), args.timeout)
     dtype, reason = lm.resolve_dtype(args.dtype, device)
@@ -1626,6 +1663,21 @@ def bench(args, ranks):
                       "batch_size": args.batch_size, "context_length": config.context_length,
                       "dtype": str(dtype)[6:], "compile": compiled, "strategies": rows}))
     return 0
+
+
+def check_path(path):
+    if path and not os.access(Path(path).absolute().parent, os.W_OK):
+        raise ValueError(f"a file must be in a folder that can be written, got {path}; make that")
+
+
+def check_bench(args, ranks):
+    device_of_rank(args, ranks)
+    check_path(args.trace)
+    if args.warmup_steps < 2:  # the second shows that the first one's update was right
+        raise ValueError(f"warmup_steps must be at least 2, got {args.warmup_steps}; give more")
+    if args.batch_size % args.grad_accum:
+        raise ValueError(f"batch_size must be a multiple of grad_accum, got {args.batch_size} and "
+                         f"{args.grad_accum}; change one of them")
 
 
 def shown(value, form):
@@ -1677,7 +1729,7 @@ def bench_strategy(strategy, args, ranks, config, device, dtype, compiled):
             row["step_gib"] = allocated(cuda, "max_memory_allocated")
         return stats
 
-    for i in range(max(2, args.warmup_steps)):
+    for i in range(args.warmup_steps):
         ranks.watch(f"warming up {strategy}", i)
         stats = step()
         if i < 2:
@@ -1782,12 +1834,15 @@ def time_collective(operation, size, device, repeats):
            "reduce_scatter": lambda: _reduce_scatter(part, whole),
            "all_gather": lambda: _all_gather(whole, part),
            "broadcast": lambda: dist.broadcast(whole, 0)}[operation]
+    whole.fill_(r + 1.0)
     part.fill_(r + 1.0)
     run()
     result = part if operation == "reduce_scatter" else whole
-    want = {"all_reduce": N, "reduce_scatter": N, "all_gather": N, "broadcast": 1}[operation]
-    if N > 1 and result[-1].item() != want:
-        raise ValueError(f"{operation} must give {want}, got {result[-1].item()}; this is a bug")
+    each = torch.arange(1.0, N + 1, device=device)  # what the ranks brought
+    want = {"all_gather": each[:, None], "broadcast": each[0]}.get(operation, each.sum())
+    if N > 1 and not (result.view(-1, n) == want).all():
+        raise ValueError(f"{operation} must give {want.flatten().tolist()}, got "
+                         f"{result[::n].tolist()}; this is a bug")
     seconds = []
     for i in range(5 + repeats):
         whole.fill_(1.0)
@@ -1804,7 +1859,16 @@ def time_collective(operation, size, device, repeats):
 def comm(args, ranks):
     """Times collectives of many sizes; prints a table, with --limits what it means, then JSON.
     source: [1] distributed_communication_single_node"""
-    ranks.agree(args, lambda: device_of_rank(args, ranks))
+    def check():
+        device_of_rank(args, ranks)
+        check_path(args.plot)
+        if args.plot and find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib, got none; pip install matplotlib")
+        for name in ("tokens", "d_ff"):
+            if getattr(args, name) is not None and not args.limits:
+                raise ValueError(f"--{name} must come with --limits, got it without; add that")
+
+    ranks.agree(check)
     device = device_of_rank(args, ranks)
     backend = backend_for(args, device)
     ranks.start_group(device, backend, args.timeout)
@@ -1828,17 +1892,14 @@ def comm(args, ranks):
     answer = {"ranks": N, "backend": backend, "torch": torch.__version__, "rows": rows}
     if args.limits:
         answer["limits"] = show_limits(args, rows, device)
+    print(json.dumps(answer), flush=True)
     if args.plot and ranks.rank == 0:
         plot_comm(rows, args.plot)
-    print(json.dumps(answer))
     return 0
 
 
 def plot_comm(rows, path):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib, got none; pip install matplotlib") from None
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for operation in dict.fromkeys(row["operation"] for row in rows):
@@ -1931,7 +1992,7 @@ def show_limits(args, rows, device):
         print(f"limits need 2 ranks and an operation other than broadcast, got {N} and "
               f"{', '.join(args.operations)}")
         return None
-    B, F, size = args.tokens, args.d_ff, 1e9
+    B, F, size = args.tokens or TOKENS, args.d_ff or D_FF, 1e9
     both, (X, Y) = fsdp_tensor_parallel_limit(B, F, C, W)
     shared, (X1, Y1) = fsdp_tensor_parallel_limit(B, F, C, W, overlapped=False)
     limits = {
@@ -1988,7 +2049,7 @@ def build_parser():
     add_strategy_flags(add)
     add("--batch_size", type=counting, default=4, help="sequences a rank")
     add("--grad_accum", type=counting, default=1, help="parts of them")
-    add("--warmup_steps", type=counting, default=5)
+    add("--warmup_steps", type=counting, default=5, help="2 or more")
     add("--repeats", type=counting, default=5, help="turns")
     add("--steps", type=counting, default=3, help="of a turn, without a pause")
     add("--checkpoint_every", type=counting, nargs="*", default=[], help="recompute K blocks")
@@ -2008,9 +2069,34 @@ def build_parser():
     add("--device", default="auto")
     add("--plot", metavar="FILE", help="draw the bus bandwidths")
     add("--limits", action="store_true", help="measure C too; print how far each way scales")
-    add("--tokens", type=counting, default=2**20, help="B, for --limits")
-    add("--d_ff", type=counting, default=10_240, help="F, for --limits")
+    add("--tokens", type=counting, help=f"B, for --limits (default {TOKENS:,})")
+    add("--d_ff", type=counting, help=f"F, for --limits (default {D_FF:,})")
     return parser
+
+
+def raise_last_line(text):
+    if text:
+        raise ValueError(text.splitlines()[-1].partition("error: ")[2])
+
+
+def marker_of(args):
+    """The file that says that the run in out_dir was begun by the torchrun that runs now."""
+    return Path(args.out_dir) / ".torchrun"
+
+
+def went_on(args, ranks):
+    """On rank 0: whether torchrun --max-restarts starts again a run that had begun, which then goes
+    on, whatever was asked first. One that was refused, or killed before, is asked as at first."""
+    mine = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if ranks.restarts:
+        return marker_of(args).exists() and marker_of(args).read_text() == mine
+    marker_of(args).unlink(missing_ok=True)  # of a torchrun before
+    return False
+
+
+def flags_of(args):
+    return {f"--{name}": str(value) for name, value in vars(args).items()
+            if name not in ("run", "model_defaults")}
 
 
 def resumed_flags(parser, argv, args, ranks):
@@ -2033,20 +2119,28 @@ def main(argv=None):
             stack.enter_context(contextlib.redirect_stdout(quiet))
         ranks = None
         try:
-            parser = build_parser()
-            with contextlib.redirect_stderr(quiet):
-                args = parser.parse_args(argv)
-            ranks = Ranks(args.init_timeout)
-            # after a restart by torchrun --max-restarts a run goes on, whatever was asked first
-            if args.verb == "train" and (args.resume or ranks.restarts):
+            parser, args, refused = build_parser(), None, io.StringIO()
+            try:
+                with contextlib.redirect_stderr(refused if rank else sys.stderr):
+                    args = parser.parse_args(argv)
+            except SystemExit as stop:
+                if not (rank and stop.code):
+                    raise
+            ranks = Ranks(args.init_timeout if args else 60)
+            ranks.agree(functools.partial(raise_last_line, refused.getvalue()))
+            ranks.same("flags", flags_of(args), args.init_timeout)
+            if args.verb == "train" and (args.resume or ranks.share(lambda: went_on(args, ranks))):
                 args = resumed_flags(parser, argv, args, ranks)
             return args.run(args, ranks)
         except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
             return fail(ranks, rank, error, 2)
         except RuntimeError as error:
-            if not is_of_collectives(error):
-                raise
-            return fail(ranks, rank, f"another rank is gone: {error}", 1)
+            if is_of_collectives(error):
+                cause = re.search(r"Last error:\n?(.*)", str(error))
+                return fail(ranks, rank, "a collective failed, another rank may be gone: "
+                            + (cause[1] if cause else str(error)), 1)
+            traceback.print_exc(file=sys.__stderr__)  # before anything that waits for other ranks
+            return fail(ranks, rank, repr(error), 1)
         except KeyboardInterrupt:
             return fail(ranks, rank, "interrupted", 130)
         finally:

@@ -648,7 +648,7 @@ def run_until(rank, n, port, argv, step):
 # killed, stopped and wrongly started
 
 
-def start_ranks(n, argv, per_rank=None, **environment):
+def start_ranks(n, argv, per_rank=None, folder_of=lambda r: None, **environment):
     """n processes as several hosts would start them, without torchrun; [Popen]."""
     (port,) = free_ports(1)
     started = []
@@ -657,7 +657,7 @@ def start_ranks(n, argv, per_rank=None, **environment):
                str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}  # fmt: skip
         more = per_rank(r) if per_rank else []
         started.append(subprocess.Popen([sys.executable, "-u", ROOT / "ddp.py", *argv, *more], env=env, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE))  # fmt: skip
+                                        cwd=folder_of(r), stdout=subprocess.PIPE, stderr=subprocess.PIPE))  # fmt: skip
     return started
 
 
@@ -683,6 +683,56 @@ def test_ranks_with_different_flags_are_named(folder):
     argv = ["train", *flags(folder, "bad", "--batch_size", "6")]
     different = start_ranks(3, argv, lambda r: ["--lr", "0.5", "--seed", "7"] if r == 2 else [])
     ends_with_one_line(different, "--lr 0.5 for 0.003, --seed 7 for 0 on rank 2")
+
+
+def test_a_flag_that_one_rank_alone_has_is_named(folder):
+    argv = ["train", *flags(folder, "bad", "--batch_size", "6")]
+    for flag, shown in (("--resume", "--resume True for False on rank 1"),
+                        ("--no_such", "rank 1: unrecognized arguments: --no_such")):
+        ends_with_one_line(start_ranks(2, argv, lambda r: [flag] if r else []), shown)  # noqa: B023
+
+
+def test_ranks_with_other_data_are_named(folder, tmp_path):
+    for r in range(2):
+        (tmp_path / str(r)).mkdir()
+        words = random.Random(r).choices([name for name in dir(torch) if len(name) > 5], k=5000)
+        (tmp_path / str(r) / "text.txt").write_text(" ".join(words))
+    argv = ["train", *flags(folder, "bad"), "--data", "text.txt", "--data_dir", "made", "--out_dir", "out"]
+    ranks = start_ranks(2, argv, folder_of=lambda r: tmp_path / str(r))
+    ends_with_one_line(ranks, "the same data, got tokenizer", "on rank 1")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_rank_that_is_silent_before_the_first_step_is_named(folder):
+    ranks = start_ranks(2, ["train", *flags(folder, "silent", "--timeout", "3", "--max_steps", "100000")])
+    for line in ranks[0].stdout:
+        if "memory" in line:
+            ranks[1].send_signal(signal.SIGSTOP)
+            break
+    try:
+        ends_with_one_line(ranks[:1], r"rank 1 stopped answering at step \d+, ", "within 3 s")
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+
+
+def test_a_restart_goes_on_only_with_the_run_that_this_torchrun_began(folder):
+    def restarted(*more):
+        env = {**CPU["env"], "TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "now"}
+        return subprocess.run([sys.executable, ROOT / "ddp.py", "train", *argv, *more], env=env, text=True,
+                              capture_output=True, timeout=120)  # fmt: skip
+
+    argv = flags(folder, "restarted", "--max_steps", "3")
+    assert ddp.main(["train", *argv]) == 0
+    for others in (None, "before"):  # began without torchrun, and under another one
+        if others:
+            (folder / "restarted/.torchrun").write_text(others)
+        refused = restarted()
+        assert refused.returncode == 2 and "which holds a run" in refused.stderr
+    (folder / "restarted/.torchrun").write_text("now")
+    assert "resumed" in restarted("--max_steps", "4").stdout
+    assert not (folder / "restarted/.torchrun").exists()  # it has ended
+    assert "resumed" not in restarted("--overwrite").stdout
 
 
 def test_nccl_without_a_gpu_is_one_line(folder):
