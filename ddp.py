@@ -539,7 +539,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     Parameters go, largest first, to the rank that has the fewest elements; `owner` tells whose a
     parameter is. Whole parameters, so that optimizers which look at a matrix as one work too: a
     matrix larger than 1/N of the model makes its owner's part larger than 1/N.
-    Gradients: the same on all ranks, or (DDP with owner=) those of the own parameters only.
+    Gradients: the same on all ranks, or (DDP with owner=) those of the own parameters only. What an
+    optimizer computes from all of its parameters (Prodigy's d) is of a rank's own ones here.
     """
 
     def __init__(self, params, optimizer_cls, **kwargs):
@@ -567,15 +568,28 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({name: v for name, v in group.items() if name != "params"})  # schedules
         loss = self.inner.step(closure) if closure is not None else self.inner.step()
+        for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            group.update({name: v for name, v in inner.items() if name != "params"})  # its counters
         params = [p for group in self.param_groups for p in group["params"]]
         send_from_owners(params, [self.owner[p] for p in params])
         return loss
 
+    def state_dict(self):
+        """This rank's part, which says so where there are others."""
+        part = {"part": [this_rank(), num_ranks()]} if num_ranks() > 1 else {}
+        return {**super().state_dict(), **part}
+
     def load_state_dict(self, state_dict):
-        """Takes the whole state, keeps this rank's part."""
+        """Takes the whole state, of which it keeps this rank's part, or that part. raises
+        ValueError for another's"""
         params = [p for group in self.param_groups for p in group["params"]]
         mine = {i: s for i, s in state_dict["state"].items()
                 if self.owner[params[i]] == this_rank()}
+        part, own = state_dict.get("part"), [this_rank(), num_ranks()]
+        if part is not None and (part != own or len(mine) < len(state_dict["state"])):
+            raise ValueError("state_dict must be the whole optimizer's, or the part that this rank "
+                             f"{own[0]} of {own[1]} keeps, got that of rank {part[0]} of {part[1]}; "
+                             "save and load one for each rank")
         super().load_state_dict({**state_dict, "state": mine})
         self.inner.state = self.state
 
@@ -1044,31 +1058,30 @@ class FSDP(Wrapper):
 # PyTorch's own engines, behind the same interface
 
 
-class TorchDDP(Replicated):
+class TorchDDP(Wrapper):
     """torch.nn.parallel.DistributedDataParallel."""
 
     def __init__(self, module, bucket_mb=25.0):
-        nn.Module.__init__(self)
-        self.module = module
+        super().__init__(module)
         self.engine = nn.parallel.DistributedDataParallel(
             module, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True)
         self.no_sync = self.engine.no_sync
 
-    def forward(self, *inputs):
-        return self.engine(*inputs)
+    def forward(self, *inputs, **named_inputs):
+        return self.engine(*inputs, **named_inputs)
 
     def finish_gradient_synchronization(self):
         pass  # its backward pass ends with it
 
 
-class TorchFSDP(nn.Module):
+class TorchFSDP(Wrapper):
     """torch.distributed.fsdp.fully_shard of each block, then of the rest. The optimizer sees plain
     tensors that share the memory of its DTensors, as it does under FSDP."""
 
     def __init__(self, module, compute_dtype=None, reduce_dtype=torch.float32):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        super().__init__()
+        super().__init__(module)
         broadcast_module(module)
         self.rows = {name: len(p) for name, p in module.named_parameters()}
         device = next(module.parameters()).device.type
@@ -1081,14 +1094,13 @@ class TorchFSDP(nn.Module):
         self.plain = {name: nn.Parameter(p.to_local().detach(), p.requires_grad)
                       for name, p in module.named_parameters()}
 
-    def forward(self, *inputs):
-        return self.module(*inputs)
-
     @contextlib.contextmanager
     def no_sync(self):
         self.module.set_requires_gradient_sync(False)
-        yield
-        self.module.set_requires_gradient_sync(True)
+        try:
+            yield
+        finally:
+            self.module.set_requires_gradient_sync(True)
 
     def local_parameters(self):
         return self.plain
@@ -1114,12 +1126,16 @@ class LanguageModelLoss(nn.Module):
 
 
 class Engine:
-    """`strategy` around a TransformerLM: `loss_and_gradient` and `optimizer.step()` are a step."""
+    """`strategy` around a TransformerLM: `loss_and_gradient` and `optimizer.step()` are a step.
+
+    device: where to train. A model on the CPU is moved there, under fsdp without ever being whole
+    on it."""
 
     def __init__(self, strategy, model, dtype, weight_decay, lr, betas, bucket_mb=25.0,
-                 reduce_dtype=torch.float32, compiled=False):
-        self.strategy, self.model, self.dtype = strategy, model, dtype
-        self.device = next(model.parameters()).device
+                 reduce_dtype=torch.float32, compiled=False, device=None):
+        self.device = torch.device(device or next(model.parameters()).device)
+        if strategy != "fsdp":
+            model.to(self.device)
         first = {p: name for name, p in model.named_parameters()}
         self.first_name = {name: first[p] for name, p in
                            model.named_parameters(remove_duplicate=False)}
@@ -1129,17 +1145,16 @@ class Engine:
                 block.forward = torch.compile(block.forward)
         module = LanguageModelLoss(model)
         sent_in = dtype if dtype != torch.float32 else None
-        self.owner = None
         if strategy == "zero1":
             self.optimizer = ShardedOptimizer(lm.optimizer_groups(model, weight_decay), lm.AdamW,
                                               lr=lr, betas=betas)
             self.wrapper = DDP(module, bucket_mb, self.optimizer.owner)
-            self.owner = self.optimizer.owner
         else:
             self.wrapper = {
                 "naive": lambda: NaiveDDP(module), "flat": lambda: FlatDDP(module),
                 "overlap": lambda: DDP(module, bucket_mb),
-                "fsdp": lambda: FSDP(module, sent_in, reduce_dtype=reduce_dtype),
+                "fsdp": lambda: FSDP(module, sent_in, reduce_dtype=reduce_dtype,
+                                     device=self.device),
                 "torch_ddp": lambda: TorchDDP(module, bucket_mb),
                 "torch_fsdp": lambda: TorchFSDP(module, sent_in, reduce_dtype),
             }[strategy]()
@@ -1147,6 +1162,7 @@ class Engine:
             self.optimizer = lm.AdamW(lm.optimizer_groups(local, weight_decay), lr, betas)
         self.parameters = {name.removeprefix("model."): p
                            for name, p in self.wrapper.local_parameters().items()}
+        self.owner = self.wrapper.owner
         self.rows = {name.removeprefix("model."): n for name, n in self.wrapper.rows.items()}
         # FSDP's weights have the dtype to compute in, and its activations follow them
         self.autocast = None if "fsdp" in strategy else dtype
@@ -1170,23 +1186,8 @@ class Engine:
             total += loss.detach()
         watch("waiting for the gradients of the others")
         self.wrapper.finish_gradient_synchronization()
-        norm = self.gradient_norm()
-        lm.clip_grad_norm_(self.parameters.values(), grad_clip, norm)
+        norm = self.wrapper.clip_grad_norm_(grad_clip)
         return torch.stack((total / num_ranks(), norm))
-
-    @torch.no_grad()
-    def gradient_norm(self):
-        """The norm of the whole gradient: shards are added up over the ranks, whole ones are the
-        same on all and count once."""
-        shards, whole = [], []
-        for name, p in self.parameters.items():
-            if p.grad is not None:
-                (shards if name in self.rows or self.owner else whole).append(p.grad)
-        if num_ranks() == 1 or not (self.rows or self.owner):
-            return lm.grad_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        square = lm.grad_norm(shards).to(self.device).square()
-        dist.all_reduce(square)
-        return (square + lm.grad_norm(whole).to(self.device).square()).sqrt()
 
     def zero_grad(self):
         for p in (*self.parameters.values(), *self.wrapper.parameters()):
