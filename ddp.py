@@ -812,7 +812,7 @@ class FSDP(Wrapper):
                 s = ShardedParameter(name, whole, trained, where, dtype or whole.dtype)
                 params[home].append(s)
                 s.show(s.shard)
-            elif whole.data_ptr() != module._parameters[attribute].data_ptr():
+            elif whole.device != module._parameters[attribute].device:
                 for m, a in where:
                     m._parameters[a] = nn.Parameter(whole, trained)
         for m in self.module.modules():
