@@ -739,7 +739,7 @@ class FSDP(Wrapper):
 
     device: where to train, by default where the module is. A module on the CPU is moved there
     parameter by parameter, so that no device ever holds all of it; ranks other than 0, whose values
-    do not matter, may have theirs on "meta".
+    do not matter, may make theirs under torch.device("meta") (.to("meta") unties tied weights).
     parameters() are the shards and the replicated parameters, for an optimizer made after wrapping;
     so is state_dict(), which is this rank's: see gather_full_params. copy.deepcopy cannot copy what
     the hooks refer to: copy the module before wrapping it.
