@@ -59,8 +59,8 @@ MiB = 2**20
 SECOND_BACKWARD = ("a gradient changed after its synchronisation began: run all but the last "
                    "backward pass of an update under no_sync(), and call "
                    "finish_gradient_synchronization() after the last")
-NOT_HERE = ("the weights of a block must be used in its own forward pass, called through FSDP's, got "
-            "{} outside of it; do this inside the block, or call the wrapper")
+NOT_HERE = ("the weights of a block must be used in its own forward pass, called through FSDP's, "
+            "got {} outside of it; do this inside the block, or call the wrapper")
 
 # -------------------------------------------------------------------------------------------------
 # collectives
@@ -220,8 +220,8 @@ def tensors_in(outputs, unit):
         elif is_dataclass(leaf):
             yield from tensors_in([getattr(leaf, field.name) for field in fields(leaf)], unit)
         elif unit.module is not None and not isinstance(leaf, (int, float, str, type(None))):
-            raise TypeError(f"a block under FSDP must return tensors, or containers or dataclasses "
-                            f"of them, got {type(leaf).__name__} from a {type(unit.module).__name__}")
+            raise TypeError("a block under FSDP must return tensors, or containers or dataclasses of "
+                            f"them, got {type(leaf).__name__} from a {type(unit.module).__name__}")
 
 
 def flatten(tensors):
@@ -588,8 +588,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         part, own = state_dict.get("part"), [this_rank(), num_ranks()]
         if part is not None and (part != own or len(mine) < len(state_dict["state"])):
             raise ValueError("state_dict must be the whole optimizer's, or the part that this rank "
-                             f"{own[0]} of {own[1]} keeps, got that of rank {part[0]} of {part[1]}; "
-                             "save and load one for each rank")
+                             f"{own[0]} of {own[1]} keeps, got that of rank {part[0]} of "
+                             f"{part[1]}; save and load one for each rank")
         super().load_state_dict({**state_dict, "state": mine})
         self.inner.state = self.state
 
