@@ -45,7 +45,7 @@ import time
 import traceback
 import weakref
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,7 +63,10 @@ STRATEGIES = ("naive", "flat", "overlap", "zero1", "fsdp", "torch_ddp", "torch_f
 MiB = 2**20
 TOKENS, D_FF = 2**20, 10_240  # that comm --limits speaks of: B and F
 SECOND_BACKWARD = ("a gradient changed after its synchronisation began: run all but the last "
-                   "backward pass of an update under no_sync()")
+                   "backward pass of an update under no_sync(), and call "
+                   "finish_gradient_synchronization() after the last")
+NOT_HERE = ("the weights of a block must be used in its own forward pass, called through FSDP's, "
+            "got {} outside of it; do this inside the block, or call the wrapper")
 
 # -------------------------------------------------------------------------------------------------
 # collectives
@@ -88,6 +91,15 @@ def averages():
     return num_ranks() == 1 or dist.get_backend() == "nccl"
 
 
+def mean_op():
+    return dist.ReduceOp.AVG if averages() else dist.ReduceOp.SUM
+
+
+def batches():
+    """Whether the back end takes many tensors, or unequal ones, in one launch: NCCL does."""
+    return num_ranks() > 1 and dist.get_backend() == "nccl"
+
+
 def wait_for(works):
     """Waits for asynchronous collectives; on CUDA it is the current stream that waits."""
     started = time.perf_counter()
@@ -100,8 +112,7 @@ def start_mean(tensor):
     """Starts the all-reduce of `tensor` to its mean over the ranks; the function that it returns
     waits for it."""
     COUNT["issued"] += 1
-    op = dist.ReduceOp.AVG if averages() else dist.ReduceOp.SUM
-    work = dist.all_reduce(tensor, op, async_op=True)
+    work = dist.all_reduce(tensor, mean_op(), async_op=True)
 
     def finish():
         wait_for([work])
@@ -115,13 +126,12 @@ def start_mean_to_owners(chunks):
     """Starts a reduce-scatter of unequal parts: rank r shall have the mean of chunks[r] (1-D).
     Returns (this rank's part, which is ready after finish; finish)."""
     COUNT["issued"] += 1
-    op = dist.ReduceOp.AVG if averages() else dist.ReduceOp.SUM
     mine = chunks[this_rank()]
-    if averages() and all(map(len, chunks)):
+    if batches() and all(map(len, chunks)):
         mine = torch.empty_like(mine)
-        works = [dist.reduce_scatter(mine, chunks, op, async_op=True)]
+        works = [dist.reduce_scatter(mine, chunks, mean_op(), async_op=True)]
     else:  # gloo takes equal parts only, nobody empty ones
-        works = [dist.reduce(chunk, r, op, async_op=True) for r, chunk in enumerate(chunks)
+        works = [dist.reduce(chunk, r, mean_op(), async_op=True) for r, chunk in enumerate(chunks)
                  if len(chunk)]
 
     def finish():
@@ -138,7 +148,7 @@ def send_from_owners(tensors, owners, at_once_bytes=256 * MiB):
     parts."""
     if num_ranks() == 1:
         return
-    if not averages():
+    if not batches():
         COUNT["issued"] += 1
         wait_for([dist.broadcast(t.detach(), r, async_op=True)
                   for t, r in zip(tensors, owners, strict=True)])
@@ -164,35 +174,21 @@ def send_from_owners(tensors, owners, at_once_bytes=256 * MiB):
                 torch._foreach_copy_(ts, split_like(chunk, ts))
 
 
-def start_gathers(pairs, group=None):
-    """Starts all-gathers, (whole (N * n, ...), part (n, ...)) each, as one launch where the back
-    end can; returns the works to wait for."""
+def start_each(collective, pairs, group=None, **options):
+    """Starts collective(output, input) for each pair, an all-gather (whole (N * n, ...), part
+    (n, ...)) or a reduce-scatter the other way round, as one launch where the back end can;
+    returns the works to wait for."""
     COUNT["issued"] += 1
     if num_ranks() == 1:
-        for whole, part in pairs:
-            whole.copy_(part)
+        for output, input in pairs:
+            output.copy_(input)
         return []
-    if averages():
-        with dist.distributed_c10d._coalescing_manager(group, async_ops=True) as works:
-            for whole, part in pairs:
-                _all_gather(whole, part, group)
-        return [works]
-    return [_all_gather(whole, part, group, async_op=True) for whole, part in pairs]
-
-
-def start_reduce_scatters(pairs, group=None):
-    """As `start_gathers`, for reduce-scatters of (part, whole): sums, with NCCL means."""
-    COUNT["issued"] += 1
-    if num_ranks() == 1:
-        for part, whole in pairs:
-            part.copy_(whole)
-        return []
-    if averages():
-        with dist.distributed_c10d._coalescing_manager(group, async_ops=True) as works:
-            for part, whole in pairs:
-                _reduce_scatter(part, whole, dist.ReduceOp.AVG, group)
-        return [works]
-    return [_reduce_scatter(part, whole, group=group, async_op=True) for part, whole in pairs]
+    if not batches():
+        return [collective(*pair, group=group, async_op=True, **options) for pair in pairs]
+    with dist.distributed_c10d._coalescing_manager(group, async_ops=True) as works:
+        for pair in pairs:
+            collective(*pair, group=group, **options)
+    return [works]
 
 
 @torch.no_grad()
@@ -202,6 +198,36 @@ def broadcast_module(module):
         COUNT["issued"] += 1
         tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}.values()
         wait_for([dist.broadcast(t.detach(), 0, async_op=True) for t in tensors])
+
+
+@torch.no_grad()
+def receive(tensor, device):
+    """`tensor` on `device`, with the values that rank 0 has; elsewhere it may be on meta."""
+    if tensor.is_meta and this_rank() == 0:
+        raise ValueError("rank 0 must have the values of the weights, got a module on meta")
+    tensor = (torch.empty_like(tensor, device=device) if tensor.is_meta
+              else tensor.detach().to(device))
+    if num_ranks() > 1:
+        COUNT["issued"] += 1
+        wait_for([dist.broadcast(tensor, 0, async_op=True)])
+    return tensor
+
+
+def recomputing():
+    """Whether a backward pass is running: a forward pass then is that of a checkpointed block."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def tensors_in(outputs, unit):
+    """The tensors in what a unit's module returned. raises TypeError where some may be missed"""
+    for leaf in torch.utils._pytree.tree_leaves(outputs):
+        if torch.is_tensor(leaf):
+            yield leaf
+        elif is_dataclass(leaf):
+            yield from tensors_in([getattr(leaf, field.name) for field in fields(leaf)], unit)
+        elif unit.module is not None and not isinstance(leaf, (int, float, str, type(None))):
+            raise TypeError("a block under FSDP must return tensors, or containers or dataclasses "
+                            f"of them, got {type(leaf).__name__} from a {type(unit.module).__name__}")
 
 
 def flatten(tensors):
@@ -214,12 +240,23 @@ def split_like(flat, tensors):
     return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
+def means_by_dtype(params):
+    """Gives the gradients their means over the ranks, by one all-reduce for all of a dtype."""
+    for dtype in dict.fromkeys(p.dtype for p in params):
+        alike = [p for p in params if p.dtype == dtype]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
+        flat = flatten(grads)
+        start_mean(flat)()
+        for p, view in zip(alike, split_like(flat, grads), strict=True):
+            p.grad = None if p.grad is None else view
+
+
 def gather_rows(part, rows):
     """The whole tensor (rows, ...) on every rank, of which each rank holds `part`: rows r*n to
     (r+1)*n of it, n = rows / N rounded up; the last ranks may hold fewer or none."""
     n = -(-rows // num_ranks())
     whole = part.new_empty(n * num_ranks(), *part.shape[1:])
-    wait_for(start_gathers([(whole, pad_rows(part.detach(), n))]))
+    wait_for(start_each(_all_gather, [(whole, pad_rows(part.detach(), n))]))
     return whole[:rows]
 
 
@@ -248,19 +285,20 @@ class SameGradients:
     step late, so that the host need not wait for it."""
 
     def __init__(self, names):
-        self.names, self.present, self.mine, self.table, self.done = names, None, None, None, None
+        self.names, self.sent, self.mine, self.table, self.done = names, None, None, None, None
 
-    def compare(self, present, device):
-        """present: for each name, whether this rank had its gradient. raises ValueError"""
+    def compare(self, present, device, order=0):
+        """present: for each name, whether this rank had its gradient; order: a number that stands
+        for the order of what else must be the same. raises ValueError"""
         self.report()
         if not present:
             return
-        if present != self.present:
-            mine = torch.tensor(present, dtype=torch.uint8)
+        if [*present, order] != self.sent:
+            self.sent = [*present, order]
+            mine = torch.tensor(self.sent, dtype=torch.int32)
             self.mine = (mine.pin_memory() if device.type == "cuda" else mine).to(
                 device, non_blocking=True)
-            self.present = present
-        table = self.mine.new_empty(num_ranks() * len(present))
+        table = self.mine.new_empty(num_ranks() * len(self.sent))
         _all_gather(table, self.mine)
         self.table = table.to("cpu", non_blocking=device.type == "cuda")
         if device.type == "cuda":
@@ -274,8 +312,12 @@ class SameGradients:
             return
         if self.done is not None:
             self.done.synchronize()
-        table, self.table = self.table.view(num_ranks(), -1).bool(), None
+        table, self.table = self.table.view(num_ranks(), -1), None
         for i in (table != table[0]).any(0).nonzero().flatten().tolist():
+            if i == len(self.names):
+                other = (table[:, i] != table[0, i]).nonzero().flatten().tolist()
+                raise ValueError(f"every rank must use its blocks in the same order, got another "
+                                 f"on ranks {other} than on rank 0")
             have = [r for r in range(num_ranks()) if table[r, i]]
             lack = [r for r in range(num_ranks()) if not table[r, i]]
             raise ValueError(f"every rank must use the same parameters, got a gradient of "
@@ -287,24 +329,22 @@ class SameGradients:
 # data parallel: every rank has the whole model
 
 
-class Replicated(nn.Module):
-    """What the data-parallel wrappers share. A rank runs forward and backward on its part of the
-    batch; `finish_gradient_synchronization()` then makes every gradient the mean over the ranks.
-    A parameter that no rank used keeps no gradient. `with no_sync():` accumulates without
-    communication. raises ValueError there when ranks used different parameters."""
+class Wrapper(nn.Module):
+    """What all wrappers share. A rank runs forward and backward on its part of the batch;
+    `finish_gradient_synchronization()` then makes every gradient the mean over the ranks; it raises
+    ValueError when they used different parameters. A parameter that no rank used keeps no gradient.
+    `with no_sync():` accumulates without communication of gradients."""
 
-    rows = {}  # of FSDP: {name: rows of the whole tensor}
+    rows = {}  # of sharded parameters: {name: rows of the whole tensor}
+    owner = None  # {parameter: the one rank that has its gradient}
+    same = None
 
     def __init__(self, module):
         super().__init__()
-        self.module = module
-        broadcast_module(module)
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.trained = [p for _, p in named]
-        self.same = SameGradients([name for name, _ in named])
-        self.syncing = True
+        self.module, self.syncing, self.backward_began, self.frozen = module, True, False, {}
 
     def forward(self, *inputs, **named_inputs):
+        self.reset_if_unfinished()
         return self.module(*inputs, **named_inputs)
 
     @contextlib.contextmanager
@@ -319,40 +359,94 @@ class Replicated(nn.Module):
         """{name: parameter} that this rank's optimizer sees."""
         return dict(self.module.named_parameters())
 
-    def gradients(self):
-        """All gradients, zeros for missing ones, and for each whether it is there."""
-        present = [p.grad is not None for p in self.trained]
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained], present
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm):
+        """Scales the gradients in place so that the norm of the whole gradient, shards of all ranks
+        together, is at most max_norm; returns the norm before, a scalar tensor."""
+        params = self.local_parameters()
+        if num_ranks() == 1 or not (self.rows or self.owner):
+            return lm.clip_grad_norm_(params.values(), max_norm)
+        parts, whole = [], []  # whole gradients are the same on all ranks and count once
+        for name, p in params.items():
+            if p.grad is not None:
+                (parts if self.owner or name in self.rows else whole).append(p.grad)
+        device = next(iter(params.values())).device
+        square = lm.grad_norm(parts).to(device).square()
+        dist.all_reduce(square)
+        norm = (square + lm.grad_norm(whole).to(device).square()).sqrt()
+        return lm.clip_grad_norm_(params.values(), max_norm, norm)
+
+    def check_same(self):
+        """raises ValueError when ranks used different parameters in the last step: on a GPU a
+        synchronisation tells it of the one before only."""
+        if self.same is not None:
+            self.same.report()
+
+    def watch_frozen(self):
+        self.frozen = {n: p for n, p in self.local_parameters().items() if not p.requires_grad}
+
+    def refuse_unfrozen(self):
+        names = [name for name, p in self.frozen.items() if p.requires_grad]
+        if names:
+            raise ValueError("parameters must be frozen or not before the model is wrapped, got "
+                             f"{', '.join(names)} trained since; set requires_grad, then wrap")
+
+    def begin_backward(self):
+        """Called by hooks in a backward pass; autograd calls `end_backward` if it comes to it."""
+        if not self.backward_began:
+            self.backward_began = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+
+    def end_backward(self):
+        self.backward_began = False
+
+    def reset_if_unfinished(self):
+        if self.backward_began and not recomputing():  # an exception ended it
+            self.reset()
+
+    def reset(self):
+        """Forgets the update under way and its gradients, after an exception in its backward pass
+        (on all ranks); the next forward pass calls it."""
+        self.backward_began = False
+        for p in self.local_parameters().values():
+            p.grad = None
+
+
+class Replicated(Wrapper):
+    """Every rank has all weights, and rank 0's at the start."""
+
+    def __init__(self, module):
+        super().__init__(module)
+        broadcast_module(module)
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.trained = [p for _, p in named]
+        self.same = SameGradients([name for name, _ in named])
+        self.watch_frozen()
+
+    def finish_gradient_synchronization(self):
+        self.refuse_unfrozen()
+        if num_ranks() > 1 and self.trained:
+            present = self.synchronise()
+            self.same.compare(present, self.trained[0].device)
 
 
 class NaiveDDP(Replicated):
     """An all-reduce for each gradient, one after the other, after the backward pass: as many
     latencies as parameters, and the links idle during the backward pass. source: [1]"""
 
-    def finish_gradient_synchronization(self):
-        if num_ranks() > 1 and self.trained:
-            grads, present = self.gradients()
-            for grad in grads:
-                start_mean(grad)()
-            self.same.compare(present, grads[0].device)
+    def synchronise(self):
+        for p in self.trained:
+            start_mean(torch.zeros_like(p) if p.grad is None else p.grad)()
+        return [p.grad is not None for p in self.trained]
 
 
 class FlatDDP(Replicated):
     """One all-reduce of all gradients (of a dtype) after the backward pass: a single latency, for
     one copy of the gradients. source: [1]"""
 
-    def finish_gradient_synchronization(self):
-        if num_ranks() == 1 or not self.trained:
-            return
-        grads, present = self.gradients()
-        for dtype in dict.fromkeys(g.dtype for g in grads):
-            alike = [i for i, g in enumerate(grads) if g.dtype == dtype]
-            flat = flatten([grads[i] for i in alike])
-            start_mean(flat)()
-            for i, view in zip(alike, split_like(flat, [grads[i] for i in alike]), strict=True):
-                if present[i]:
-                    self.trained[i].grad = view
-        self.same.compare(present, grads[0].device)
+    def synchronise(self):
+        means_by_dtype(self.trained)
+        return [p.grad is not None for p in self.trained]
 
 
 class DDP(Replicated):
@@ -368,6 +462,11 @@ class DDP(Replicated):
     def __init__(self, module, bucket_mb=25.0, owner=None):
         super().__init__(module)
         self.owner = owner
+        foreign = [name for name, p in module.named_parameters()
+                   if owner is not None and p.requires_grad and p not in owner]
+        if foreign:
+            raise ValueError("owner must name a rank for every parameter that is trained, got none "
+                             f"for {', '.join(foreign)}; give them to the optimizer or freeze them")
         self.buckets, size, kind = [], math.inf, None
         for i in reversed(range(len(self.trained))):
             p = self.trained[i]
@@ -379,14 +478,21 @@ class DDP(Replicated):
         self.bucket_of = {i: b for b, bucket in enumerate(self.buckets) for i in bucket}
         for i, p in enumerate(self.trained):
             p.register_post_accumulate_grad_hook(weakly(self.ready, i))
-        self.reset()
+        self.clear()
 
     def reset(self):
+        super().reset()
+        for finish in self.in_flight:
+            finish()
+        self.clear()
+
+    def clear(self):
         self.waiting = [set(bucket) for bucket in self.buckets]
         self.started, self.present, self.in_flight = 0, [False] * len(self.trained), []
 
     def ready(self, i, _):
         """The hook: gradient i is complete on this rank."""
+        self.begin_backward()
         if not self.syncing or num_ranks() == 1:
             return
         if i not in self.waiting[self.bucket_of[i]]:
@@ -422,16 +528,14 @@ class DDP(Replicated):
         for i, p, view in zip(bucket, params, split_like(flat, grads), strict=True):
             p.grad = view if self.present[i] else None
 
-    def finish_gradient_synchronization(self):
-        if num_ranks() == 1 or not self.trained:
-            return
+    def synchronise(self):
         while self.started < len(self.buckets):  # parameters that this backward pass did not reach
             self.start_next()
         for finish in self.in_flight:
             finish()
         present = self.present
-        self.reset()
-        self.same.compare(present, self.trained[0].device)
+        self.clear()
+        return present
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -441,7 +545,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     Parameters go, largest first, to the rank that has the fewest elements; `owner` tells whose a
     parameter is. Whole parameters, so that optimizers which look at a matrix as one work too: a
     matrix larger than 1/N of the model makes its owner's part larger than 1/N.
-    Gradients: the same on all ranks, or (DDP with owner=) those of the own parameters only.
+    Gradients: the same on all ranks, or (DDP with owner=) those of the own parameters only. What an
+    optimizer computes from all of its parameters (Prodigy's d) is of a rank's own ones here.
     """
 
     def __init__(self, params, optimizer_cls, **kwargs):
@@ -469,15 +574,28 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({name: v for name, v in group.items() if name != "params"})  # schedules
         loss = self.inner.step(closure) if closure is not None else self.inner.step()
+        for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            group.update({name: v for name, v in inner.items() if name != "params"})  # its counters
         params = [p for group in self.param_groups for p in group["params"]]
         send_from_owners(params, [self.owner[p] for p in params])
         return loss
 
+    def state_dict(self):
+        """This rank's part, which says so where there are others."""
+        part = {"part": [this_rank(), num_ranks()]} if num_ranks() > 1 else {}
+        return {**super().state_dict(), **part}
+
     def load_state_dict(self, state_dict):
-        """Takes the whole state, keeps this rank's part."""
+        """Takes the whole state, of which it keeps this rank's part, or that part. raises
+        ValueError for another's"""
         params = [p for group in self.param_groups for p in group["params"]]
         mine = {i: s for i, s in state_dict["state"].items()
                 if self.owner[params[i]] == this_rank()}
+        part, own = state_dict.get("part"), [this_rank(), num_ranks()]
+        if part is not None and (part != own or len(mine) < len(state_dict["state"])):
+            raise ValueError("state_dict must be the whole optimizer's, or the part that this rank "
+                             f"{own[0]} of {own[1]} keeps, got that of rank {part[0]} of "
+                             f"{part[1]}; save and load one for each rank")
         super().load_state_dict({**state_dict, "state": mine})
         self.inner.state = self.state
 
@@ -486,23 +604,43 @@ class ShardedOptimizer(torch.optim.Optimizer):
 # fully sharded: every rank has rows of each weight
 
 
+class NotHere(torch.Tensor):
+    """Stands in a module for a weight that is not gathered: tells its shape, dtype and device, and
+    refuses to be computed with."""
+
+    tells = {"shape", "size", "ndim", "dim", "numel", "dtype", "device", "layout", "requires_grad",
+             "is_cuda", "is_cpu", "is_meta", "is_leaf", "grad", "is_floating_point", "is_complex"}
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), named=None):
+        is_property = function.__name__ == "__get__"
+        if (function.__self__ if is_property else function).__name__ in cls.tells:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(named or {}))
+        names = [t.parameter_name for t in torch.utils._pytree.tree_leaves((args, named))
+                 if isinstance(t, cls)]
+        raise RuntimeError(NOT_HERE.format(" and ".join(names)))
+
+
 class ShardedParameter:
     """A parameter of FSDP: `shard`, this rank's rows, which the optimizer sees, and `full`, whose
     memory exists only between `allocate` and `free`."""
 
-    def __init__(self, name, param, places, dtype):
-        self.name, self.places, self.shape = name, places, param.shape
-        self.n = -(-len(param) // num_ranks())
-        self.shard = nn.Parameter(my_rows(param.detach(), len(param)).clone(), param.requires_grad)
+    def __init__(self, name, whole, trained, places, dtype):
+        self.name, self.places, self.shape = name, places, whole.shape
+        self.n = -(-len(whole) // num_ranks())
+        self.shard = nn.Parameter(my_rows(whole, len(whole)).clone(), trained)
         with torch.no_grad():
-            self.buffer = param.new_empty(self.n * num_ranks(), *param.shape[1:], dtype=dtype)
+            self.buffer = whole.new_empty(self.n * num_ranks(), *whole.shape[1:], dtype=dtype)
             # .data: the gathers that fill the buffer are no change that autograd should object to
-            self.full = nn.Parameter(self.buffer[: len(param)].data, param.requires_grad)
+            self.full = nn.Parameter(self.buffer[: len(whole)].data, trained)
+            self.absent = torch.Tensor._make_subclass(NotHere, self.full.data, trained)
+        self.absent.parameter_name, self.absent._is_param = name, True
         self.nbytes, self.accumulated = self.buffer.nbytes, None
         self.free()
 
     def show(self, param):
-        """Puts the shard or the full weight where the module looks for it."""
+        """Puts the shard, the full weight or what says that it is absent where the module looks."""
         for module, attribute in self.places:
             module._parameters[attribute] = param
 
@@ -512,7 +650,6 @@ class ShardedParameter:
     def free(self):
         # what autograd saved shares this storage, which is filled again before it is used
         self.buffer.untyped_storage().resize_(0)
-        self.show(self.shard)
 
     def take_gradient(self, dtype):
         """The whole gradient in `dtype`, with those of passes under no_sync; None without any."""
@@ -524,220 +661,338 @@ class ShardedParameter:
 
 
 class Unit:
-    """Parameters that FSDP gathers and frees together: those of one block."""
+    """Parameters that FSDP gathers and frees together: those of one block, or of the root.
 
-    def __init__(self, fsdp, module, params):
-        self.fsdp, self.module, self.params = fsdp, module, params
+    Its weights:    away --start--> coming --gather--> here --free--> away
+    Its gradients:  waiting (for some of this backward pass) --reduce--> present --reset--> waiting
+    """
+
+    def __init__(self, fsdp, index, module, params):
+        self.fsdp, self.index, self.module, self.params = fsdp, index, module, params
         self.trained = [s for s in params if s.full.requires_grad]
-        # a frozen weight may be needed after the last gradient is there
-        self.frees_early = len(self.trained) == len(params)
-        self.gathering, self.works, self.sent, self.in_backward = False, None, None, False
+        self.state, self.works, self.sent = "away", [], None
+        self.called_at = 0  # autograd's count of operations when its forward pass began
+        self.in_backward = False  # since a gradient of its output is there
         for i, s in enumerate(self.trained):
             s.full.register_post_accumulate_grad_hook(weakly(self.ready, i))
         self.reset()
+        self.show()
 
     def reset(self):
-        self.waiting, self.present, self.in_backward = set(self.trained), None, False
+        self.waiting, self.present = set(self.trained), None
 
-    def start_gather(self):
-        if self.gathering:
+    def show(self):
+        """What the module sees: between passes the shards, else the weights if they are here."""
+        for s in self.params:
+            s.show(s.full if self.state == "here" else s.absent if self.fsdp.in_pass else s.shard)
+
+    def start(self):
+        """away -> coming"""
+        if self.state != "away":
             return
-        self.gathering = True
+        self.state = "coming"
         for s in self.params:  # on the stream that computes: there its memory is used and freed
             s.allocate()
         with self.fsdp.on_stream("gather"):
             self.sent = [(s.buffer, pad_rows(s.shard.detach().to(s.buffer.dtype), s.n))
                          for s in self.params]
-            self.works = start_gathers(self.sent)
+            self.works = start_each(_all_gather, self.sent)
 
     def gather(self):
-        """The whole weights are there for what is computed from now on."""
-        self.start_gather()
-        if self.works is not None:
+        """away, coming -> here, for what is computed from now on."""
+        self.start()
+        if self.state == "coming":
             wait_for(self.works)
             if num_ranks() == 1:  # a copy, which no collective's end stands for
                 self.fsdp.join("gather")
-            self.works = self.sent = None
-            for s in self.params:
-                s.show(s.full)
+            self.state, self.works, self.sent = "here", [], None
+            self.show()
 
     def free(self):
-        if self.gathering:
+        """any -> away"""
+        self.in_backward = False
+        if self.state != "away":
             self.gather()  # one that was started and not used must end before its memory goes
-            self.gathering = False
+            self.state = "away"
             for s in self.params:
                 s.free()
+        self.show()
 
     def ready(self, i, _):
         """The hook: the gradient of trained[i] is complete in this backward pass."""
-        s = self.trained[i]
-        if s in self.waiting:
-            self.waiting.remove(s)
-            if not self.waiting:
-                self.fsdp.unit_done(self)
-        elif self.present is not None or not self.waiting:
+        self.fsdp.begin_backward()
+        if self.present is not None or not self.waiting:
             raise RuntimeError(SECOND_BACKWARD)
+        self.waiting.discard(self.trained[i])
+        if not self.waiting:
+            self.fsdp.unit_done(self)
 
 
-class FSDP(nn.Module):
+class FSDP(Wrapper):
     """Fully sharded data parallel: each rank keeps 1/N of the rows of every sharded parameter, of
     its gradient and of its optimizer state. source: [1], [3] stage 3, [4]
 
     Sharded are the parameters of every Linear and Embedding, ours and torch.nn's, and of modules of
     the classes `shard_types`; others (norms) are replicated. The unit of communication is an item
-    of a ModuleList or Sequential; what lies outside of those is one more unit, the root, gathered
-    from the start of the forward pass to the end of the backward pass.
+    of a ModuleList, ModuleDict or Sequential; what lies outside of those is one more unit, the
+    root, gathered from the start of the forward pass to the end of the backward pass.
     A unit's weights are sent in compute_dtype, `prefetch` units ahead of their use, freed after it,
     gathered again in the backward pass; its gradients are reduced in reduce_dtype as soon as they
     are complete. The shards stay in the dtype the module had.
+    Every pass gathers every unit, in the module's order (backward: reversed) whichever of them a
+    rank uses, so that ranks which take different paths do not mix up weights; a unit needed once
+    more or out of order is gathered again, which all ranks must do alike.
 
-    parameters() are the shards and the replicated parameters, for an optimizer made after wrapping.
+    device: where to train, by default where the module is. A module on the CPU is moved there
+    parameter by parameter, so that no device ever holds all of it; ranks other than 0, whose values
+    do not matter, may make theirs under torch.device("meta") (.to("meta") unties tied weights).
+    parameters() are the shards and the replicated parameters, for an optimizer made after wrapping;
+    so is state_dict(), which is this rank's: see gather_full_params. copy.deepcopy cannot copy what
+    the hooks refer to: copy the module before wrapping it.
     """
 
     def __init__(self, module, compute_dtype=None, shard_types=None, reduce_dtype=torch.float32,
-                 prefetch=2):
-        super().__init__()
-        self.module, self.reduce_dtype, self.prefetch = module, reduce_dtype, prefetch
-        self.compute_dtype, self.syncing, self.in_backward = compute_dtype, True, False
-        broadcast_module(module)
-        self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        cuda = self.device.type == "cuda"
-        self.streams = {k: torch.cuda.Stream() if cuda else None for k in ("gather", "reduce")}
+                 prefetch=2, device=None):
+        super().__init__(module)
+        self.reduce_dtype, self.prefetch, self.compute_dtype = reduce_dtype, prefetch, compute_dtype
+        self.in_pass = False  # from the start of a forward pass to the end of its backward pass
+        self.device = torch.device(device or next((p.device for p in module.parameters()), "cpu"))
+        if self.device.type == "meta":
+            raise ValueError("FSDP must know where to train, got a module on meta; pass device=")
+        self.streams = {k: torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+                        for k in ("gather", "reduce")}
         # of its own, so that a reduction which comes early on one rank cannot meet another's gather
         self.reduce_group = dist.new_group() if num_ranks() > 1 else None
-        self.names = [name for name, p in module.named_parameters() if p.requires_grad]
-        first = {p: name for name, p in module.named_parameters()}
-        self.first_name = {name: first[p] for name, p in
+        first = {}
+        self.first_name = {name: first.setdefault(id(p), name) for name, p in
                            module.named_parameters(remove_duplicate=False)}
-        del first  # of the whole weights
         self.units = self.make_units((lm.Linear, lm.Embedding, nn.Linear, nn.Embedding,
                                       *(shard_types or ())))
         self.rows = {s.name: s.shape[0] for unit in self.units for s in unit.params}
-        sharded = {s.name: s.shard for unit in self.units for s in unit.params}
-        self.replicated = {name: p for name, p in module.named_parameters() if name not in sharded}
-        self.same, self.reductions, self.copied = SameGradients(self.names), [], None
+        self.local = dict(module.named_parameters())
+        self.replicated = {n: p for n, p in self.local.items() if n not in self.rows}
+        self.watch_frozen()
+        self.same = SameGradients([name for name, p in self.local.items() if p.requires_grad])
+        self.reductions, self.copied, self.again = [], None, 0
+        self.next_up, self.next_down = len(self.units), 0
         for i, unit in enumerate(self.units[1:], 1):
-            unit.module.register_forward_pre_hook(functools.partial(self.before_forward, i))
+            unit.module.register_forward_pre_hook(functools.partial(self.before_forward, i),
+                                                  prepend=True)  # before what uses the weights
             unit.module.register_forward_hook(functools.partial(self.after_forward, i))
 
     def make_units(self, types):
         """The root unit, then one for each outermost item of a container, in the module's order."""
+        lists = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # not called
         item_of = {}  # submodule: its item; None where two share it
 
         def find_items(module, inside_of=None):
             for child in module.children():
-                is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
-                item = child if is_list and inside_of is None else inside_of
+                is_item = (isinstance(module, (*lists, nn.Sequential)) and inside_of is None
+                           and not isinstance(child, lists))
+                item = child if is_item else inside_of
                 item_of[child] = item if item_of.get(child, item) is item else None
                 find_items(child, item)
 
         find_items(self.module)
-        sharded = {p: None for m in self.module.modules() if isinstance(m, types)
-                   for p in m.parameters(recurse=False) if p.dim()}
-        places = {}
+        places, self.units_of, plan = {}, {}, []
         for m in self.module.modules():
             for attribute, p in m._parameters.items():
-                if p in sharded:
-                    places.setdefault(p, []).append((m, attribute))
-        homes = {}
+                places.setdefault(id(p), []).append((m, attribute))
         for name, p in self.module.named_parameters():
-            if p in sharded:
-                home = {item_of.get(m) for m, _ in places[p]}  # tied across units: of the root
-                homes.setdefault(home.pop() if len(home) == 1 else None, []).append((name, p))
+            where = places[id(p)]
+            home = {item_of.get(m) for m, _ in where}  # tied across units: of the root
+            sharded = p.dim() > 0 and any(isinstance(m, types) for m, _ in where)
+            plan.append((name, where, home.pop() if len(home) == 1 else None, sharded))
+            del p  # names, not parameters: each whole weight goes when it has been cut
+        homes = {home for _, _, home, sharded in plan if sharded}
         items = [None, *(m for m in self.module.modules() if m in homes)]
-        if self.compute_dtype is not None:
-            for m in {m for p in sharded for m, _ in places[p]}:
-                m.register_forward_pre_hook(self.cast_inputs)
-        units = []
-        for item in items:
-            params = []
-            for name, p in homes.get(item, ()):
-                dtype = self.compute_dtype if self.compute_dtype and p.is_floating_point() else None
-                params.append(ShardedParameter(name, p, places[p], dtype or p.dtype))
-            units.append(Unit(self, item, params))
+        params, first_trained = {item: [] for item in items}, None
+        for name, where, home, sharded in plan:
+            module, attribute = where[0]
+            trained = module._parameters[attribute].requires_grad
+            whole = receive(module._parameters[attribute], self.device)
+            if trained and first_trained is None:
+                first_trained = items.index(home) if home in params else 0
+            if sharded:
+                dtype = self.compute_dtype if whole.is_floating_point() else None
+                s = ShardedParameter(name, whole, trained, where, dtype or whole.dtype)
+                params[home].append(s)
+                s.show(s.shard)
+            elif whole.device != module._parameters[attribute].device:
+                for m, a in where:
+                    m._parameters[a] = nn.Parameter(whole, trained)
+        for m in self.module.modules():
+            for name, buffer in m._buffers.items():
+                m._buffers[name] = None if buffer is None else receive(buffer, self.device)
+        units = [Unit(self, i, item, params[item]) for i, item in enumerate(items)]
+        for unit in units:
+            for m, _ in (place for s in unit.params for place in s.places):
+                if m not in self.units_of:
+                    m.register_forward_pre_hook(self.before_use, with_kwargs=True)
+                self.units_of.setdefault(m, set()).add(unit)
+        # no gradient flows further: frozen blocks before all that is trained
+        self.lowest = max(1, len(units) if first_trained is None else first_trained)
         return units
 
-    def cast_inputs(self, _, inputs):
-        return tuple(x.to(self.compute_dtype) if torch.is_tensor(x) and x.is_floating_point()
-                     else x for x in inputs)
+    def before_use(self, module, inputs, named):
+        """Of a module with sharded weights: refuses to compute with shards, casts inputs."""
+        if not torch.compiler.is_compiling():  # blocks alone are compiled, whose weights are here
+            for unit in self.units_of[module]:
+                if unit.state != "here":
+                    raise RuntimeError(NOT_HERE.format(unit.params[0].name))
+        if self.compute_dtype is not None:
+            return (tuple(self.cast(x) for x in inputs),
+                    {name: self.cast(x) for name, x in named.items()})
+
+    def cast(self, x):
+        return x.to(self.compute_dtype) if torch.is_tensor(x) and x.is_floating_point() else x
 
     def on_stream(self, name):
         """Runs on a stream of that name, behind all that the current one was given so far."""
         stream = self.streams[name]
         if stream is None:
             return contextlib.nullcontext()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(stream)
 
     def join(self, name):
         """The current stream waits for the one of that name."""
         if self.streams[name] is not None:
-            torch.cuda.current_stream().wait_stream(self.streams[name])
+            torch.cuda.current_stream(self.device).wait_stream(self.streams[name])
 
-    no_sync = Replicated.no_sync
+    def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
+        """The shards and the replicated parameters, also while whole weights are in the module."""
+        prefix = prefix and prefix + "."
+        return ((f"{prefix}module.{name}", p) for name, p in self.local_parameters().items())
 
     def local_parameters(self):
-        return {name.removeprefix("module."): p for name, p in self.named_parameters()}
+        return self.local
+
+    def free_all(self, in_pass, but=()):
+        """Frees the units that are not in `but`."""
+        self.in_pass = in_pass
+        for unit in self.units:
+            if unit not in but:
+                unit.free()
+
+    def reset(self):
+        super().reset()
+        for unit, _, works in self.reductions:
+            wait_for(works)
+        self.join("reduce")
+        for unit in self.units:
+            for s in unit.params:
+                s.full.grad = s.accumulated = None
+        self.clear()
+
+    def clear(self):
+        """No pass is under way and no gradient is waited for."""
+        self.reductions, self.copied, self.again, self.backward_began = [], None, 0, False
+        self.free_all(in_pass=False)
+        for unit in self.units:
+            unit.reset()
 
     # --- forward
 
     def forward(self, *inputs, **named_inputs):
-        for unit in self.units:  # also what a forward pass without a backward pass has left
-            unit.free()
-            unit.in_backward = False
-            if unit.present is None:
-                unit.waiting = set(unit.trained)
-        self.in_backward = False
+        grad = torch.is_grad_enabled()
+        if recomputing():
+            self.begin_backward()
+            return self.module(*inputs, **named_inputs)
+        self.reset_if_unfinished()
+        self.free_all(in_pass=True)  # what a forward pass without a backward pass has left
+        self.next_up = 0
+        self.start_up_to(self.prefetch)
         self.units[0].gather()
-        for unit in self.units[1 : 1 + self.prefetch]:
-            unit.start_gather()
         outputs = self.module(*inputs, **named_inputs)
-        if torch.is_grad_enabled():
-            self.watch_gradient(0, outputs)
-        else:
-            self.units[0].free()
+        self.start_up_to(len(self.units))  # what this rank did not use: others may have
+        # the last is needed first in the backward pass
+        self.free_all(in_pass=grad, but=(self.units[0], self.units[-1]) if grad else ())
+        if grad:
+            self.watch_gradients(self.units[0], outputs)
         return outputs
 
+    def start_up_to(self, i):
+        for unit in self.units[self.next_up : i + 1]:
+            unit.start()
+        self.next_up = max(self.next_up, i + 1)
+
+    def start_down_to(self, i):
+        while self.next_down >= max(1, i):
+            self.units[self.next_down].start()
+            self.next_down -= 1
+
+    def need(self, unit):
+        """Gathers a unit that neither pass has started: used again, or out of order."""
+        if unit.state == "away":  # the order of these is compared at the end
+            self.again = (self.again * 31 + unit.index) % 2**31
+        unit.gather()
+
     def before_forward(self, i, *_):
-        if not self.in_backward:  # else a checkpointed block is computed again
-            for unit in self.units[i : i + 1 + self.prefetch]:
-                unit.start_gather()
-        self.units[i].gather()
+        unit = self.units[i]
+        if recomputing():  # a checkpointed block
+            self.begin_backward()
+            self.start_down_to(i - self.prefetch)
+        else:
+            self.start_up_to(i + self.prefetch)
+            for skipped in self.units[1:i]:
+                if skipped.state == "coming":
+                    skipped.free()
+        self.need(unit)
+        unit.called_at = torch.autograd._get_sequence_nr()
 
     def after_forward(self, i, _, inputs, outputs):
         unit, grad = self.units[i], torch.is_grad_enabled()
-        last = i == len(self.units) - 1 and not self.in_backward  # needed first in backward: stays
-        if not unit.in_backward and not (last and grad):
+        if grad:
+            self.watch_gradients(unit, outputs)
+        if not recomputing() and not (grad and i == len(self.units) - 1):
             unit.free()
-        if grad and not self.in_backward:
-            self.watch_gradient(i, outputs)
 
-    def watch_gradient(self, i, outputs):
-        for tensor in torch.utils._pytree.tree_leaves(outputs):
-            if torch.is_tensor(tensor) and tensor.requires_grad:
-                tensor.register_hook(functools.partial(self.before_backward, i))
+    def watch_gradients(self, unit, outputs):
+        """Has `before_backward` called before the first operation of the unit's backward pass: the
+        one that made an output. Not one from before the unit, which it only passes on."""
+        for tensor in tensors_in(outputs, unit):
+            if tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= unit.called_at:
+                tensor.register_hook(functools.partial(self.before_backward, unit))
 
-    # --- backward
+    # --- backward: autograd runs the operations of the forward pass in reverse order
 
-    def before_backward(self, i, _):
-        """A gradient of an output of unit i is there: its backward pass begins."""
-        self.in_backward = self.units[i].in_backward = True
-        previous = self.units[max(1, i - self.prefetch) : i] if i else self.units[-self.prefetch :]
-        for unit in (self.units[i], *reversed(previous)):
-            if unit.waiting or not unit.trained:  # else it had its backward pass: two outputs
-                unit.start_gather()
-        self.units[i].gather()
+    def begin_backward(self):
+        if not self.backward_began:
+            super().begin_backward()
+            self.in_pass, self.next_down = True, len(self.units) - 1
+            for unit in self.units:
+                if unit.present is None:
+                    unit.waiting = set(unit.trained)
+                unit.show()
+            self.units[0].gather()
+
+    def before_backward(self, unit, _):
+        """A gradient of an output of the unit is there: its backward pass begins, those of the
+        units called after it are over."""
+        self.begin_backward()
+        if unit is not self.units[0]:
+            for other in self.units[1:]:
+                if other.in_backward and other is not unit:
+                    other.free()
+            self.start_down_to(unit.index - self.prefetch)
+            self.need(unit)
+            unit.in_backward = True
+        else:
+            self.start_down_to(len(self.units) - self.prefetch)
+
+    def end_backward(self):
+        super().end_backward()
+        self.start_down_to(self.lowest)  # what this rank did not use: others may have
+        self.free_all(in_pass=False)
 
     def unit_done(self, unit):
-        """All gradients of the unit are complete: frees its weights, and reduces when syncing."""
-        unit.waiting, unit.in_backward = set(unit.trained), False
-        if unit.frees_early:
-            unit.free()
+        """All gradients of the unit are complete: reduces them when syncing."""
         if not self.syncing:
+            unit.waiting = set(unit.trained)
             for s in unit.trained:
                 s.accumulated = s.take_gradient(self.reduce_dtype)
             return
-        unit.waiting = set()
         for later in reversed(self.units):  # the root last; in the same order on all ranks
             if later.present is None and later.trained:
                 if later.waiting:
@@ -749,7 +1004,7 @@ class FSDP(nn.Module):
         grads = [(s, s.full.grad, s.accumulated) for s in unit.trained]
         unit.present = {s: grad is not None or more is not None for s, grad, more in grads}
         if self.copied is not None:  # the gradients of the unit before may be freed now
-            torch.cuda.current_stream().wait_event(self.copied[1])
+            torch.cuda.current_stream(self.device).wait_event(self.copied[1])
         with self.on_stream("reduce"):
             pairs, borrowed = [], False
             for s in unit.trained:
@@ -759,7 +1014,7 @@ class FSDP(nn.Module):
                 whole = pad_rows(grad, len(s.buffer))
                 borrowed = borrowed or any(whole is g for _, *gs in grads for g in gs)
                 pairs.append((torch.empty_like(whole[: s.n]), whole))
-            works = start_reduce_scatters(pairs, self.reduce_group)
+            works = start_each(_reduce_scatter, pairs, self.reduce_group, op=mean_op())
             if self.device.type != "cuda":
                 self.reductions.append((unit, pairs, works))
                 return
@@ -779,29 +1034,22 @@ class FSDP(nn.Module):
                 s.shard.grad = part if s.shard.grad is None else s.shard.grad + part
 
     def finish_gradient_synchronization(self):
+        self.refuse_unfrozen()
         for unit in reversed(self.units):
             if unit.present is None and unit.trained:
                 self.reduce(unit)
         for unit, pairs, works in self.reductions:
             wait_for(works)
             self.add_to_shards(unit, [part for part, _ in pairs])
+        self.join("reduce")
         present = {s.name: there for unit in self.units
                    for s, there in (unit.present or {}).items()}
-        self.reductions, self.copied, self.in_backward = [], None, False
-        for unit in self.units:
-            unit.free()
-            unit.reset()
-        self.join("reduce")
-        trained = [p for p in self.replicated.values() if p.requires_grad]
         present.update({name: p.grad is not None for name, p in self.replicated.items()})
+        again = self.again
+        self.clear()
         if num_ranks() > 1:
-            for dtype in dict.fromkeys(p.dtype for p in trained):
-                alike = [p for p in trained if p.dtype == dtype]
-                flat = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in alike])
-                start_mean(flat)()
-                for p, view in zip(alike, split_like(flat, alike), strict=True):
-                    p.grad = None if p.grad is None else view
-            self.same.compare([present[name] for name in self.names], self.device)
+            means_by_dtype([p for p in self.replicated.values() if p.requires_grad])
+            self.same.compare([present[name] for name in self.same.names], self.device, again)
 
     @torch.no_grad()
     def gather_full_params(self):
@@ -816,31 +1064,30 @@ class FSDP(nn.Module):
 # PyTorch's own engines, behind the same interface
 
 
-class TorchDDP(Replicated):
+class TorchDDP(Wrapper):
     """torch.nn.parallel.DistributedDataParallel."""
 
     def __init__(self, module, bucket_mb=25.0):
-        nn.Module.__init__(self)
-        self.module = module
+        super().__init__(module)
         self.engine = nn.parallel.DistributedDataParallel(
             module, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True)
         self.no_sync = self.engine.no_sync
 
-    def forward(self, *inputs):
-        return self.engine(*inputs)
+    def forward(self, *inputs, **named_inputs):
+        return self.engine(*inputs, **named_inputs)
 
     def finish_gradient_synchronization(self):
         pass  # its backward pass ends with it
 
 
-class TorchFSDP(nn.Module):
+class TorchFSDP(Wrapper):
     """torch.distributed.fsdp.fully_shard of each block, then of the rest. The optimizer sees plain
     tensors that share the memory of its DTensors, as it does under FSDP."""
 
     def __init__(self, module, compute_dtype=None, reduce_dtype=torch.float32):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        super().__init__()
+        super().__init__(module)
         broadcast_module(module)
         self.rows = {name: len(p) for name, p in module.named_parameters()}
         device = next(module.parameters()).device.type
@@ -853,14 +1100,13 @@ class TorchFSDP(nn.Module):
         self.plain = {name: nn.Parameter(p.to_local().detach(), p.requires_grad)
                       for name, p in module.named_parameters()}
 
-    def forward(self, *inputs):
-        return self.module(*inputs)
-
     @contextlib.contextmanager
     def no_sync(self):
         self.module.set_requires_gradient_sync(False)
-        yield
-        self.module.set_requires_gradient_sync(True)
+        try:
+            yield
+        finally:
+            self.module.set_requires_gradient_sync(True)
 
     def local_parameters(self):
         return self.plain
@@ -886,12 +1132,16 @@ class LanguageModelLoss(nn.Module):
 
 
 class Engine:
-    """`strategy` around a TransformerLM: `loss_and_gradient` and `optimizer.step()` are a step."""
+    """`strategy` around a TransformerLM: `loss_and_gradient` and `optimizer.step()` are a step.
+
+    device: where to train. A model on the CPU is moved there, under fsdp without ever being whole
+    on it."""
 
     def __init__(self, strategy, model, dtype, weight_decay, lr, betas, bucket_mb=25.0,
-                 reduce_dtype=torch.float32, compiled=False):
-        self.strategy, self.model, self.dtype = strategy, model, dtype
-        self.device = next(model.parameters()).device
+                 reduce_dtype=torch.float32, compiled=False, device=None):
+        self.device = torch.device(device or next(model.parameters()).device)
+        if strategy != "fsdp":
+            model.to(self.device)
         first = {p: name for name, p in model.named_parameters()}
         self.first_name = {name: first[p] for name, p in
                            model.named_parameters(remove_duplicate=False)}
@@ -901,17 +1151,16 @@ class Engine:
                 block.forward = torch.compile(block.forward)
         module = LanguageModelLoss(model)
         sent_in = dtype if dtype != torch.float32 else None
-        self.owner = None
         if strategy == "zero1":
             self.optimizer = ShardedOptimizer(lm.optimizer_groups(model, weight_decay), lm.AdamW,
                                               lr=lr, betas=betas)
             self.wrapper = DDP(module, bucket_mb, self.optimizer.owner)
-            self.owner = self.optimizer.owner
         else:
             self.wrapper = {
                 "naive": lambda: NaiveDDP(module), "flat": lambda: FlatDDP(module),
                 "overlap": lambda: DDP(module, bucket_mb),
-                "fsdp": lambda: FSDP(module, sent_in, reduce_dtype=reduce_dtype),
+                "fsdp": lambda: FSDP(module, sent_in, reduce_dtype=reduce_dtype,
+                                     device=self.device),
                 "torch_ddp": lambda: TorchDDP(module, bucket_mb),
                 "torch_fsdp": lambda: TorchFSDP(module, sent_in, reduce_dtype),
             }[strategy]()
@@ -919,6 +1168,7 @@ class Engine:
             self.optimizer = lm.AdamW(lm.optimizer_groups(local, weight_decay), lr, betas)
         self.parameters = {name.removeprefix("model."): p
                            for name, p in self.wrapper.local_parameters().items()}
+        self.owner = self.wrapper.owner
         self.rows = {name.removeprefix("model."): n for name, n in self.wrapper.rows.items()}
         # FSDP's weights have the dtype to compute in, and its activations follow them
         self.autocast = None if "fsdp" in strategy else dtype
@@ -942,23 +1192,8 @@ class Engine:
             total += loss.detach()
         watch("waiting for the gradients of the others")
         self.wrapper.finish_gradient_synchronization()
-        norm = self.gradient_norm()
-        lm.clip_grad_norm_(self.parameters.values(), grad_clip, norm)
+        norm = self.wrapper.clip_grad_norm_(grad_clip)
         return torch.stack((total / num_ranks(), norm))
-
-    @torch.no_grad()
-    def gradient_norm(self):
-        """The norm of the whole gradient: shards are added up over the ranks, whole ones are the
-        same on all and count once."""
-        shards, whole = [], []
-        for name, p in self.parameters.items():
-            if p.grad is not None:
-                (shards if name in self.rows or self.owner else whole).append(p.grad)
-        if num_ranks() == 1 or not (self.rows or self.owner):
-            return lm.grad_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        square = lm.grad_norm(shards).to(self.device).square()
-        dist.all_reduce(square)
-        return (square + lm.grad_norm(whole).to(self.device).square()).sqrt()
 
     def zero_grad(self):
         for p in (*self.parameters.values(), *self.wrapper.parameters()):
@@ -1345,7 +1580,7 @@ class Trainer:
         self.rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
         self.fit_to_memory()
         torch.manual_seed(args.seed)
-        self.model = lm.TransformerLM(config).to(self.device)
+        self.model = lm.TransformerLM(config)  # on the CPU: under FSDP no GPU ever holds it whole
         self.model.checkpoint_every = args.checkpoint_every
         self.generator = torch.Generator().manual_seed(args.seed)  # the place in the data
         self.step, self.saved, content = 0, None, None
@@ -1353,7 +1588,8 @@ class Trainer:
             content = self.load()
         self.engine = Engine(
             args.strategy, self.model, self.dtype, args.weight_decay, args.lr,
-            (args.beta1, args.beta2), args.bucket_mb, getattr(torch, args.reduce_dtype), compiled)
+            (args.beta1, args.beta2), args.bucket_mb, getattr(torch, args.reduce_dtype), compiled,
+            device=self.device)
         self.optimizer = self.engine.optimizer
         if self.step:
             self.engine.load_optimizer(content and content["optimizer"], ranks)
@@ -1426,6 +1662,7 @@ class Trainer:
     def save(self):
         """Rank 0 writes the one checkpoint, as train.py does; the others only send their part."""
         self.watch("saving the checkpoint", self.step, limit_s=math.inf)  # disks may be slow
+        self.engine.wrapper.check_same()  # of the last step: GPUs tell one step late
         weights, state = self.engine.whole_model(), self.engine.whole_optimizer(self.ranks)
         if self.ranks.rank == 0:
             lm.save_checkpoint(

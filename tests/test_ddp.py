@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 import weakref
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.utils.checkpoint
 
 import ddp
 import model as lm
@@ -338,6 +340,423 @@ def the_sharded_optimizer_takes_any_class_groups_and_schedules(folder):
         again.add_param_group({"params": [late], "lr": 0.01})
         again.load_state_dict({"state": whole, "param_groups": optimizer.state_dict()["param_groups"]})
         assert set(again.state) == set(optimizer.state) == set(again.inner.state)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 9), nn.Linear(9, 6)
+
+    def forward(self, x):
+        return x + self.b(torch.relu(self.a(x)))
+
+
+class Stack(nn.Module):
+    """Blocks, and a head whose forward pass is `run` if there is one."""
+
+    def __init__(self, block=Block, n=4, run=None):
+        super().__init__()
+        self.layers, self.head, self.run = nn.ModuleList(block() for _ in range(n)), nn.Linear(6, 5), run
+
+    def forward(self, x):
+        if self.run is not None:
+            return self.run(self, x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def vectors(step, rows=4):
+    return torch.randn(rows * ddp.num_ranks(), 6, generator=seeded(step), device="cpu").to(DEVICE)
+
+
+def assert_fsdp_trains_as_one_process(plain, steps=2):
+    wrapper = ddp.FSDP(copy.deepcopy(plain))
+    reference, optimizer = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, wrapper))
+    for step in range(steps):
+        x = vectors(step)
+        for module, o, part in ((plain, reference, x), (wrapper, optimizer, mine(x))):
+            o.zero_grad()
+            module(part.clone()).square().mean().backward()
+            if module is wrapper:
+                wrapper.finish_gradient_synchronization()
+            o.step()
+    full = wrapper.gather_full_params()
+    for name, p in plain.named_parameters():
+        assert torch.allclose(full[name], p, **F32), name
+    return wrapper
+
+
+@on_ranks
+def fsdp_makes_units_of_modules_that_are_called(folder):
+    def lists(model, x):
+        for a, b in model.layers:
+            x = x + b(torch.relu(a(x)))
+        return model.head(x)
+
+    def dicts(model, x):
+        for layer in model.layers:
+            x = x + layer["b"](torch.relu(layer["a"](x)))
+        return model.head(x)
+
+    torch.manual_seed(0)
+    pair = lambda: nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])  # noqa: E731
+    wrapper = assert_fsdp_trains_as_one_process(Stack(pair, run=lists))
+    assert len(wrapper.units) == 1 + 8
+    named = lambda: nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})  # noqa: E731
+    assert_fsdp_trains_as_one_process(Stack(named, run=dicts))
+
+
+@on_ranks
+def weights_that_are_not_here_tell_their_shape_and_refuse_the_rest(folder):
+    def from_outside(model, x):
+        weight = model.layers[2].a.weight
+        assert weight.shape == (9, 6) and weight.device == x.device and weight.requires_grad
+        assert isinstance(weight, nn.Parameter) and next(model.layers[2].parameters()) is weight
+        return nn.functional.linear(x, weight)
+
+    for use in (from_outside, lambda model, x: model.layers[3].a.weight * 2,
+                lambda model, x: torch.cat([model.layers[3].a.weight]),
+                lambda model, x: model.layers[0].a(x)):  # fmt: skip
+        wrapper = ddp.FSDP(Stack(run=use))
+        with pytest.raises(RuntimeError, match=r"layers.\d.a.weight outside of it"):
+            wrapper(vectors(0))
+    wrapper.module.run = None
+    wrapper(vectors(0))  # as if nothing had been
+    with pytest.raises(RuntimeError, match="head.weight outside of it"):
+        ddp.FSDP(Stack()).module(vectors(0))
+
+
+@on_ranks
+def parameters_are_the_shards_while_whole_weights_are_in_the_module(folder):
+    wrapper = ddp.FSDP(Stack())
+    before = list(wrapper.named_parameters())
+    loss = wrapper(mine(vectors(0))).sum()
+    assert all(p is q and n == m for (n, p), (m, q) in zip(wrapper.named_parameters(), before, strict=True))
+    loss.backward()
+    wrapper.finish_gradient_synchronization()
+    assert [*wrapper.module.parameters()] == [p for _, p in before]
+
+
+@on_ranks
+def ranks_that_take_other_paths_do_not_mix_weights_and_are_named(folder):
+    N, r = ddp.num_ranks(), ddp.this_rank()
+
+    def some(model, x):
+        for i in model.path:
+            x = model.layers[i](x)
+        return model.head(x)
+
+    torch.manual_seed(0)
+    plain = Stack(n=8, run=some)
+    for path in ([0, 1], [5, 6, 7], [0, 7], [3]):
+        wrapper = ddp.FSDP(copy.deepcopy(plain))
+        plain.path = wrapper.module.path = path if r == 0 else range(8)
+        x = vectors(0)
+        with torch.no_grad():
+            assert torch.allclose(wrapper(x), plain(x), **F32)
+        outputs = wrapper(x)
+        assert torch.allclose(outputs, plain(x), **F32)
+        outputs.sum().backward()
+        lacks = next(i for i in range(8) if i not in path)
+        with pytest.raises(ValueError, match=rf"layers.{lacks}.\w.weight on ranks \[1.* none on \[0\]"):
+            wrapper.finish_gradient_synchronization()
+    wrapper = ddp.FSDP(copy.deepcopy(plain))  # as many gathers, of others
+    again = [0, 1, 2, 3, 4, 5, 6, 7, 1, 2]
+    wrapper.module.path = again if r == 0 else [*again[:8], 2, 1]
+    wrapper(vectors(0)).sum().backward()
+    others = ", ".join(map(str, range(1, N)))
+    with pytest.raises(ValueError, match=rf"same order, got another on ranks \[{others}\]"):
+        wrapper.finish_gradient_synchronization()
+
+
+@on_ranks
+def blocks_that_are_used_twice_train_as_in_one_process(folder):
+    torch.manual_seed(0)
+    assert_fsdp_trains_as_one_process(Stack(run=lambda model, x: model.head(
+        nn.Sequential(*model.layers, *reversed(model.layers))(x))))  # fmt: skip
+
+
+@on_ranks
+def fsdp_frees_blocks_in_the_backward_pass_frozen_ones_too(folder):
+    def held(wrapper):
+        return sum(s.buffer.untyped_storage().nbytes() > 0 for u in wrapper.units[1:] for s in u.params[:1])
+
+    for frozen in ("none", "a.bias", "a.", "all but the first"):
+        torch.manual_seed(0)
+        plain = Stack(n=10)
+        for i, layer in enumerate(plain.layers):
+            for name, p in layer.named_parameters():
+                p.requires_grad_(i == 0 if frozen == "all but the first" else not name.startswith(frozen))
+        wrapper = assert_fsdp_trains_as_one_process(plain)
+        seen = []
+
+        def watch(module, x, y, seen=seen, wrapper=wrapper):
+            y.register_hook(lambda _: seen.append(held(wrapper)))
+
+        for layer in wrapper.module.layers:
+            layer.register_forward_hook(watch)
+        wrapper(mine(vectors(0))).sum().backward()
+        assert len(seen) == 10 and max(seen) == 3, (frozen, seen)  # a block, and the two before it
+        assert held(wrapper) == 0
+        wrapper.finish_gradient_synchronization()
+
+
+@on_ranks
+def a_weight_that_is_also_used_detached_is_there_for_that(folder):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return x + self.a(nn.functional.linear(torch.tanh(x), self.a.weight.detach()))
+
+    torch.manual_seed(0)
+    assert_fsdp_trains_as_one_process(Stack(Both))
+
+
+@on_ranks
+def fsdp_takes_a_model_on_the_cpu_and_drops_each_whole_weight(folder):
+    torch.manual_seed(0)
+    model = tiny_model(tie_embeddings=True).cpu()
+    expected = {name: p.clone().to(DEVICE) for name, p in model.state_dict().items()}
+    ids = torch.arange(8, device="cpu").view(1, 8).to(DEVICE)
+    outputs = copy.deepcopy(model).to(DEVICE)(ids)
+    if ddp.this_rank():
+        with torch.device("meta"):
+            model = tiny_model(tie_embeddings=True)
+    left = [weakref.ref(p) for p in model.parameters() if p.dim() > 1]
+    alive, make = [], ddp.ShardedParameter.__init__
+
+    def count(self, *args):
+        make(self, *args)
+        alive.append(sum(ref() is not None for ref in left))
+
+    ddp.ShardedParameter.__init__ = count
+    try:
+        wrapper = ddp.FSDP(model, device=DEVICE)
+    finally:
+        ddp.ShardedParameter.__init__ = make
+    assert alive == [*range(len(left), 0, -1)]
+    assert all(p.device.type == DEVICE.split(":")[0] for p in (*wrapper.parameters(), *wrapper.buffers()))
+    full = wrapper.gather_full_params()
+    assert full.keys() == expected.keys() and all(torch.equal(full[n], p) for n, p in expected.items())
+    assert torch.allclose(wrapper(ids), outputs, **F32)
+    with pytest.raises(ValueError, match="meta; pass device="):
+        ddp.FSDP(nn.Linear(2, 2, device="meta"))
+
+
+@on_ranks
+def wrappers_clip_by_the_norm_of_the_whole_gradient(folder):
+    torch.manual_seed(0)
+    start, (x, y) = Toy(tied=True), batch(4 * ddp.num_ranks(), 0)
+    plain = copy.deepcopy(start)
+    loss_of(plain, x, y).backward()
+    expected = nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+    for kind in ("NaiveDDP", "FlatDDP", "DDP", "zero1", "FSDP"):
+        wrapper, _ = wrap(kind, copy.deepcopy(start))
+        loss_of(wrapper, mine(x), mine(y)).backward()
+        wrapper.finish_gradient_synchronization()
+        assert torch.allclose(wrapper.clip_grad_norm_(0.1), expected, **F32), kind
+        for (name, p), q in zip(wrapper.local_parameters().items(), plain.parameters(), strict=True):
+            if p.grad is not None:
+                part = ddp.my_rows(q.grad, len(q)) if name in wrapper.rows else q.grad
+                assert torch.allclose(p.grad, part, **F32), (kind, name)
+
+
+@on_ranks
+def torch_checkpoint_trains_the_same_reentrant_or_not(folder):
+    def checkpointed(model, x, reentrant):
+        x.requires_grad_()
+        for layer in model.layers:
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
+        return model.head(x)
+
+    def whole_spans(model, x, reentrant):
+        x.requires_grad_()
+        for span in (model.layers[:3], model.layers[3:]):
+            x = torch.utils.checkpoint.checkpoint(nn.Sequential(*span), x, use_reentrant=reentrant)
+        return model.head(x)
+
+    for run in (checkpointed, whole_spans):
+        for reentrant in (True, False):
+            torch.manual_seed(0)
+            plain = Stack(n=6, run=functools.partial(run, reentrant=reentrant))
+            assert_fsdp_trains_as_one_process(plain)
+
+
+@dataclass
+class Output:
+    hidden: torch.Tensor
+    more: dict
+
+
+@on_ranks
+def blocks_may_return_dataclasses_and_pass_tensors_on_but_no_unknown_types(folder):
+    class Returns(Block):
+        make = staticmethod(lambda x: Output(None, {"x": x}))
+
+        def forward(self, x):
+            return self.make(super().forward(x))
+
+    def unpack(model, x):
+        for layer in model.layers:
+            x = layer(x).more["x"]
+        return model.head(x)
+
+    class PassesOn(Block):
+        def forward(self, x, before):
+            return super().forward(x) + 0.1 * before[-1], [*before, x]
+
+    def residual(model, x):
+        before = [x]
+        for layer in model.layers:
+            x, before = layer(x, before)
+        return model.head(x + 0.1 * sum(before))
+
+    torch.manual_seed(0)
+    assert_fsdp_trains_as_one_process(Stack(Returns, run=unpack))
+    wrapper = assert_fsdp_trains_as_one_process(Stack(PassesOn, run=residual))
+    loss = wrapper(mine(vectors(0))).sum()
+    issued = ddp.COUNT["issued"]
+    loss.backward()
+    assert ddp.COUNT["issued"] - issued == 4 + 1 + 3  # reductions; gathers, the last block was here
+    Returns.make = staticmethod(lambda x: SimpleNamespace(more={"x": x}))
+    with pytest.raises(TypeError, match="got SimpleNamespace from a Returns"):
+        ddp.FSDP(Stack(Returns, run=unpack))(vectors(0))
+
+
+@on_ranks
+def a_wrapper_goes_on_after_an_exception(folder):
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise ArithmeticError
+
+    def in_backward(model, x):
+        for i, layer in enumerate(model.layers):
+            x = layer(Fails.apply(x) if i == 1 else x)
+        return model.head(x)
+
+    def in_forward(model, x):
+        model.layers[1](model.layers[0](x))
+        raise ArithmeticError
+
+    torch.manual_seed(0)
+    plain, x = Stack(), vectors(0)
+    plain(x).sum().backward()
+    for kind in ("NaiveDDP", "FlatDDP", "DDP", "zero1", "FSDP"):
+        for fails in (in_backward, in_forward):
+            wrapper, _ = wrap(kind, copy.deepcopy(plain))
+            for p in wrapper.parameters():
+                p.grad = None
+            wrapper.module.run = fails
+            with pytest.raises(ArithmeticError):
+                wrapper(mine(x).requires_grad_()).sum().backward()
+            wrapper.module.run = None
+            for p in wrapper.parameters():
+                p.grad = None
+            wrapper(mine(x)).sum().backward()
+            wrapper.finish_gradient_synchronization()
+            for name, p in wrapper.local_parameters().items():
+                whole = plain.get_parameter(name).grad / ddp.num_ranks()
+                part = ddp.my_rows(whole, len(whole)) if name in wrapper.rows else whole
+                assert p.grad is None or torch.allclose(p.grad, part, **F32), (kind, name)
+
+
+@on_ranks
+def inputs_by_name_are_cast_too(folder):
+    class Named(Block):
+        def forward(self, x):
+            return x + self.b(input=torch.relu(self.a(input=x)))
+
+    wrapper = ddp.FSDP(Stack(Named), compute_dtype=torch.bfloat16)
+    outputs = wrapper(vectors(0))
+    assert outputs.dtype == torch.bfloat16
+    outputs.sum().backward()
+
+
+@on_ranks
+def parameters_without_an_owner_or_unfrozen_later_are_named(folder):
+    model = Stack()
+    optimizer = ddp.ShardedOptimizer(model.layers.parameters(), torch.optim.AdamW, lr=0.1)
+    with pytest.raises(ValueError, match=r"got none for head.weight, head.bias"):
+        ddp.DDP(model, owner=optimizer.owner)
+    for kind in ("NaiveDDP", "FlatDDP", "DDP", "FSDP"):
+        model = Stack()
+        model.head.requires_grad_(False)
+        wrapper, _ = wrap(kind, model)
+        wrapper.module.head.requires_grad_(True)
+        wrapper(vectors(0)).sum().backward()
+        with pytest.raises(ValueError, match=r"got head.weight, head.bias trained since"):
+            wrapper.finish_gradient_synchronization()
+
+
+@on_ranks
+def a_disagreement_of_the_last_step_can_be_asked_for(folder):
+    wrapper = ddp.DDP(nn.Linear(2, 2))
+    wrapper.check_same()
+    wrapper.same.table = torch.tensor([[1, 1, 0]] + [[1, 0, 0]] * (ddp.num_ranks() - 1)).flatten()
+    with pytest.raises(ValueError, match=r"a gradient of bias on ranks \[0\] and none on"):
+        wrapper.check_same()  # as it comes from a GPU, a step late
+    wrapper.check_same()
+
+
+@on_ranks
+def torchs_wrappers_take_inputs_by_name_and_end_no_sync_after_an_exception(folder):
+    class Named(nn.Linear):
+        def forward(self, *, x):
+            return super().forward(x)
+
+    expected = None
+    for kind in ("TorchDDP", "TorchFSDP"):
+        torch.manual_seed(0)
+        wrapper = getattr(ddp, kind)(Named(6, 5))
+        with pytest.raises(ArithmeticError), wrapper.no_sync():
+            raise ArithmeticError
+        wrapper(x=mine(vectors(0))).square().sum().backward()
+        wrapper.finish_gradient_synchronization()
+        norm = wrapper.clip_grad_norm_(1.0)
+        expected = norm if expected is None else expected
+        assert torch.allclose(norm, expected, rtol=1e-5, atol=0)  # the sum is of shards, or not
+
+
+@on_ranks
+def the_sharded_optimizer_keeps_counters_of_groups_and_refuses_foreign_parts(folder):
+    class Counts(torch.optim.SGD):
+        def __init__(self, params, lr, k=0):
+            super().__init__(params, lr, momentum=0.9)
+            for group in self.param_groups:
+                group["k"] = k
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["k"] += 1
+            return super().step(closure)
+
+    N, r = ddp.num_ranks(), ddp.this_rank()
+    model = Stack()
+    optimizer = ddp.ShardedOptimizer(model.parameters(), Counts, lr=0.1)
+    for _ in range(3):
+        model(vectors(0)).sum().backward()
+        optimizer.step()
+    assert optimizer.param_groups[0]["k"] == optimizer.inner.param_groups[0]["k"] == 3
+    part = optimizer.state_dict()
+    assert part["part"] == [r, N] and 0 < len(part["state"]) < len([*model.parameters()])
+    again = ddp.ShardedOptimizer(model.parameters(), Counts, lr=0.1)
+    again.load_state_dict(part)
+    assert set(again.state) == set(optimizer.state)
+    assert again.param_groups[0]["k"] == 3
+    with pytest.raises(ValueError, match=rf"rank {r} of {N} keeps, got that of rank {N} of {N + 1}"):
+        again.load_state_dict({**part, "part": [N, N + 1]})
+    theirs = {i: {} for i, (p, owner) in enumerate(again.owner.items()) if owner != r}
+    with pytest.raises(ValueError, match="must be the whole optimizer's"):
+        again.load_state_dict({**part, "state": theirs})
 
 
 def tiny_model(**changes):
