@@ -227,7 +227,8 @@ def tensors_in(outputs, unit):
             yield from tensors_in([getattr(leaf, field.name) for field in fields(leaf)], unit)
         elif unit.module is not None and not isinstance(leaf, (int, float, str, type(None))):
             raise TypeError("a block under FSDP must return tensors, or containers or dataclasses "
-                            f"of them, got {type(leaf).__name__} from a {type(unit.module).__name__}")
+                            f"of them, got {type(leaf).__name__} from a "
+                            f"{type(unit.module).__name__}")
 
 
 def flatten(tensors):
