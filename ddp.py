@@ -56,7 +56,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-import bpe
 import model as lm
 
 STRATEGIES = ("naive", "flat", "overlap", "zero1", "fsdp", "torch_ddp", "torch_fsdp")
@@ -1561,19 +1560,10 @@ class Trainer:
             print(note)
         if args.attention == "flash":  # said before the data is made ready
             lm.load_flash_attention(self.device)
-        self.train_ids, self.valid_ids, self.tokenizer, self.tokens_per_byte = ranks.in_turns(
-            lambda: bpe.prepare_data(
-                args.data, lm.config_from_flags(args).vocab_size, args.data_dir, args.valid_data,
-                args.tokenizer, args.pattern, args.num_workers, args.errors,
-            ))
+        (self.config, self.train_ids, self.valid_ids, self.tokenizer,
+         self.tokens_per_byte) = lm.prepare_run(args, ranks.in_turns)
+        config = self.config
         self.tokenizer_hash = self.tokenizer.sha256 if self.tokenizer else None
-        known = {"vocab_size": self.tokenizer.vocab_size} if self.tokenizer else {}
-        config = self.config = lm.config_from_flags(args, **known)
-        if config.vocab_size < known.get("vocab_size", 0):
-            raise ValueError(f"vocab_size must be at least {self.tokenizer.vocab_size}, which the "
-                             f"tokenizer has, got {config.vocab_size}; leave --vocab_size out")
-        for ids in (self.train_ids, self.valid_ids):  # too short ones are found before any work
-            lm.get_batch(ids, 1, config.context_length, "cpu", torch.Generator())
         ranks.same("data", {"tokenizer": self.tokenizer_hash, "training": digest(self.train_ids),
                             "validation": digest(self.valid_ids)})
         self.micro_batch_size, self.sequences = args.batch_size, args.batch_size * args.grad_accum

@@ -200,6 +200,28 @@ def add_training_flags(parser):
     add_model_flags(parser, **CPU_MODEL)
 
 
+def prepare_run(args, prepare=lambda make: make()):
+    """(config, training ids, validation ids, tokenizer or None, tokens a byte) of the flags of
+    `add_training_flags`; the config's vocabulary is the tokenizer's where no flag says otherwise.
+
+    prepare(make): calls make, which makes the data ready, when it is this process's turn
+    raises ValueError where the vocabulary or the data is too small
+    """
+    import bpe
+    train_ids, valid_ids, tokenizer, tokens_per_byte = prepare(lambda: bpe.prepare_data(
+        args.data, config_from_flags(args).vocab_size, args.data_dir, args.valid_data,
+        args.tokenizer, args.pattern, args.num_workers, args.errors,
+    ))
+    known = {"vocab_size": tokenizer.vocab_size} if tokenizer else {}
+    config = config_from_flags(args, **known)
+    if config.vocab_size < known.get("vocab_size", 0):
+        raise ValueError(f"vocab_size must be at least {tokenizer.vocab_size}, which the tokenizer "
+                         f"has, got {config.vocab_size}; leave --vocab_size out")
+    for ids in (train_ids, valid_ids):  # too short ones are found before any work
+        get_batch(ids, 1, config.context_length, "cpu", torch.Generator())
+    return config, train_ids, valid_ids, tokenizer, tokens_per_byte
+
+
 def config_from_flags(args, **overrides):
     """The ModelConfig that the flags of `add_model_flags` ask for. A flag that was given goes
     before `overrides`, they before the preset or, without one, the parser's defaults."""
