@@ -1281,6 +1281,7 @@ class Engine:
 # ranks: who is there, what they agree on, and who stopped answering
 
 
+TOLD = "told"  # the store's count of ranks that wanted to tell why the run ends: the first does
 SAME = {"flags": "start them with one command",
         "data": "share data_dir, or prepare the same text with the same Python on every host"}
 
@@ -1429,10 +1430,12 @@ class Ranks:
 
     def claim(self, without_store):
         """Whether this rank is the first that wants to tell about an error."""
+        if self.watch is not None and self.watch.reports:
+            self.watch.thread.join()  # it says more, and ends the process
         try:
-            return self.store.add("lmzero/told", 1) == 1
+            return self.store.add(TOLD, 1) == 1
         except RuntimeError:
-            return without_store
+            return without_store and not (self.watch is not None and self.watch.told)
 
 
 def raise_first(errors):
@@ -1451,10 +1454,13 @@ class Watchdog:
     def __init__(self, ranks, limit_s):
         self.ranks, self.default_s, self.ended = ranks, limit_s, threading.Event()
         self.step, self.beat, self.hint = 0, 0, ""
+        self.reports = self.told = False  # whether this rank, or any, is about to tell why it ends
         self("starting", limit_s=math.inf)
         if ranks.world_size > 1:
-            self.store = dist.PrefixStore("watch", ranks.connect())  # one that no wait() holds up
-            threading.Thread(target=self.run, daemon=True).start()
+            self.all = ranks.connect()  # one that no wait() holds up
+            self.store = dist.PrefixStore("watch", self.all)
+            self.thread = threading.Thread(target=self.run, daemon=True)
+            self.thread.start()
 
     def __call__(self, what, step=None, limit_s=None, hint=""):
         self.what, self.hint = what, hint
@@ -1480,6 +1486,7 @@ class Watchdog:
 
     def tell(self):
         self.beat += 1
+        self.told = self.told or self.all.check([TOLD])
         state = [self.beat, self.step, COUNT["issued"], self.what]
         self.store.set(str(self.ranks.rank), json.dumps(state))
 
@@ -1491,7 +1498,8 @@ class Watchdog:
         """Ends the process; the first to come here tells who is to blame: the ranks whose beat has
         stopped, else those that have come least far."""
         try:
-            first = self.store.add("reports", 1) == 1
+            self.reports = True
+            first = self.all.add(TOLD, 1) == 1
             before = self.states()
             for _ in range(4 if first else 6):  # none shall seem dead while the first one looks
                 time.sleep(1)
@@ -2395,6 +2403,8 @@ def fail(ranks, rank, error, code):
               flush=True)
     if ranks is not None and ranks.world_size > 1:
         sys.stdout.flush()
+        if rank == 0 and not isinstance(error, Agreed):
+            time.sleep(2)  # the store ends with rank 0: the others shall find who has told
         os._exit(code)  # not through destructors that wait for the other ranks
     raise SystemExit(code)
 
