@@ -59,6 +59,7 @@ import torch.nn as nn
 import model as lm
 
 STRATEGIES = ("naive", "flat", "overlap", "zero1", "fsdp", "torch_ddp", "torch_fsdp")
+TAKEN_BY = {"bucket_mb": ("overlap", "zero1", "torch_ddp"), "reduce_dtype": ("fsdp", "torch_fsdp")}
 MiB = 2**20
 TOKENS, D_FF = 2**20, 10_240  # that comm --limits speaks of: B and F
 SECOND_BACKWARD = ("a gradient changed after its synchronisation began: run all but the last "
@@ -877,7 +878,7 @@ class FSDP(Wrapper):
 
     def reset(self):
         super().reset()
-        for unit, _, works in self.reductions:
+        for _, _, works in self.reductions:
             wait_for(works)
         self.join("reduce")
         for unit in self.units:
@@ -1137,8 +1138,8 @@ class Engine:
     device: where to train. A model on the CPU is moved there, under fsdp without ever being whole
     on it."""
 
-    def __init__(self, strategy, model, dtype, weight_decay, lr, betas, bucket_mb=25.0,
-                 reduce_dtype=torch.float32, compiled=False, device=None):
+    def __init__(self, strategy, model, dtype, weight_decay, lr, betas, compiled=False, *,
+                 bucket_mb=25.0, reduce_dtype=torch.float32, device=None):
         self.device = torch.device(device or next(model.parameters()).device)
         if strategy != "fsdp":
             model.to(self.device)
@@ -1185,6 +1186,7 @@ class Engine:
         total = torch.zeros((), device=self.device)
         parts = [*zip(x.split(micro_batch_size), y.split(micro_batch_size), strict=True)]
         for i, (x_part, y_part) in enumerate(parts):
+            watch(f"forward and backward, micro-batch {i + 1} of {len(parts)}")
             last = i == len(parts) - 1
             with contextlib.nullcontext() if last else self.wrapper.no_sync():
                 loss = self.loss_sum(x_part, y_part) / y.numel()
@@ -1587,8 +1589,7 @@ class Trainer:
             content = self.load()
         self.engine = Engine(
             args.strategy, self.model, self.dtype, args.weight_decay, args.lr,
-            (args.beta1, args.beta2), args.bucket_mb, getattr(torch, args.reduce_dtype), compiled,
-            device=self.device)
+            (args.beta1, args.beta2), compiled, **strategy_settings(args), device=self.device)
         self.optimizer = self.engine.optimizer
         if self.step:
             self.engine.load_optimizer(content and content["optimizer"], ranks)
@@ -1848,6 +1849,10 @@ def train(args, ranks):
             raise ValueError(f"batch_size * grad_accum must be a multiple of the number of ranks, "
                              f"got {args.batch_size} * {args.grad_accum} and {ranks.world_size}; "
                              "change one of them")
+        for flag, strategies in TAKEN_BY.items():
+            if getattr(args, flag) is not None and args.strategy not in strategies:
+                raise ValueError(f"{flag} must come with one of the strategies "
+                                 f"{', '.join(strategies)}, got {args.strategy}; leave it out")
 
     ranks.agree(check)
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
@@ -1875,8 +1880,9 @@ def bench(args, ranks):
     card = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
     print(f"{config}\n{parameters_of(config):,} parameters, {ranks.world_size} x {device.type} "
           f"({card}), batch {args.batch_size} a rank, {str(dtype)[6:]}, torch {torch.__version__}, "
-          f"compile {compiled}, checkpoint_every {args.checkpoint_every}, bucket_mb "
-          f"{args.bucket_mb:g}, reduce_dtype {args.reduce_dtype}{f'; {reason}' if reason else ''}")
+          f"compile {compiled}, checkpoint_every {args.checkpoint_every}"
+          + "".join(f", {name} {value}" for name, value in strategy_settings(args).items())
+          + (f"; {reason}" if reason else ""))
     print("ms: median of turns (lowest to highest), the slowest rank's. communicating, exposed: in "
           + ("NCCL's kernels, and those of no other kernel beside them, by torch.profiler" if cuda
              else "not known on CPUs, and waiting for collectives of ours")
@@ -1944,8 +1950,8 @@ def bench_strategy(strategy, args, ranks, config, device, dtype, compiled):
     with device:
         model = lm.TransformerLM(config)
     model.checkpoint_every = args.checkpoint_every
-    engine = Engine(strategy, model, dtype, 0.1, 1e-4, (0.9, 0.95), args.bucket_mb,
-                    getattr(torch, args.reduce_dtype), compiled)
+    engine = Engine(strategy, model, dtype, 0.1, 1e-4, (0.9, 0.95), compiled,
+                    **strategy_settings(args))
     gc.collect()
     row, check = {"init_gib": allocated(cuda)}, []
     generator = torch.Generator().manual_seed(ranks.rank)
@@ -2270,9 +2276,9 @@ def build_parser():
         return verb
 
     def add_strategy_flags(add):
-        add("--bucket_mb", type=rate, default=25, help="gradients of a bucket: overlap, zero1")
-        add("--reduce_dtype", default="float32", choices=("float32", "bfloat16"),
-            help="in which fsdp adds gradients")
+        add("--bucket_mb", type=rate, help="gradients of a bucket (default 25)")
+        add("--reduce_dtype", choices=("float32", "bfloat16"), help="in which gradients are added "
+            "(default float32)")
 
     p = add_verb("train", train, "train.py on many devices")
     p.add_argument("--strategy", default="overlap", choices=STRATEGIES)
@@ -2308,6 +2314,12 @@ def build_parser():
     add("--tokens", type=counting, help=f"B, for --limits (default {TOKENS:,})")
     add("--d_ff", type=counting, help=f"F, for --limits (default {D_FF:,})")
     return parser
+
+
+def strategy_settings(args):
+    """Engine's keywords of those strategy flags that were given."""
+    given = {name: getattr(args, name) for name in TAKEN_BY if getattr(args, name) is not None}
+    return {k: getattr(torch, v) if k == "reduce_dtype" else v for k, v in given.items()}
 
 
 def raise_last_line(text):

@@ -770,7 +770,7 @@ def engine_steps(strategy, compiled=False, dtype=torch.float32, spans=(), **chan
     """(loss over all ranks, norm) of three steps on one batch."""
     model = tiny_model(**changes)
     model.checkpoint_every = spans
-    engine = ddp.Engine(strategy, model, dtype, 0.1, 1e-2, (0.9, 0.95), 1e-3, compiled=compiled)
+    engine = ddp.Engine(strategy, model, dtype, 0.1, 1e-2, (0.9, 0.95), compiled, bucket_mb=1e-3)
     x, y = torch.randint(53, (2, 8, 8), generator=seeded(0), device="cpu").to(DEVICE)
     rows = []
     for _ in range(3):
@@ -811,7 +811,7 @@ def compiled_blocks_train_the_same_under_each_strategy(folder):
 def a_wrapper_that_is_dropped_frees_its_weights(folder):
     for strategy in ddp.STRATEGIES:
         model = tiny_model()
-        engine = ddp.Engine(strategy, model, torch.float32, 0.1, 1e-2, (0.9, 0.95), 1e-3)
+        engine = ddp.Engine(strategy, model, torch.float32, 0.1, 1e-2, (0.9, 0.95), bucket_mb=1e-3)
         x, y = torch.zeros(2, 1, 8, dtype=torch.long)
         engine.loss_and_gradient(x, y, 1, 1.0)
         left = [weakref.ref(model), weakref.ref(next(iter(engine.parameters.values())))]
@@ -1189,6 +1189,8 @@ def test_a_rank_that_never_comes_ends_the_wait(folder):
 
 def test_flags_that_are_wrong_are_one_line_of_rank_0(folder, capsys, monkeypatch):
     for argv, pattern in ((["train", "--strategy", "zero9"], "zero9"), (["comm", "--sizes_mb", "-1"], "above 0"),
+                          (["train", "--strategy", "fsdp", "--bucket_mb", "3"], "overlap, zero1, torch_ddp, got fsdp"),
+                          (["train", "--strategy", "flat", "--reduce_dtype", "bfloat16"], "torch_fsdp, got flat"),
                           (["train", *flags(folder, "train_tied")], "holds a run")):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             ddp.main(argv)
