@@ -1890,9 +1890,9 @@ def bench(args, ranks):
           "optimizer's step, highest in it, optimizer state", flush=True)
     print(f"{'strategy':<11}|{'ms a step':>26} |{'tok/s':>10} |{'mfu':>6} |{'communicating':>14} |"
           f"{'exposed':>8} |{'hidden':>7} |{'init':>7} |{'before':>7} |{'step':>7} |{'state':>7}")
-    rows = {}
+    rows, checks = {}, {}
     for strategy in args.strategies:
-        row = bench_strategy(strategy, args, ranks, config, device, dtype, compiled)
+        row = bench_strategy(strategy, args, ranks, config, device, dtype, compiled, checks)
         rows[strategy] = row
         print(f"{strategy:<11}|{row['ms']:>10.2f} ({row['low_ms']:.2f}-{row['high_ms']:.2f}) |"
               f"{row['tokens_per_s']:>10,.0f} |{shown(row['mfu'], '.1%'):>6} |"
@@ -1900,7 +1900,6 @@ def bench(args, ranks):
               f"{shown(row['hidden'], '.1%'):>7} |" + " |".join(
                   f"{shown(row[k], '.2f'):>7}" for k in ("init_gib", "before_gib", "step_gib",
                                                         "state_gib")), flush=True)
-    check_rows(rows, 1e-4 if dtype == torch.float32 else 2e-2)
     print(json.dumps({"preset": args.preset, "ranks": ranks.world_size, "device": card,
                       "batch_size": args.batch_size, "context_length": config.context_length,
                       "dtype": str(dtype)[6:], "compile": compiled, "strategies": rows}))
@@ -1926,19 +1925,19 @@ def shown(value, form):
     return "n/a" if value is None else format(value, form)
 
 
-def check_rows(rows, bound):
+def check_agree(checks, bound):
     """Stops unless all strategies had the loss and the gradient norm of the first, before the first
-    update, and its loss after it."""
-    checks = {name: row["check"] for name, row in rows.items() if "check" in row}
+    update, and its loss after it. checks: {strategy: these three}"""
+    first = next(iter(checks))
     for name, check in checks.items():
-        for got, expected in zip(check, next(iter(checks.values())), strict=True):
+        for got, expected in zip(check, checks[first], strict=True):
             if not abs(got - expected) <= bound * abs(expected):
-                raise ValueError(f"{name} must agree with {next(iter(checks))} within {bound} in "
+                raise ValueError(f"{name} must agree with {first} within {bound} in "
                                  f"loss, norm and next loss, got {checks}; this is a bug")
 
 
-def bench_strategy(strategy, args, ranks, config, device, dtype, compiled):
-    """A row of bench's table."""
+def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, checks):
+    """A row of bench's table. checks: check_agree's, to which this strategy's are added"""
     cuda = device.type == "cuda"
     gc.collect()
     if cuda:
@@ -1978,7 +1977,8 @@ def bench_strategy(strategy, args, ranks, config, device, dtype, compiled):
             if ranks.world_size > 1:
                 dist.all_reduce(stats[0])
             check += stats.tolist()
-    row["check"] = check[:3]
+    row["check"] = checks[strategy] = check[:3]
+    check_agree(checks, 1e-4 if dtype == torch.float32 else 2e-2)  # before any time is taken
     seconds, waited = [], []
     for turn in range(args.repeats):
         ranks.watch(f"timing {strategy}", turn)

@@ -1301,9 +1301,10 @@ def test_bench_times_every_strategy_and_ends_in_one_json_line(tmp_path):
 
 
 def test_bench_refuses_strategies_that_disagree():
-    rows = {"naive": {"check": [2.0, 1.0, 1.9]}, "fsdp": {"check": [2.0, 1.2, 1.9]}}
+    checks = {"naive": [2.0, 1.0, 1.9], "fsdp": [2.0, 1.005, 1.9]}
+    ddp.check_agree(checks, 1e-2)
     with pytest.raises(ValueError, match="fsdp must agree with naive"):
-        ddp.check_rows(rows, 1e-2)
+        ddp.check_agree(checks, 1e-3)
 
 
 def test_comm_times_checks_and_plots_collectives(tmp_path):
