@@ -1136,10 +1136,10 @@ class Engine:
     """`strategy` around a TransformerLM: `loss_and_gradient` and `optimizer.step()` are a step.
 
     device: where to train. A model on the CPU is moved there, under fsdp without ever being whole
-    on it."""
+    on it. precision: keywords of AdamW, as lm.optimizer_precision gives them"""
 
     def __init__(self, strategy, model, dtype, weight_decay, lr, betas, compiled=False, *,
-                 bucket_mb=25.0, reduce_dtype=torch.float32, device=None):
+                 bucket_mb=25.0, reduce_dtype=torch.float32, device=None, precision=None):
         self.device = torch.device(device or next(model.parameters()).device)
         if strategy != "fsdp":
             model.to(self.device)
@@ -1152,8 +1152,9 @@ class Engine:
                 block.forward = torch.compile(block.forward)
         module = LanguageModelLoss(model)
         sent_in = dtype if dtype != torch.float32 else None
+        make_adamw = functools.partial(lm.AdamW, **precision or {})
         if strategy == "zero1":
-            self.optimizer = ShardedOptimizer(lm.optimizer_groups(model, weight_decay), lm.AdamW,
+            self.optimizer = ShardedOptimizer(lm.optimizer_groups(model, weight_decay), make_adamw,
                                               lr=lr, betas=betas)
             self.wrapper = DDP(module, bucket_mb, self.optimizer.owner)
         else:
@@ -1166,7 +1167,7 @@ class Engine:
                 "torch_fsdp": lambda: TorchFSDP(module, sent_in, reduce_dtype),
             }[strategy]()
             local = SimpleNamespace(parameters=self.wrapper.local_parameters().values)
-            self.optimizer = lm.AdamW(lm.optimizer_groups(local, weight_decay), lr, betas)
+            self.optimizer = make_adamw(lm.optimizer_groups(local, weight_decay), lr, betas)
         self.parameters = {name.removeprefix("model."): p
                            for name, p in self.wrapper.local_parameters().items()}
         self.owner = self.wrapper.owner
@@ -1219,8 +1220,7 @@ class Engine:
 
     def whole_optimizer(self, ranks):
         """On rank 0 what optimizer.state_dict() would be on one device, tensors on the CPU."""
-        mine = {i: {key: list(v.shape) if torch.is_tensor(v) else v for key, v in
-                    self.optimizer.state[p].items()}
+        mine = {i: layout_of(self.optimizer.state[p])
                 for i, p, _ in self.state_parameters() if p in self.optimizer.state}
         layout = ranks.collect(mine)
         state = {}
@@ -1233,7 +1233,7 @@ class Engine:
             for key, value in theirs.items():
                 if isinstance(value, list):
                     tensor = self.optimizer.state.get(p, {}).get(key)
-                    value = self.fetch(tensor, value, p, owner, name)
+                    value = self.fetch(tensor, *value, owner, name)
                 state[i][key] = value
         groups, start = [], 0
         for group in self.optimizer.param_groups:
@@ -1242,14 +1242,14 @@ class Engine:
             start = end
         return {"state": state, "param_groups": groups}
 
-    def fetch(self, tensor, shape, p, owner, name):
+    def fetch(self, tensor, shape, dtype, owner, name):
         """A tensor of the optimizer's state, whole and on the CPU, for rank 0."""
         if name in self.rows:
             tensor = gather_rows(tensor, self.rows[name])
         elif owner != 0 and this_rank() == owner:
             dist.send(tensor.contiguous(), 0)
         elif owner != 0:
-            tensor = p.new_empty(shape)
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
             dist.recv(tensor, owner)
         return tensor.cpu() if this_rank() == 0 else None
 
@@ -1257,9 +1257,7 @@ class Engine:
     def load_optimizer(self, saved, ranks):
         """Takes over the state of `whole_optimizer`, which rank 0 alone has; each rank keeps its
         part of a tensor, and one tensor is whole on the devices at a time."""
-        layout = ranks.share(lambda: {
-            i: {key: [list(v.shape), str(v.dtype)[6:]] if torch.is_tensor(v) else v
-                for key, v in values.items()} for i, values in saved["state"].items()})
+        layout = ranks.share(lambda: {i: layout_of(v) for i, v in saved["state"].items()})
         for i, p, name in self.state_parameters():
             if str(i) not in layout:
                 continue
@@ -1277,6 +1275,12 @@ class Engine:
                 state[key] = value
             if not self.owner or self.owner[p] == this_rank():
                 self.optimizer.state[p] = state
+
+
+def layout_of(state):
+    """JSON of a parameter's optimizer state: [shape, dtype] for tensors, and what else there is."""
+    return {key: [list(v.shape), str(v.dtype)[6:]] if torch.is_tensor(v) else v
+            for key, v in state.items()}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1563,7 +1567,9 @@ class Trainer:
         self.out_dir = Path(args.out_dir)
         self.checkpoint = self.out_dir / "checkpoint.pt"
         ranks.share(self.check_out_dir)
-        self.dtype, reason = lm.resolve_dtype(args.dtype, self.device)
+        precision = lm.optimizer_precision(args)
+        narrow = args.param_dtype == "bfloat16"  # then all is computed in it
+        self.dtype, reason = lm.resolve_dtype("bfloat16" if narrow else args.dtype, self.device)
         problem = lm.compile_problem(self.device)
         compiled = problem is None if args.compile is None else args.compile
         for note in filter(None, (reason, problem if args.compile is None else None)):
@@ -1582,6 +1588,7 @@ class Trainer:
         self.fit_to_memory()
         torch.manual_seed(args.seed)
         self.model = lm.TransformerLM(config)  # on the CPU: under FSDP no GPU ever holds it whole
+        self.model.to(getattr(torch, args.param_dtype))
         self.model.checkpoint_every = args.checkpoint_every
         self.generator = torch.Generator().manual_seed(args.seed)  # the place in the data
         self.step, self.saved, content = 0, None, None
@@ -1589,7 +1596,8 @@ class Trainer:
             content = self.load()
         self.engine = Engine(
             args.strategy, self.model, self.dtype, args.weight_decay, args.lr,
-            (args.beta1, args.beta2), compiled, **strategy_settings(args), device=self.device)
+            (args.beta1, args.beta2), compiled, **strategy_settings(args), device=self.device,
+            precision=precision)
         self.optimizer = self.engine.optimizer
         if self.step:
             self.engine.load_optimizer(content and content["optimizer"], ranks)

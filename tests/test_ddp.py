@@ -1047,6 +1047,23 @@ def test_a_run_goes_on_under_other_strategies_other_numbers_of_ranks_and_in_trai
     assert_same_run(folder, "chain", "train_20", atol=1e-5)
 
 
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
+def test_bfloat16_weights_train_as_in_train_py_and_go_on_bit_for_bit(folder, strategy):
+    narrow = ["--param_dtype", "bfloat16", "--moment_dtype", "float32"]
+    if not (folder / "train_narrow").exists():
+        train.main(flags(folder, "train_narrow", *narrow))
+    argv = ["train", *flags(folder, f"narrow_{strategy}", *narrow, "--strategy", strategy)]
+    whole, again = ([(port, argv + more)] for port, more in zip(free_ports(2), ([], ["--resume"]), strict=True))
+    spawn(run_mains, 2, None, whole)
+    assert_same_run(folder, f"narrow_{strategy}", "train_narrow", atol=2e-2)  # bits of bfloat16, below 4
+    path = folder / f"narrow_{strategy}/checkpoint.pt"
+    before = torch.load(path, weights_only=True)
+    cut_to(4, folder, f"narrow_{strategy}")
+    spawn(run_mains, 2, None, again)
+    after = torch.load(path, weights_only=True)
+    assert all(w.dtype == torch.bfloat16 and torch.equal(w, after["model"][k]) for k, w in before["model"].items())
+
+
 def run_until(rank, n, port, argv, step):
     """main(argv), killed after the checkpoint of `step`."""
     real = ddp.Trainer.save
