@@ -492,3 +492,454 @@ def huffman_paths(counts):
     depth = max(map(len, paths))
     padded = np.array([path + [(-1, 0)] * (depth - len(path)) for path in paths], np.int64)
     return [(padded[:, level, 0], padded[:, level, 1]) for level in range(depth)]
+
+
+# ---------------------------------------------------------------- training such a model
+
+def count_dictionary(documents, min_count):
+    """Returns [(word, count)] that occur often enough, most frequent first, the end of line too."""
+    counts = Counter(word for words in documents for word in words)
+    return sorted(((word, n) for word, n in counts.items() if n >= min_count),
+                  key=lambda item: (-item[1], item[0]))
+
+
+def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket=200_000, minn=0,
+                   maxn=0, min_count=1, lower=True, seed=0, progress=False):
+    """Returns (model, counts of its words): a FastText with softmax, trained one text at a time.
+
+    texts: list of str; labels: list of str, one a text. The settings are fastText's, its defaults
+    dim 100, word_ngrams 1, bucket 2,000,000, not lower-cased. Memory: the input matrix, (words +
+    bucket) * dim * 4 bytes, and 16 bytes an id of the texts. Source: [1], section 2
+    """
+    if len(set(labels)) < 2 or len(texts) != len(labels):
+        raise ValueError(f"training must have texts of at least two labels, got {len(texts)} texts "
+                         f"with labels {sorted(set(labels))}; add examples of the other kind")
+    for name, value, least in (("dim", dim, 1), ("epoch", epoch, 1), ("min_count", min_count, 1),
+                               ("word_ngrams", word_ngrams, 1), ("bucket", bucket, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}; give a larger one")
+    if not 0 <= minn <= maxn or not lr > 0:
+        raise ValueError(f"minn, maxn and lr must be 0 <= minn <= maxn and lr > 0, got {minn}, "
+                         f"{maxn}, {lr}; correct them")
+    label_counts = Counter(labels).most_common()
+    args = dict(zip(FASTTEXT_ARGS, (dim, 5, epoch, min_count, 5, word_ngrams, SOFTMAX, SUPERVISED,
+                                    bucket if word_ngrams > 1 or maxn else 0, minn, maxn, 100),
+                    strict=True)) | {"t": 1e-4, "ntokens": 0}
+    names, counts = zip(*label_counts, strict=True)
+    blank = FastText(args, [], names, counts, None, None)
+    blank.lower = lower
+    words = count_dictionary(map(blank.tokens, texts), min_count)
+    args["ntokens"] = sum(n for _, n in words)
+    rng = np.random.default_rng(seed)
+    inputs = object.__new__(DenseMatrix)
+    inputs.shape = len(words) + args["bucket"], dim
+    inputs.values = rng.random(inputs.shape, np.float32) * np.float32(2 / dim) - np.float32(1 / dim)
+    output = np.zeros((len(names), dim), np.float32)
+    model = FastText(args, [word for word, _ in words], names, counts, inputs, output)
+    model.lower = lower
+    examples = [(*np.unique(ids, return_counts=True), names.index(label))
+                for batch in batches(zip(texts, labels, strict=True), 1024)
+                for ids, (_, label) in zip(model.ids([text for text, _ in batch]), batch,
+                                           strict=True) if len(ids)]
+    model.forget()
+    steps, done = epoch * len(examples), 0
+    bar = bpe.Progress("train", steps, "texts", progress)
+    for _ in range(epoch):
+        for number in rng.permutation(len(examples)):
+            train_step(inputs.values, output, *examples[number], lr * (1 - done / steps))
+            done += 1
+            bar.update(done)
+    bar.close()
+    return model, [n for _, n in words]
+
+
+def train_step(inputs, output, ids, counts, label, lr):
+    """One step of gradient descent on one text, in place: softmax over the mean of its rows.
+
+    ids: (rows,) distinct, each counted `counts` times. Source: [1] SoftmaxLoss::forward
+    """
+    rows, share = inputs[ids], (counts / counts.sum()).astype(np.float32)
+    hidden = share @ rows
+    z = output @ hidden
+    p = np.exp(z - z.max())
+    error = -p / p.sum()
+    error[label] += 1
+    error *= np.float32(lr)
+    # the library divides the gradient of the mean by the number of ids: so does each row's count
+    gradient = error @ output
+    output += np.multiply.outer(error, hidden)
+    inputs[ids] = rows + np.multiply.outer(share, gradient)
+
+
+def area_under_curve(scores, positive):
+    """Returns the probability that a positive scores above a negative, ties half.
+
+    >>> area_under_curve([0.9, 0.4, 0.4], [True, True, False])
+    0.75
+    """
+    scores, positive = np.asarray(scores, np.float64), np.asarray(positive, bool)
+    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]
+    n, m = positive.sum(), (~positive).sum()
+    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m)) if n and m else math.nan
+
+
+# ---------------------------------------------------------------- language without a model
+
+# Where scripts begin, and the language of those that have only one, or one by far.
+SCRIPTS = [  # (first, last code point, script)
+    (0x41, 0x5A, "latin"), (0x61, 0x7A, "latin"), (0xC0, 0x24F, "latin"), (0x1E00, 0x1EFF, "latin"),
+    (0x370, 0x3FF, "el"), (0x1F00, 0x1FFF, "el"), (0x400, 0x52F, "cyrillic"), (0x531, 0x58F, "hy"),
+    (0x5D0, 0x5EA, "he"), (0x620, 0x6FF, "arabic"), (0x750, 0x77F, "arabic"), (0x900, 0x963, "hi"),
+    (0x980, 0x9FE, "bn"), (0xA00, 0xA7F, "pa"), (0xA80, 0xAFF, "gu"), (0xB80, 0xBFF, "ta"),
+    (0xC00, 0xC7F, "te"), (0xC80, 0xCFF, "kn"), (0xD00, 0xD7F, "ml"), (0xD80, 0xDFF, "si"),
+    (0xE00, 0xE4E, "th"), (0xE80, 0xEDF, "lo"), (0x1000, 0x109F, "my"), (0x10A0, 0x10FF, "ka"),
+    (0x1100, 0x11FF, "ko"), (0x1200, 0x137F, "am"), (0x1780, 0x17D3, "km"), (0x3041, 0x309F, "ja"),
+    (0x30A1, 0x30FA, "ja"), (0x3400, 0x4DBF, "han"), (0x4E00, 0x9FFF, "han"),
+    (0xAC00, 0xD7AF, "ko"), (0xF900, 0xFAFF, "han"), (0xFB50, 0xFDFF, "arabic"),
+    (0xFE70, 0xFEFC, "arabic"), (0xFF66, 0xFF9D, "ja"), (0x20000, 0x3134F, "han"),
+]
+SCRIPT_NAMES = ["none"] + sorted({name for *_, name in SCRIPTS})
+SCRIPT_EDGES = np.array([edge for first, last, _ in SCRIPTS for edge in (first, last + 1)])
+SCRIPT_NUMBERS = np.array([0] + [n for *_, name in SCRIPTS for n in (SCRIPT_NAMES.index(name), 0)])
+FUNCTION_WORDS = {
+    "en": "the of and to in a is that for it was on with as by be at are this from or have an not "
+          "but they his he you which we their has were been can will more all would there its who "
+          "her had if when what so about out up she them than other into some our your my i me do "
+          "no only also one may these after over how most should here because between where new",
+    "de": "der die und in den von zu das mit sich des auf für ist im dem nicht ein eine als auch es "
+          "an werden aus er hat dass daß sie nach wird bei einer um am sind noch wie einem über "
+          "einen so zum war haben nur oder aber vor zur bis mehr durch man sein wurde sei ich wir "
+          "ihr kann wenn hier unter alle gegen ihre uns wieder schon sehr diese dieser eines beim",
+    "fr": "de la le et les des en un du une que est pour qui dans a par plus pas au sur ne se ce il "
+          "sont avec la ou son aux d l qu s c n j mais comme on tout nous sa cette être fait ses "
+          "leur été elle ces ont deux même vous si je peut entre aussi ils bien sans encore très "
+          "où après dont était non leurs notre votre y donc chez vers lors depuis",
+    "es": "de la que el en y a los del se las por un para con no una su al lo como más pero sus le "
+          "ya o este sí porque esta entre cuando muy sin sobre también me hasta hay donde quien "
+          "desde todo nos durante todos uno les ni contra otros ese eso ante ellos e esto antes "
+          "algunos unos yo otro otras es son fue ha ser era está han tiene mi si está puede nuestra",
+    "it": "di e il la che in a per un è del non una le i con si della da sono al dei nel alla come "
+          "lo più gli ha anche delle ma o su l d dell c all nell dal se ci dalla questo questa suo "
+          "sua loro essere stato tra ne mi io quando tutti cui fra dopo molto dove solo sulla nella "
+          "degli alle ai anni prima hanno era fatto ed chi perché ancora già noi sul",
+    "pt": "de a o que e do da em um para com não uma os no se na por mais as dos como mas ao ele das "
+          "à seu sua ou quando muito nos já eu também só pelo pela até isso ela entre depois sem "
+          "mesmo aos seus quem nas me esse eles você essa num nem suas meu às minha numa pelos é são "
+          "foi ser está tem há vai ter este esta onde nós pode sobre ainda",
+    "nl": "de van het een en in is dat op te zijn met voor niet die aan er om ook als door maar bij "
+          "uit dan nog naar of hij ze was worden werd tot wordt heeft over hebben ik je we deze meer "
+          "kan geen wel zich haar al veel onder jaar ook wat dit zo u moet waar na kunnen mijn hun "
+          "men toch tegen waren had zal alle tussen omdat zou daar eerste hem ons via",
+    "pl": "i w na z do nie się że o to jest od po za jak dla co ale czy tak tym jego przez są już być "
+          "tego było oraz a lub przy ich tylko może który która które jej był pod ze u roku też by "
+          "go mu ma bardzo gdy jako kiedy jednak więcej jeszcze bez nad przed była jeśli można mi ja "
+          "ten ta te tej tych sobie gdzie we jestem mnie nas został między",
+    "tr": "ve bir bu da de için ile çok olarak daha en olan gibi ne kadar sonra var o ama ki her ya "
+          "değil ise veya mi mı göre kendi diye şey nasıl hem ancak ben sen biz siz onlar bana onun "
+          "olduğu oldu olduğunu yok önce iki ilk tarafından içinde üzerinde yeni büyük zaman bütün "
+          "ayrıca şekilde arasında ayni aynı böyle fakat hiç çünkü eden etti etmek yapılan edilen",
+    "vi": "và của là có các cho được trong không một người với những này để đã từ khi đến như cũng "
+          "về ra nhiều vào thì sẽ trên tôi làm phải lại hay còn bạn nếu đó sau tại rất theo bị nhưng "
+          "năm mà anh ở chỉ hơn ông việc số đi nên do đây vì hai mình cả trước thể học sự nhất gì "
+          "đang bằng cùng thành qua nào công chúng",
+    "sv": "och i att det som en på är av för med till den inte har de om ett han men var jag sig från "
+          "vi så kan när man år under också efter eller nu sin där vid mot ska skulle kommer ut får "
+          "finns vara hade alla andra mycket här då sedan över bara in blir upp även vad få två vill "
+          "ha många hur mer än detta sina oss dem hon denna varit utan mellan era du",
+    "cs": "a v se na je že s z do to o i jako k po ve pro který jsou by si jeho ale tak však za od "
+          "která nebo které jen byl bylo byla jsem ze už při jsme aby když tento než další být co má "
+          "také až před pouze není tedy této pak této podle mezi kde ještě již ke jak proto nás ani "
+          "být mi může jejich bude velmi jej tím pod svou byly ně vám",
+    "ru": "и в не на что я с он как это по но они мы все из у за так к же от бы для о его только мне "
+          "было вы ее был она то да если уже или ни быть до когда него нет еще при меня может чтобы "
+          "со этого под их ты где есть там были вот этом эти после тоже кто этот потому который "
+          "которые себя том была более также",
+    "uk": "і в не на що я з він як це та до у за й але від про є для по його так було ми вони вона "
+          "все або якщо їх ще щоб був бо то які який яка також при вже може під час цього коли після "
+          "більше була ні мене те їх були лише ви із зі де тільки має себе ж би через цей бути "
+          "дуже нас якого інших її нього",
+    "ar": "في من على أن إلى عن التي الذي هذا هذه ما لا كان ذلك مع أو بعد كل قد هو هي لم ثم بين و كما "
+          "حيث عند غير إن كانت لها له عليه أي قبل منذ تم بها يكون أكثر حتى خلال فيها الله بن به إذا "
+          "لكن نحن يوم وقد فإن أما لن أيضا عام عليها وهو الى",
+    "fa": "و در به از که این را با است برای آن یک خود تا کرد بر هم نیز می شود شده شد ها های ای اما یا "
+          "بود دارد باید هر ما او اگر بین من چه سال وی پس بیش همه اين مي بی دیگر کند کنند هستند نمی "
+          "خواهد روی مورد پیش چند بسیار اند تنها توان کنید شما هیچ",
+}
+LETTERS_IN_ROW = {  # two and three letters that tell a language from its script's others, "_" at word ends
+    "en": (
+        "the th _th he he_ _t of_ _of f_ d_ of _o s_ ea ed_ re th_ y_ in _a _i _re _to nd_ _in "
+        "ing _an _on on_ ith wit on e_ ou ed tio _w ts_ _r _f t_ it ti fro fo _wi tha and rom "
+        "in_ ion nt ha hat at ear rea ry_ to_ ct"),
+    "de": (
+        "ei en_ en n_ ein ch er die ich _ei sch ie er_ ge be un au ung ie_ r_ und sc _zu _di "
+        "nd_ der zu hr hen nd _d fü _au ch_ che den in eh nen eit di _w uf ic _un ine auf t_ ne "
+        "tz gen ht cht de we _be ben lic bei von"),
+    "fr": (
+        "s_ es_ e_ es _l nt_ t_ _le le ée _d ou les ai ur nt _à_ on le_ _à _l_ ré _de _d_ ur_ "
+        "our qu tio _la oi ent ion ée_ _et ue eu une iq iqu que _ré des ns_ ti dé ne_ re la_ "
+        "on_ té _é _e ér de ati pou au à_ és re_"),
+    "es": (
+        "s_ os_ os a_ _y_ ue o_ as_ do es as _e con ado co qu _de _co _la ad ue_ los _es el_ "
+        "de_ ci _el que _l de ca las la aci dos _qu _q cin _c es_ do_ _lo _y nte ra_ cu nt _a "
+        "ra la_ l_ lo ac ndo ica ta cad _un _en id"),
+    "it": (
+        "i_ o_ a_ di_ io ri zio e_ no_ co no on di re_ l_ la_ _c to_ ti_ ll _di ni_ tt to del "
+        "ta_ ta azi ato è_ al ne _a ell le_ per zi _s io_ _è _è_ lla ne_ ino ggi _ri re _e_ _co "
+        "ion one tto ari gi _i _pe gg tà_ mar _al"),
+    "pt": (
+        "o_ a_ ão ão_ s_ os_ _a os _a_ de_ _d çã ção as_ co do_ m_ do as _e pa ra da_ _p es _e_ "
+        "_de da _o_ _co de com _pa em_ ra_ lh em ca qu ia aç que _em _um e_ nt nto ue_ ss _ao "
+        "açã ma _qu _q ma_ par ad to_ ue to"),
+    "nl": (
+        "ij aa n_ en_ ee en de van de_ oo _ee oor ge _va het _he t_ een er _de et_ _v an_ aan "
+        "we va aar ij_ _d eer e_ he oe _aa el _we ijk jk et an naa _h _ge _w erd ijd rd te lij "
+        "doo zij cht _op voo _is _ui rij wer ke ver"),
+    "pl": (
+        "cz ow ie zy dz rz nie _w ni w_ wy _w_ _z ę_ ał ć_ ł_ sz ą_ dzi wa wi ze prz ie_ ej ię "
+        "rze yc ej_ ła owa aw ych ki _wy za y_ ów cj kie _p ym_ pr ał_ ty ski oś ów_ ło j_ ny "
+        "_z_ go_ _za czy rzy się ym _na"),
+    "tr": (
+        "ı_ ya ın _y ler lar nı _ya ay ir bir lı _b _ç la iy ak nl rı ýn ün k_ _bi aş le ka ıl "
+        "bi ir_ ar il sı ır _ol _ka eri ve_ ek ý_ i_ arı dı ye _ve iş ını _ö _k ile ası tı ýl "
+        "ış ey ği ür _ü ma nı_ şt"),
+    "vi": (
+        "_đ ng_ ng nh g_ nh_ _t _c c_ _nh _ch _th _kh i_ kh th _n _ng h_ ác ó_ àn _cá ác_ hư cá "
+        "các _h _ph ên_ _và và hà iệ ất ất_ à_ ch ườ n_ ôn _tr và_ ạn ới ới_ p_ _có có_ ên ông "
+        "ượ ph có _v ể_ _gi hàn ết ết_"),
+    "sv": (
+        "fö r_ ör för är _fö tt_ ör_ är_ _oc _f _ä tt å_ och sk av_ _är ån att på et er_ t_ _på "
+        "rå ing på_ en_ _av vä ll år _i_ oc än nin ar_ _at n_ er om_ v_ det äl til ka lä frå "
+        "_sk år_ ska ll_ av nä at rån ån_ ill ns"),
+    "cs": (
+        "í_ ní ní_ ov je př _j _př ně ře ě_ ná _z _v _p že é_ _v_ _je vý vy _n _po y_ rá _č vě "
+        "če po u_ je_ mě že_ ko _vy ho _ne od ké ší ů_ by ím ení ně_ ého ho_ vá cí ří né _k éh "
+        "dn v_ pře _js _vý _ž byl"),
+    "ru": (
+        "_и _и_ ы_ ие е_ бы ны _бы от _он ел _н ой ие_ как ия_ ь_ ать ой_ л_ _э был мы ры ыл ых "
+        "эт т_ _о _е"),
+    "uk": (
+        "і_ ні _і ві ін ід ні_ ці ї_ ів лі ння _і_ _ві рі _з_ від мі що є_ _як ськ ів_ _з бі іл "
+        "іс ий ті ува"),
+    "ar": (
+        "ة_ _ال ال ي_ _أ ى_ من_ ية ية_ لم الم لي في ين _ل في_ لى لى_ _في _ا _ي لأ عل لع _ك أن "
+        "الأ ين_ لا _إ"),
+    "fa": (
+        "ی_ ای _ک _در ین _ای ه_ _د در_ ین_ ای_ می _آ این ری در ر_ _از می_ نی های _ب _می یا از "
+        "_و_ دی ست_ ده_ _گ"),
+}
+SCRIPT_OF = {"ru": "cyrillic", "uk": "cyrillic", "ar": "arabic", "fa": "arabic"}  # the rest: latin
+ACCENTED = {  # letters beyond a to z, or beyond the script's shared ones
+    "en": "", "de": "äöüß", "fr": "àâæçéèêëîïôœùûÿ", "es": "áéíñóúü", "it": "àèéìòù",
+    "pt": "àáâãçéêíóôõú", "nl": "ëïéö", "pl": "ąćęłńóśźż", "tr": "çğıöşüâîðþ",
+    "vi": "àáâãèéêìíòóôõùúýăđĩũơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ",
+    "sv": "åäöé", "cs": "áčďéěíňóřšťúůýž", "ru": "ыэъё", "uk": "іїєґ",
+    "ar": "ةىإأكي", "fa": "پچژگکی"}
+LANGUAGES = list(FUNCTION_WORDS)
+LETTER_RUNS = re.compile(r"[^\W\d_]+")
+LANGUAGE_CHARS = 20_000  # of a text that are looked at
+WORD_WEIGHT, GRAM_WEIGHT, LETTER_WEIGHT = 4.0, 1.0, 2.5  # log odds: best on half of a dev set
+FALL = 0.3  # of the odds, from the first of a list to its last
+# Log odds a letter that all but a twentieth of sentences reach in the languages of a script.
+USUAL_EVIDENCE = {"latin": 0.45, "cyrillic": 0.2, "arabic": 0.5}
+
+
+def script_counts(text):
+    """Returns {script or language: letters} of a text, scripts as in SCRIPTS.
+
+    >>> script_counts("Straße 5, 東京")
+    {'han': 2, 'latin': 6}
+    """
+    points = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
+    numbers = SCRIPT_NUMBERS[np.searchsorted(SCRIPT_EDGES, points, side="right")]
+    counts = np.bincount(numbers, minlength=len(SCRIPT_NAMES))
+    return {name: int(n) for name, n in zip(SCRIPT_NAMES[1:], counts[1:], strict=True) if n}
+
+
+@lru_cache(1)
+def language_tables():
+    """Returns (words, grams, letters): dicts to arrays of log odds, (languages,) float32."""
+    tables = []
+    sources = ({k: v.split() for k, v in FUNCTION_WORDS.items()},
+               {k: v.split() for k, v in LETTERS_IN_ROW.items()},
+               {k: list(v) for k, v in ACCENTED.items()})
+    for source, weight in zip(sources, (WORD_WEIGHT, GRAM_WEIGHT, LETTER_WEIGHT), strict=True):
+        table = {}
+        for language, keys in source.items():
+            for rank, key in enumerate(dict.fromkeys(keys)):
+                row = table.setdefault(key, np.zeros(len(LANGUAGES), np.float32))
+                row[LANGUAGES.index(language)] = weight * (1 - FALL * rank / len(keys))
+        tables.append(table)
+    return tables
+
+
+@lru_cache(1 << 17)
+def word_evidence(word):
+    """Returns the log odds that a lower-case word gives each language, (languages,) float32."""
+    words, grams, letters = language_tables()
+    total = np.zeros(len(LANGUAGES), np.float32)
+    if word in words:
+        total += words[word]
+    spelled = f"_{word}_"
+    for n in (2, 3):
+        for i in range(len(spelled) - n + 1):
+            if (row := grams.get(spelled[i:i + n])) is not None:
+                total += row
+    for letter in word:
+        if (row := letters.get(letter)) is not None:
+            total += row
+    return total
+
+
+def identify_by_rules(text):
+    """Returns (language code, score from 0 to 1): by script, letters in a row, function words.
+
+    ("und", 0.0) where a text has no letters. The score is the posterior among the script's
+    LANGUAGES, less where there is little evidence: of another language, or no language at all.
+    """
+    text = text[:LANGUAGE_CHARS]
+    counts = script_counts(text)
+    if not counts:
+        return "und", 0.0
+    # a Han or kana character is worth about three letters
+    weights = {name: n * (3 if name in ("han", "ja", "ko") else 1) for name, n in counts.items()}
+    script = max(sorted(weights), key=weights.get)
+    share = weights[script] / sum(weights.values())
+    if script in ("han", "ja"):
+        east = counts.get("han", 0) + counts.get("ja", 0)
+        kana = counts.get("ja", 0) / east
+        share = (weights.get("han", 0) + weights.get("ja", 0)) / sum(weights.values())
+        return ("ja" if kana > 0.05 else "zh"), round(share, 6)
+    if script not in ("latin", "cyrillic", "arabic"):
+        return script, round(share, 6)
+    words = LETTER_RUNS.findall(text.lower())
+    total = np.sum([word_evidence(word) for word in words], axis=0, dtype=np.float64)
+    own = np.array([SCRIPT_OF.get(language, "latin") == script for language in LANGUAGES])
+    odds = np.where(own, total, -np.inf)
+    best = int(odds.argmax())
+    p = 1 / np.exp(odds - odds[best]).sum()
+    usual = sum(map(len, words)) * USUAL_EVIDENCE[script]
+    return LANGUAGES[best], round(float(share * p * np.clip(odds[best] / usual, 0, 1)), 6)
+
+
+# ---------------------------------------------------------------- harm and quality without a model
+
+# Whole words; * stands for any ending. Mild where it can be: a word list is the last resort.
+NSFW_WORDS = """porn* xxx nude* naked sex sexy sexual* erotic* hentai milf* blowjob* handjob* cum
+cumshot* cock cocks dick dicks pussy pussies tits boobs anal orgasm* masturbat* fetish* bdsm
+escort* hooker* slut* whore* horny lesbian* gangbang* threesome* camgirl* webcam* upskirt*
+creampie* deepthroat* dildo* vagina* penis* nipple* hardcore strip* fuck* bukkake* busty jizz
+xvideos pornhub onlyfans"""
+TOXIC_WORDS = """fuck* fuk* motherfuck* shit* bullshit ass asses asshole* arse* bitch* bastard*
+cunt* dick dickhead* prick cock cocksuck* suck sucks sucking whore* slut* fag* homo nigg* retard*
+moron* idiot* stupid* dumb* imbecile* loser* jerk* pathetic scum* crap* piss* damn* hell hate*
+kill die dumbass wanker* twat* bollocks douche* pussy gay* nazi* racist* ugly filthy disgusting
+coward* liar* pig pigs trash garbage shut freak* troll* vandal* u ur noob* faggot* balls penis"""
+WORDS_TO_HALF = 0.02  # share of listed words in a text that makes a score of one half
+
+
+@lru_cache
+def word_list_pattern(words):
+    return re.compile(r"\b(?:" + "|".join(word.replace("*", r"\w*") for word in words.split())
+                      + r")\b")
+
+
+def word_list_score(text, words):
+    """Returns the score from 0 to 1 of a text by the share of its words that are listed.
+
+    >>> word_list_score("what a sunny day", TOXIC_WORDS)
+    0.0
+    """
+    text = text.lower()
+    found = len(word_list_pattern(words).findall(text))
+    share = found / (len(text.split()) + 5)  # one word in a short line is not yet a verdict
+    return round(share / (share + WORDS_TO_HALF), 6)
+
+
+def prose_score(text):
+    """Returns from 0 to 1 how much a text looks like edited prose: whole sentences, long lines,
+    function words, few links and symbols. The mean of five shares, each from 0 to 1."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    words = text.split()
+    if not words:
+        return 0.0
+    ended = sum(len(line) for line in lines if line.rstrip().endswith((".", "!", "?", '"', "\u201d")))
+    listed = english_function_words()
+    common = sum(word.lower().strip(string.punctuation) in listed for word in words) / len(words)
+    letters = sum(map(str.isalpha, text)) / max(1, sum(not c.isspace() for c in text))
+    shares = (ended / sum(map(len, lines)), min(1, common / 0.4), min(1, len(words) / 300),
+              min(1, len(words) / len(lines) / 20), min(1, max(0, (letters - 0.8) / 0.15)))
+    return round(sum(shares) / len(shares), 6)
+
+
+@lru_cache(1)
+def english_function_words():
+    return frozenset(FUNCTION_WORDS["en"].split())
+
+
+# ---------------------------------------------------------------- classifiers, one manner for all
+
+# kind: (label at a score of one half and above, label below, what scores without a model, its name)
+BUILT_IN = {
+    "nsfw": ("nsfw", "non-nsfw", lambda text: word_list_score(text, NSFW_WORDS),
+             f"list of {len(NSFW_WORDS.split())} words"),
+    "toxic": ("toxic", "non-toxic", lambda text: word_list_score(text, TOXIC_WORDS),
+              f"list of {len(TOXIC_WORDS.split())} words"),
+    "quality": ("wiki", "cc", prose_score, "shares of whole sentences and function words"),
+}
+KINDS = ("language", *BUILT_IN)
+
+
+class Classifier:
+    """Labels texts by a model file, or without one by what is written here; `method` says which.
+
+    predict: list of str -> list of (label, score from 0 to 1): of the label given.
+    """
+
+    def __init__(self, kind, model=None):
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}; choose one")
+        self.kind, self.model = kind, FastText.load(model) if model else None
+        if self.model:
+            self.method = f"fastText model {Path(model).name}"
+        elif kind == "language":
+            self.method = f"built-in, {len(LANGUAGES) + 4} languages and those alone in a script"
+        else:
+            self.method = f"built-in {BUILT_IN[kind][3]}"
+
+    def predict(self, texts):
+        texts = list(texts)
+        if self.model:  # the library adds 1e-5: no score is above 1 here
+            return [(labels[0], min(1.0, scores[0])) if labels else ("und", 0.0)
+                    for labels, scores in self.model.predict(texts)]
+        if self.kind == "language":
+            return [identify_by_rules(text) for text in texts]
+        high, low, score, _ = BUILT_IN[self.kind]
+        scores = [score(text) for text in texts]
+        return [(high, s) if s >= 0.5 else (low, round(1 - s, 6)) for s in scores]
+
+
+@lru_cache(8)
+def load_classifier(kind, model=None):
+    """Returns the Classifier of a kind and a model's path, made once in a process."""
+    return Classifier(kind, model)
+
+
+def identify_language(text, model=None):
+    """Returns (ISO 639-1 code, score from 0 to 1). model: path of lid.176.bin or .ftz, or None."""
+    return load_classifier("language", model).predict([text])[0]
+
+
+def classify_nsfw(text, model=None):
+    """Returns ("nsfw" or "non-nsfw", score of that label). model: a path, such as Dolma's [5]."""
+    return load_classifier("nsfw", model).predict([text])[0]
+
+
+def classify_toxic_speech(text, model=None):
+    """Returns ("toxic" or "non-toxic", score of that label). model: a path, such as Dolma's [5]."""
+    return load_classifier("toxic", model).predict([text])[0]
+
+
+def classify_quality(text, model=None):
+    """Returns ("wiki" or "cc", score of that label); a model's own labels where one is given."""
+    return load_classifier("quality", model).predict([text])[0]
