@@ -1,0 +1,2347 @@
+"""Common Crawl to training tokens: WARC or WET files in, clean text and token files out.
+
+    python data_filter.py run --input 'CC-*.warc.gz' --out_dir clean  # clean/clean.txt, tokens.bin
+    python data_filter.py extract --input page.html --mode main       # the text of one page
+    python data_filter.py inspect --out_dir clean                     # kept and dropped, and why
+
+A run reads records, makes text of pages, judges each document (address, language, rules, harm,
+quality), masks personal data, then over all documents drops repeated lines and near copies, and
+writes text, tokens, report.json and a table whose sums close. Killed at any moment, the same
+command goes on; its output is that of an undisturbed run.
+
+Sources:
+    [1] ISO 28500, the WARC format, versions 1.0 and 1.1
+    [2] Stanford CS336, assignment 4
+    [3] Rae et al. 2021, Scaling Language Models (Gopher), appendix A1.1
+    [4] Raffel et al. 2020, Exploring the Limits of Transfer Learning (C4), section 2.2, and the
+        thresholds of its code, tensorflow_datasets/text/c4_utils.py
+    [5] WHATWG Encoding Standard and HTML Standard
+    [6] Penedo et al. 2024, The FineWeb Datasets, section 3.6
+    [7] Foley 2025, WCXB, web content extraction pages with labels, CC-BY-4.0
+"""
+
+import argparse
+import codecs
+import glob
+import gzip
+import hashlib
+import json
+import mmap
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import zlib
+from collections import Counter
+from contextlib import contextmanager
+from functools import cached_property, lru_cache, partial
+from html import unescape as html_unescape
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+import bpe
+
+# ---------------------------------------------------------------- stage 1: records
+
+MAX_RECORD = 64 << 20  # bytes of a record that are held; larger ones are skipped, and counted
+MAX_BODY = 16 << 20  # bytes of a page after its content encoding is undone
+INFLATE_BYTES = 1 << 16  # of compressed data given to zlib at once: what it leaves over is copied
+WARC_HEAD = re.compile(rb"WARC/\d+\.\d+\r?\n")
+WARC_FIELD = re.compile(rb"^(WARC-Type|WARC-Target-URI|Content-Type|Content-Length)[ \t]*:[ \t]*"
+                        rb"([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
+HTTP_FIELD = re.compile(rb"^(Content-Type|Content-Encoding|Transfer-Encoding)[ \t]*:[ \t]*"
+                        rb"([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
+GZIP_MAGIC = b"\x1f\x8b\x08"
+DOCUMENT_KINDS = (b"response", b"conversion", b"resource")
+
+
+class Record:
+    """One document of an archive, or what is wrong with it.
+
+    place: (offset of the gzip member or of the record, number of the record in it), from which
+    reading goes on after it; kind: "response", "conversion", ...; problem: None or the reason why
+    there is no data
+    """
+
+    __slots__ = ("content_type", "data", "kind", "place", "problem", "url")
+
+    def __init__(self, place, kind="", url="", content_type="", data=b"", problem=None):
+        self.place, self.kind, self.url = place, kind, url
+        self.content_type, self.data, self.problem = content_type, data, problem
+
+
+def inflate_member(data, offset, held=b"", inflater=None):
+    """Returns (bytes, end offset, inflater, problem) of the gzip member at `offset`.
+
+    inflater: None where the member is whole; else it goes on at the end offset, after MAX_RECORD
+    """
+    inflater = inflater or zlib.decompressobj(31)
+    pieces, size = [held], len(held)
+    while not inflater.eof:
+        window = data[offset:offset + INFLATE_BYTES]
+        if not window:
+            return b"".join(pieces), offset, None, "truncated gzip member"
+        try:
+            piece = inflater.decompress(window, MAX_RECORD)
+        except zlib.error:
+            return b"".join(pieces), offset, None, "broken gzip member"
+        offset += len(window) - len(inflater.unused_data) - len(inflater.unconsumed_tail)
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_RECORD and not inflater.eof:
+            return b"".join(pieces), offset, inflater, None
+    return b"".join(pieces), offset, None, None
+
+
+def next_member(data, offset):
+    """Returns the offset of the next gzip member that holds a WARC record, or the file's end."""
+    while (offset := data.find(GZIP_MAGIC, offset)) >= 0:
+        try:
+            if zlib.decompressobj(31).decompress(data[offset:offset + 512], 5) == b"WARC/":
+                return offset
+        except zlib.error:
+            pass
+        offset += 1
+    return len(data)
+
+
+def split_records(data, at, whole=True):
+    """Yields (start, header, body start, body end, problem) of the records in data[at:].
+
+    whole: nothing follows data; else the last tuple has header None and where the rest starts
+    """
+    size = len(data)
+    while at < size:
+        while data[at:at + 1] in (b"\r", b"\n"):
+            at += 1
+        if at >= size:
+            return
+        head = WARC_HEAD.match(data, at)
+        end = data.find(b"\r\n\r\n", at, at + (1 << 16)) if head else -1
+        gap = 4
+        if head and end < 0:
+            end, gap = data.find(b"\n\n", at, at + (1 << 16)), 2
+        if end < 0:
+            if not whole and size - at < 1 << 16:
+                yield at, None, 0, 0, None
+                return
+            after = data.find(b"\nWARC/", at + 1)
+            yield at, b"", 0, 0, "no record header"
+            at = after + 1 if after >= 0 else size
+            continue
+        fields = data[at:end]
+        length = re.search(rb"(?im)^Content-Length[ \t]*:[ \t]*(\d{1,18})\s*$", fields)
+        if not length:
+            after = data.find(b"\nWARC/", end)
+            yield at, fields, 0, 0, "no content length"
+            at = after + 1 if after >= 0 else size
+            continue
+        body, stop = end + gap, end + gap + int(length[1])
+        if stop > size and not whole:
+            yield at, None, 0, stop - at, None
+            return
+        yield at, fields, body, stop, "truncated record" if stop > size else None
+        if stop > size and (after := data.find(b"\nWARC/", body)) >= 0:
+            stop = after + 1
+        at = stop
+
+
+def raw_records(data, place=(0, 0)):
+    """Yields (place, header, body bytes, problem) of every record of a WARC file's bytes.
+
+    data: bytes or mmap, plain or gzip, with one record a member (as archives are written) or all
+    in one; place: where to go on, as read_records gives it
+    """
+    offset, skip = place
+    if data[:3] != GZIP_MAGIC:
+        for start, fields, body, stop, problem in split_records(data, offset):
+            large = stop - body > MAX_RECORD
+            yield ((min(stop, len(data)) if stop else start + 1, 0), fields,
+                   b"" if large or problem else data[body:stop],
+                   problem or ("record too large" if large else None))
+        return
+    while offset < len(data):
+        start, number, held, inflater, discard = offset, 0, b"", None, 0
+        while True:
+            held, offset, inflater, problem = inflate_member(data, offset, held, inflater)
+            if discard:  # inside a record that is too large to hold
+                discard, held = max(0, discard - len(held)), held[discard:]
+            rest = len(held)
+            for at, fields, body, stop, wrong in split_records(held, 0, whole=inflater is None):
+                if fields is None:
+                    rest = at
+                    if stop > MAX_RECORD:
+                        number += 1
+                        yield (start, number), b"", b"", "record too large"
+                        discard, rest = stop - (len(held) - at), len(held)
+                    break
+                number += 1
+                if number > skip:
+                    wrong = (problem or wrong) if wrong else None
+                    yield (start, number), fields, held[body:stop], wrong
+                    problem = None if wrong else problem
+            if inflater is None:
+                break
+            held = held[rest:]
+        if problem:
+            if number + 1 > skip:
+                yield (start, number + 1), b"", b"", problem
+            offset = next_member(data, start + 1)
+        skip = 0
+
+
+def undo_chunks(body):
+    """Returns the body of a chunked HTTP message, or None if it is not one."""
+    parts, at = [], 0
+    while True:
+        end = body.find(b"\r\n", at, at + 100)
+        size = body[at:end].split(b";")[0].strip()
+        if end < 0 or not re.fullmatch(rb"[0-9a-fA-F]{1,8}", size):
+            return b"".join(parts) if parts else None  # cut by the crawler after some chunks
+        size = int(size, 16)
+        if size == 0:
+            return b"".join(parts)
+        parts.append(body[end + 2:end + 2 + size])
+        at = end + 2 + size + 2
+
+
+def undo_encoding(body, encoding):
+    """Returns (bytes, problem) of a body whose Content-Encoding is undone, up to MAX_BODY."""
+    encoding = encoding.lower().strip()
+    if encoding in ("", "identity", "none", "utf-8") or encoding.startswith("text/"):
+        return body, None
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        return b"", f"content encoding {encoding[:20]}"
+    if encoding != "deflate" and body[:2] != GZIP_MAGIC[:2]:
+        return body, None  # some crawlers decode the body and keep the header
+    for bits in ((15, -15) if encoding == "deflate" else (31,)):
+        inflater, parts, size = zlib.decompressobj(bits), [], 0
+        try:
+            for at in range(0, len(body), INFLATE_BYTES):  # what comes before an error is kept
+                parts.append(inflater.decompress(body[at:at + INFLATE_BYTES], MAX_BODY - size))
+                size += len(parts[-1])
+                if inflater.eof or size >= MAX_BODY:
+                    break
+        except zlib.error:
+            pass
+        if size:
+            return b"".join(parts), None
+    return (body, None) if encoding == "deflate" else (b"", "broken content encoding")
+
+
+def read_http(record):
+    """Takes the HTTP header off a record's data: its status, type and encodings."""
+    head, gap, body = record.data.partition(b"\r\n\r\n")
+    if not gap:
+        head, _, body = record.data.partition(b"\n\n")
+    if not head.startswith(b"HTTP/"):
+        record.problem = "no HTTP header"
+        return
+    status = head[:20].split(b" ", 2)[1:2]
+    fields = {name.lower(): value.decode("latin-1").strip()
+              for name, value in HTTP_FIELD.findall(head)}
+    record.content_type = fields.get(b"content-type", "")
+    if "chunked" in fields.get(b"transfer-encoding", "").lower():
+        body = undo_chunks(body) or body
+    record.data = body
+    if not status or not status[0][:1] == b"2":
+        record.problem = "HTTP status not 2xx"
+        return
+    record.data, record.problem = undo_encoding(body, fields.get(b"content-encoding", ""))
+
+
+def is_text(record):
+    """Returns whether a record is a page or plain text, by its type or else its first bytes."""
+    kind = record.content_type.split(";")[0].strip().lower()
+    if kind in ("text/html", "application/xhtml+xml", "text/plain"):
+        return not record.data[:8].startswith((b"%PDF", b"\x89PNG", b"GIF8", b"\xff\xd8\xff", b"PK"))
+    start = record.data[:1024].lstrip().lower()
+    return kind in ("", "unk", "application/octet-stream") and (
+        start.startswith((b"<!doctype html", b"<html")) or b"<body" in start or b"<head" in start)
+
+
+def read_records(path, place=(0, 0), others=None):
+    """Yields the documents of a WARC or WET file as Records, in order; broken ones with a problem.
+
+    place: of the last record that was read, to go on after it; others: a Counter of the kinds of
+    the records that are no documents.  source: [1]
+    raises: ValueError if the file is no WARC
+    """
+    with open(path, "rb") as file:
+        if not os.path.getsize(path):
+            raise ValueError(f"an input must hold WARC records, got an empty file, {path}; leave "
+                             "it out, or fetch it again")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            check_warc(path, data)
+            for where, fields, body, problem in raw_records(data, tuple(place)):
+                found = {name.lower(): value for name, value in WARC_FIELD.findall(fields)}
+                kind = found.get(b"warc-type", b"")
+                if kind not in DOCUMENT_KINDS and not problem:
+                    if others is not None:
+                        others[kind.decode("latin-1") or "no type"] += 1
+                    continue
+                yield make_record(where, kind, found, body, problem)
+
+
+def check_warc(path, data):
+    """Raises ValueError unless the bytes are a WARC file's, plain or gzip."""
+    start = bytes(data[:8])
+    if start[:3] == GZIP_MAGIC:
+        try:
+            start = zlib.decompressobj(31).decompress(data[:4096], 8)
+        except zlib.error:
+            start = b"WARC/" if next_member(data, 1) < len(data) else b"\x1f\x8b\x08"
+    if not start.startswith(b"WARC/"):
+        raise ValueError(f"an input must be a WARC or WET file, got {path}, which starts with "
+                         f"{start!r}; give the files that Common Crawl calls warc or wet, or "
+                         "leave this one out")
+
+
+def make_record(place, kind, fields, body, problem):
+    """Returns the Record of one document, its HTTP header and encodings undone."""
+    url = fields.get(b"warc-target-uri", b"").decode("utf-8", "replace").strip("<> \r")
+    record = Record(place, kind.decode("latin-1"), url, "", body, problem)
+    if problem:
+        record.data = b""
+        return record
+    kind_of_content = fields.get(b"content-type", b"").decode("latin-1")
+    if kind == b"response" and kind_of_content.replace(" ", "").startswith("application/http"):
+        read_http(record)
+    else:
+        record.content_type = kind_of_content
+    if kind != b"conversion" and not record.problem and not is_text(record):
+        record.problem = "content type"
+    if not record.problem and not record.data.strip():
+        record.problem = "empty"
+    return record
+
+
+# ---------------------------------------------------------------- stage 2: bytes to text
+
+# Labels of the WHATWG Encoding Standard [5] that Python reads otherwise, or not at all.
+ENCODING_NAMES = {
+    "iso-8859-1": "cp1252", "latin1": "cp1252", "latin-1": "cp1252", "us-ascii": "cp1252",
+    "ascii": "cp1252", "iso8859-1": "cp1252", "iso-8859-9": "cp1254", "gb2312": "gb18030",
+    "gbk": "gb18030", "gb_2312-80": "gb18030", "x-gbk": "gb18030", "shift_jis": "cp932",
+    "shift-jis": "cp932", "x-sjis": "cp932", "sjis": "cp932", "ks_c_5601-1987": "cp949",
+    "euc-kr": "cp949", "big5": "big5hkscs", "tis-620": "cp874", "iso-8859-11": "cp874",
+    "x-cp1251": "cp1251", "x-mac-roman": "mac_roman", "macintosh": "mac_roman", "utf8": "utf-8",
+    "iso-8859-8-i": "iso-8859-8", "unicode-1-1-utf-8": "utf-8",
+}
+TEXT_ENCODINGS = frozenset(
+    ["utf-8", "utf-16", "utf-16-le", "utf-16-be", "cp1250", "cp1251", "cp1252", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "cp866", "cp874", "cp932", "cp949", "gb18030", "big5hkscs", "euc_jp", "iso2022_jp", "iso8859-2", "iso8859-3", "iso8859-4", "iso8859-5", "iso8859-6", "iso8859-7", "iso8859-8", "iso8859-10", "iso8859-13", "iso8859-14", "iso8859-15", "iso8859-16", "koi8-r", "koi8-u", "mac-roman", "mac_roman", "mac-cyrillic"])
+BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
+META_CHARSET = re.compile(rb"<meta[^>]{0,500}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
+XML_CHARSET = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]+)", re.IGNORECASE)
+HEADER_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
+META_BYTES = 4096  # where a meta tag is looked for; browsers look at 1,024
+NEARLY = 1e-3  # share of the bytes that may be wrong in what is still taken for UTF-8
+# Letters of each code page's language in order of use: a wrong code page gives other characters.
+DETECTED = {
+    "cp1251": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфё", "koi8-r": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфё",
+    "cp1250": "áéíóúěščřžýůąęłńśźżőűöüă", "cp1253": "αοιετσνηυρπκμλωςγδθάέήίόύώ",
+    "cp1255": "יוהלאתרבמשנכדעחקפגטזסצםןךףץ", "cp1256": "اليمونرتبةعدسفهكقحجشطصخأإ",
+    "cp1254": "ıışğüöçİŞĞÜÖÇ", "cp874": "านรอกเงมยลวดทสตะปบคหแจพชขใไโผ", "cp1252": "éàèäöüçñáíóúêâîôûåøæßëï’“”–",
+}
+
+
+def python_encoding(label):
+    """Returns Python's name for a charset label of the web, or None if it is not a text's."""
+    label = label.strip().strip("\"'").lower()
+    label = ENCODING_NAMES.get(label, label)
+    try:
+        name = codecs.lookup(label).name
+    except (LookupError, ValueError):
+        return None
+    name = {"iso8859-1": "cp1252", "ascii": "cp1252", "utf-16": "utf-16-le"}.get(name, name)
+    return name if name in TEXT_ENCODINGS else None
+
+
+def decode_leniently(data, encoding):
+    """Returns the text, or None if more than NEARLY of the bytes are wrong in this encoding."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        text = data.decode(encoding, "replace")
+    limit = max(1, NEARLY * len(data)) if not encoding.startswith("cp12") else len(data)
+    return text if text.count("\ufffd") <= limit else None
+
+
+def detect_encoding(data):
+    """Returns the likely encoding of bytes that declare none and are no UTF-8."""
+    sample = data[:1 << 16]
+    if sample.count(0) > len(sample) // 8:
+        return "utf-16-le" if sample[1::2].count(0) > sample[::2].count(0) else "utf-16-be"
+    high = sum(map(len, re.findall(rb"[\x80-\xff]+", sample)))
+    if b"\x1b$" in sample:
+        return "iso2022_jp"
+    best, best_score = "cp1252", 0.2
+    for encoding in ("euc_jp", "cp932", "gb18030", "cp949", "big5hkscs"):
+        text = sample.decode(encoding, "replace")
+        wide = [c for c in text if c >= "\x80"]
+        if not wide or wide.count("\ufffd") > 0.01 * len(wide) + 1:
+            continue
+        common = len(EAST_ASIAN[encoding].findall(text))
+        score = common / len(wide) * (2 * len(wide) / max(high, 1) > 0.9)
+        if score > best_score:
+            best, best_score = encoding, score
+    for encoding, letters in DETECTED.items():
+        text = sample.decode(encoding, "replace")
+        wide = [c for c in text if c >= "\x80" and c not in "\xa0\u2013\u2019\u201c\u201d"]
+        head = set(letters[:12] if len(letters) > 20 else letters)
+        score = sum((c in head) + 0.5 * (c in letters) for c in wide) / max(len(wide), 1) / 1.5
+        if score > best_score + 0.02:
+            best, best_score = encoding, score
+    return best
+
+
+# Characters that are common in the script that an encoding is for, and rare in what it misreads.
+EAST_ASIAN = {
+    "euc_jp": re.compile("[ぁ-んァ-ヶー、。]"), "cp932": re.compile("[ぁ-んァ-ヶー、。]"),
+    "gb18030": re.compile("[的一是不了在人有我他这中大来上国个到说们为子和你地出道也时年得就那要下，。、]"),
+    "cp949": re.compile("[가-힣]"),
+    "big5hkscs": re.compile("[的一是不了在人有我他這中大來上國個到說們為子和你地出道也時年得就那要下，。、]"),
+}
+
+
+def decode_html(data, content_type=None):
+    """Returns (text, encoding) of a page's bytes.
+
+    In this order: byte order mark, charset of the HTTP header, of a meta tag, strict UTF-8,
+    UTF-8 with at most NEARLY of the bytes wrong, a detector. A declared encoding that the bytes
+    contradict is passed over.  source: [5] section 8, WHATWG HTML section 13.2.3
+    content_type: the value of the HTTP header, such as "text/html; charset=koi8-r"
+    """
+    for mark, encoding in BOMS:
+        if data.startswith(mark):
+            return data[len(mark):].decode(encoding, "replace"), encoding
+    declared = []
+    if content_type and (found := HEADER_CHARSET.search(content_type)):
+        declared.append(found[1])
+    head = data[:META_BYTES]
+    declared += [found[1].decode("ascii", "replace") for found in
+                 (META_CHARSET.search(head), XML_CHARSET.match(head)) if found]
+    for place, label in enumerate(declared):
+        encoding = python_encoding(label)
+        if encoding and encoding.startswith("utf-16") and data[:64].count(0) < 8:
+            encoding = "utf-8"  # a meta tag that can be read as ASCII cannot be right about it
+        if encoding and (text := decode_leniently(data, encoding)) is not None:
+            return text, encoding
+    if (text := decode_leniently(data, "utf-8")) is not None:
+        return text, "utf-8"
+    encoding = detect_encoding(data)
+    return data.decode(encoding, "replace"), encoding
+
+
+# ---------------------------------------------------------------- stage 2: HTML to blocks
+
+MAX_HTML_CHARS = 8 << 20  # of a page; Common Crawl itself cuts pages at 1 MiB, since 2025 5 MiB
+MAX_DEPTH = 256  # of open elements; deeper ones lie flat in it
+MAX_TAGS = 400_000  # of a page that are read
+PAGE_SECONDS = 1.5  # after which a page is cut where it has been read to
+UNSEEN = re.compile(r"<!--(?:>|->|.*?(?:-->|\Z))|<(?:script\b.*?(?:</script\s*>|\Z)|style\b.*?"
+                    r"(?:</style\s*>|\Z)|[!?][^>]*>)", re.IGNORECASE | re.DOTALL)
+HELD = {name: re.compile(rf"<{name}\b[^>]*>.*?</{name}\s*>", re.IGNORECASE | re.DOTALL)
+        for name in ("svg", "noscript", "template", "iframe", "select", "textarea", "head")}
+# No quantifier here can be left by two ways, and none runs on past a `<`, but for a kilobyte in
+# quotes: the time stays linear in the size of the page, whatever is in it.
+TAG = re.compile(r"""<(/?[a-zA-Z][^\s<>/]*+)((?:[^<>"']++|"[^"<>]*+"|'[^'<>]*+'|"[^"]{0,1000}+\""""
+                 r"""|'[^']{0,1000}+'|["']){0,400}+)>""")
+ATTRIBUTE = re.compile(r"""(class|id|role|itemprop|style|hidden|aria-hidden)(?:\s*=\s*("[^"]*+"|"""
+                       r"""'[^']*+'|[^\s"'>]++))?""", re.IGNORECASE)
+ALT = re.compile(r"""\balt\s*=\s*("[^"]*"|'[^']*')""", re.IGNORECASE)
+WORD_PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+
+INLINE, BLOCK, PARAGRAPH, SKIP, LINK, BREAK, LIST, ITEM, CELL, ROW, IMAGE, PRE, RULE = range(13)
+KINDS = dict.fromkeys(
+    ["div", "section", "article", "main", "aside", "nav", "header", "footer", "body", "html", "form", "fieldset", "blockquote", "center", "dl", "dt", "dd", "figure", "figcaption", "address", "details", "summary", "table", "thead", "tbody", "tfoot", "caption", "dir", "menu", "hgroup", "label", "legend", "dialog"], BLOCK)
+KINDS |= dict.fromkeys(["p", "h1", "h2", "h3", "h4", "h5", "h6"], PARAGRAPH)
+KINDS |= dict.fromkeys(["script", "style", "select", "option", "textarea", "button", "datalist", "object", "embed", "canvas", "video", "audio", "map", "applet", "noframes", "iframe", "svg", "noscript", "template", "head", "title", "math"], SKIP)
+KINDS |= {"a": LINK, "br": BREAK, "ul": LIST, "ol": LIST, "li": ITEM, "td": CELL, "th": CELL,
+          "tr": ROW, "img": IMAGE, "pre": PRE, "hr": RULE}
+CLOSED_BY = {"li": ("li", ("ul", "ol", "menu")), "td": ("td", ("table",)), "th": ("th", ("table",)),
+             "tr": ("tr", ("table",)), "dt": ("dd", ("dl",)), "dd": ("dt", ("dl",)),
+             "p": ("p", ())}
+
+# What the words of class, id and role say about an element; names of groups are features below.
+GROUP_WORDS = {
+    "nav": "nav navbar navigation menu menus breadcrumb breadcrumbs toc topbar toolbar tabs tab "
+           "pagination pager paging skip subnav submenu megamenu dropdown sitemap",
+    "footer": "footer foot bottom copyright colophon legal",
+    "header": "header masthead topnav logo branding hero banner",
+    "side": "sidebar aside side rail widget widgets secondary complementary",
+    "comment": "comment comments disqus respond reply replies discussion commentlist",
+    "share": "share sharing social facebook twitter addthis follow likes pinterest sharedaddy "
+             "sns bookmark whatsapp",
+    "related": "related recommended recommend recommendations similar more also popular trending "
+               "latest recent teaser teasers carousel slider promo promoted readmore upsell next "
+               "prev previous",
+    "ads": "ad ads advert advertisement sponsor sponsored outbrain taboola dfp adsense",
+    "cookie": "cookie cookies consent gdpr onetrust popup modal overlay lightbox dialog newsletter "
+              "subscribe subscription signup optin paywall notification alert toast",
+    "meta": "meta byline author date tags tag category categories info caption credit bio "
+            "timestamp published dateline breadcrumb posted rating",
+    "hidden": "hidden hide sr screenreader visually tooltip placeholder offscreen noprint",
+    "form": "form search filter filters login cart checkout basket account contact facet sort",
+    "content": "content article post entry body story main text description prose markdown copy "
+               "rich wysiwyg articlebody rte",
+    "page": "page detail details blog container wrapper site",
+    "item": "item card grid list listing product products result results tile row col",
+    "thread": "message thread topic answer question review reviews post",
+    "faq": "faq accordion step steps feature features service services specs spec",
+}
+GROUPS = {name: 1 << bit for bit, name in enumerate(GROUP_WORDS)}
+WORD_GROUPS = {}
+for group_name, group_words in GROUP_WORDS.items():
+    for group_word in group_words.split():
+        WORD_GROUPS[group_word] = WORD_GROUPS.get(group_word, 0) | GROUPS[group_name]
+TAG_BITS = {name: 1 << (len(GROUPS) + bit) for bit, name in enumerate(
+    ["nav", "footer", "header", "aside", "form", "main", "article", "figure", "table", "ul", "section", "dl"])}
+TAG_BITS["ol"] = TAG_BITS["ul"]
+UNSEEN_BIT = 1 << (len(GROUPS) + len(TAG_BITS))
+
+
+@lru_cache(maxsize=1 << 15)
+def attribute_groups(attributes):
+    """Returns the bits of GROUPS that an element's class, id, role and style speak of."""
+    bits = 0
+    for name, value in ATTRIBUTE.findall(attributes):
+        name, value = name.lower(), value.strip("\"'")
+        if name == "style":
+            squeezed = value.replace(" ", "").lower()
+            if "display:none" in squeezed or "visibility:hidden" in squeezed:
+                bits |= GROUPS["hidden"] | UNSEEN_BIT
+        elif name == "hidden" and not value:
+            bits |= GROUPS["hidden"] | UNSEEN_BIT
+        elif name == "aria-hidden":
+            bits |= GROUPS["hidden"] * (value.lower() == "true")
+        else:
+            for word in WORD_PARTS.findall(value[:400]):
+                bits |= WORD_GROUPS.get(word.lower(), 0)
+    return bits
+
+
+def strip_unseen(html):
+    """Returns the page without comments, scripts, styles and other parts that no reader sees."""
+    html = UNSEEN.sub(" ", html[:MAX_HTML_CHARS])
+    for name, pattern in HELD.items():
+        end = max(html.rfind(f"</{name}"), html.rfind(f"</{name.upper()}"))
+        if end >= 0:  # up to the last end tag each start tag has one: no search runs to the end
+            end = html.find(">", end) + 1 or len(html)
+            html = pattern.sub(" ", html[:end]) + html[end:]
+    return html
+
+
+class Page:
+    """The blocks of a page's text, in order, and the elements that they lie in.
+
+    texts, separators (before each: newlines or tabs), prefixes (indent and bullet), links
+    (characters that are in links), nodes (the element of each block): lists of equal length.
+    parents, names, own, inherited (bits of GROUPS, TAG_BITS): one entry an element, root first.
+    """
+
+    def __init__(self):
+        self.texts, self.separators, self.prefixes, self.links, self.nodes = [], [], [], [], []
+        self.parents, self.names, self.own, self.inherited = [0], ["html"], [0], [0]
+
+
+def parse_html(html, alt_texts=True):
+    """Returns the Page of an HTML text; cuts what is beyond the limits above.
+
+    Not a browser's tree: elements that only style text are no elements here, and of the rules
+    for missing end tags those are kept that change which text is whose.
+    alt_texts: take images' alternative texts for text
+    """
+    page, deadline = Page(), time.perf_counter() + PAGE_SECONDS
+    pieces = TAG.split(strip_unseen(html), MAX_TAGS)
+    if len(pieces) == 3 * MAX_TAGS + 1:
+        pieces[-1] = ""  # it holds the rest, tags and all
+    stack, node, too_deep = [("html", 0)], 0, 0
+    parts, link_chars, link_depth, newlines, preformatted = [], 0, 0, 0, 0
+    lists, bullet, cell = [], "", False
+
+    def flush():
+        nonlocal parts, link_chars, newlines, bullet, cell
+        text = "".join(parts)
+        if "&" in text:
+            text = html_unescape(text)
+        text = text.strip("\r\n") if preformatted else " ".join(text.split())
+        parts = []
+        if text and not text.isspace():
+            page.texts.append(text)
+            page.separators.append("\t\t" if cell else "\n\n" if newlines > 1 else "\n")
+            depth = min(len(lists), 8)
+            page.prefixes.append("  " * depth + bullet if bullet else
+                                 "  " * depth + "  " * bool(lists) if not cell else "")
+            page.links.append(link_chars)
+            page.nodes.append(node)
+            newlines, bullet, cell = 0, "", False
+        link_chars = 0
+
+    def leave(index):
+        nonlocal node, preformatted, link_depth
+        for name, _ in stack[index:]:
+            if name in ("ul", "ol") and lists:
+                lists.pop()
+            elif name == "pre":
+                preformatted -= 1
+        del stack[index:]
+        node = stack[-1][1]
+        link_depth = 0 if link_depth > index else link_depth
+
+    skipped, row_has_text = "", False
+    for count, (text, name, attributes) in enumerate(zip(
+            pieces[0::3], [*pieces[1::3], "br"], [*pieces[2::3], ""], strict=True)):
+        if skipped:
+            if name[0] == "/" and name[1:].lower() == skipped:
+                skipped = ""
+            elif not (name[0] == "/" and KINDS.get(name[1:].lower()) in (BLOCK, PARAGRAPH)):
+                continue
+            else:
+                skipped = ""  # it was never closed
+            if KINDS.get(name[1:].lower()) == SKIP:
+                continue
+            text = ""
+        if text:
+            parts.append(text)
+            if link_depth:
+                link_chars += len(text)
+        closing = name[0] == "/"
+        if closing:
+            name = name[1:]
+        kind = KINDS.get(name)
+        if kind is None:
+            name = name.lower()
+            kind = KINDS.get(name, BLOCK if "-" in name else INLINE)
+        if kind == INLINE:
+            continue
+        if kind == LINK:
+            link_depth = 0 if closing else len(stack)
+        elif kind == BREAK:
+            if preformatted:
+                parts.append("\n")
+            elif parts:
+                flush()
+                newlines = max(newlines, 1)
+            else:
+                newlines += 1
+        elif kind == IMAGE:
+            if alt_texts and (found := ALT.search(attributes)):
+                parts.append(f" {found[1][1:-1]} ")
+        elif kind == SKIP:
+            if not closing and attributes[-1:] != "/" and name not in ("embed", "option"):
+                skipped = name
+        elif closing:
+            if parts:
+                flush()
+            newlines = max(newlines, 2 if kind == PARAGRAPH else 1)
+            if too_deep:
+                too_deep -= 1
+            else:
+                for index in range(len(stack) - 1, 0, -1):
+                    if stack[index][0] == name:
+                        leave(index)
+                        break
+                    if name == "p" and stack[index][0] != "p":
+                        break
+        else:
+            if parts:
+                flush()
+            newlines = max(newlines, 2 if kind == PARAGRAPH else 1)
+            if kind == RULE or attributes[-1:] == "/" and "-" in name:
+                continue
+            if name in CLOSED_BY:
+                wanted, fences = CLOSED_BY[name]
+                for index in range(len(stack) - 1, max(0, len(stack) - 8), -1):
+                    if stack[index][0] in fences:
+                        break
+                    if stack[index][0] in (wanted, name):
+                        leave(index)
+                        break
+                    if name == "p":
+                        break
+            elif stack[-1][0] == "p":
+                leave(len(stack) - 1)
+            if len(stack) >= MAX_DEPTH:
+                too_deep += 1
+                continue
+            own = attribute_groups(attributes) if attributes else 0
+            page.own.append(own)
+            page.inherited.append(page.inherited[node] | own | TAG_BITS.get(name, 0))
+            page.parents.append(node)
+            page.names.append(name)
+            node = len(page.names) - 1
+            stack.append((name, node))
+            if kind == LIST:
+                lists.append(0 if name == "ol" else None)
+            elif kind == ITEM:
+                if lists and lists[-1] is not None:
+                    lists[-1] += 1
+                    bullet = f"{lists[-1]}. "
+                else:
+                    bullet = "• "
+            elif kind == CELL:
+                cell, row_has_text = row_has_text, True
+            elif kind == ROW:
+                row_has_text = cell = False
+            elif kind == PRE:
+                preformatted += 1
+        if closing and kind in (ROW, BLOCK):
+            row_has_text = cell = False
+        if not count & 4095 and time.perf_counter() > deadline:
+            break
+    flush()
+    return page
+
+
+def layout(page, keep=None):
+    """Returns the text of a page's blocks (those that `keep` marks) with its line breaks."""
+    out, separator = [], ""
+    for index, text in enumerate(page.texts):
+        if keep is not None and not keep[index]:
+            separator = max(separator, page.separators[index].replace("\t", "\n")[:2], key=len)
+            continue
+        if out:
+            gap = page.separators[index]
+            out.append("\n\n" if separator == "\n\n" and gap != "\t\t" else gap)
+        separator = ""
+        out.append(page.prefixes[index] + text)
+    return "".join(out).strip("\n")
+
+
+# ---------------------------------------------------------------- stage 2: main content
+
+MAX_BLOCKS = 20_000  # of a page that are judged; what follows is dropped in mode "main"
+BOILERPLATE = re.compile(
+    r"copyright|©|all rights reserved|privacy policy|terms of (?:use|service)|cookies?\b|sign up|"
+    r"subscribe|newsletter|log ?in|sign in|read more|share (?:this|on)|follow us|click here|"
+    r"leave a (?:comment|reply)|related (?:posts|articles|stories)|you (?:may|might) also|"
+    r"powered by|comments?\b|advertisement|sponsored|skip to|add to cart|view all|posted (?:by|on|in)|"
+    r"min(?:ute)?s? read|updated|published|tags?:|filed under|previous|next (?:post|article)", re.IGNORECASE)
+DATE_LINE = re.compile(r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.? \d|\d{4}|"
+                       r"\b\d+ (?:hours?|days?|minutes?|years?|months?) ago|\bby [A-Z]", re.IGNORECASE)
+WORD = re.compile(r"\w+")
+ARTICLE_BODY = re.compile(r'"articleBody"\s*:\s*"((?:[^"\\]|\\.){0,400000}+)"')
+BLOCK_TAGS = ("p", "li", "h1", "h2", "h3", "h4", "td", "dd", "pre", "blockquote", "div", "span",
+              "figcaption", "section", "article", "a", "label", "body")
+
+
+def article_body(html):
+    """Returns the articleBody that a page's JSON-LD gives, or ""."""
+    found = ARTICLE_BODY.search(html) if "articleBody" in html else None
+    if not found:
+        return ""
+    try:
+        text = json.loads(f'"{found[1]}"', strict=False)
+    except ValueError:
+        return ""
+    if "<" in text:
+        text = layout(parse_html(html_unescape(text) if "&lt;" in text else text))
+    return html_unescape(text)
+
+
+def neighbours(values, offsets):
+    """Returns values shifted by each offset, with zeros beyond the ends, summed."""
+    out = np.zeros(len(values))
+    for offset in offsets:
+        if offset > 0:
+            out[:-offset or None] += values[offset:]
+        else:
+            out[-offset:] += values[:offset]
+    return out
+
+
+def block_features(page, body=""):
+    """Returns {name: (number of blocks) float array} that tells main content from the rest."""
+    B = min(len(page.texts), MAX_BLOCKS)
+    texts = page.texts[:B]
+    nodes = np.array(page.nodes[:B], int)
+    parents = np.array(page.parents)
+    inherited, own = np.array(page.inherited), np.array(page.own)
+    words = np.array([t.count(" ") + 1 for t in texts], float)
+    chars = np.array([len(t) for t in texts], float)
+    link = np.minimum(np.array(page.links[:B]) / chars, 1.0)
+    ends = np.array([t[-1] in ".!?:\"”…»。)" and t[-1] != ")" for t in texts], float)
+    commas = np.array([t.count(",") + t.count("，") for t in texts], float)
+    f = {"bias": np.ones(B)}
+    edges = [0, 2.5, 5.5, 10.5, 20.5, 40.5, 80.5]
+    for low, high in zip(edges, [*edges[1:], np.inf], strict=True):
+        f[f"words>{low:.0f}"] = (words > low) & (words <= high)
+    f["link>.9"], f["link.5-.9"] = link > 0.9, (link > 0.5) & (link <= 0.9)
+    f["link.2-.5"], f["link<.2"] = (link > 0.2) & (link <= 0.5), (link > 0) & (link <= 0.2)
+    f["ends"], f["commas"] = ends, np.log1p(commas)
+    f["ends,long"] = ends * (words > 10)
+    f["boilerplate"] = np.array([bool(len(t) < 300 and BOILERPLATE.search(t)) for t in texts], bool)
+    f["boilerplate,short"] = f["boilerplate"] & (words < 12)
+    f["date"] = np.array([bool(len(t) < 80 and DATE_LINE.search(t)) for t in texts])
+    tags = [page.names[n] for n in page.nodes[:B]]
+    codes = np.array([BLOCK_TAGS.index(t) if t in BLOCK_TAGS else -1 for t in tags])
+    for code, tag in enumerate(BLOCK_TAGS):
+        f[f"<{tag}>"] = codes == code
+    f["heading"] = (codes >= 2) & (codes <= 5)
+    bits = inherited[nodes]
+    for name, bit in [*GROUPS.items(), *TAG_BITS.items()]:
+        if name != "ol":
+            f[f"in {name}"] = (bits & bit) > 0
+    near = own[nodes] | own[parents[nodes]]
+    for name, bit in GROUPS.items():
+        f[f"near {name}"] = (near & bit) > 0
+    f["unseen"] = (bits & UNSEEN_BIT) > 0
+    bad = f["in nav"] | f["in footer"] | f["in side"] | f["in comment"] | f["in share"] | \
+        f["in related"] | f["in ads"] | f["in cookie"] | f["unseen"]
+    f["bad"] = bad
+    good = words * (link < 0.3) * (words > 8) * (0.3 + 0.7 * ends)
+    clean = good * ~bad
+    # Text of each element's subtree: children come after their parents, so one pass upwards does.
+    N = len(parents)
+    total = np.zeros(N)
+    np.add.at(total, nodes, clean)
+    share_of = total.tolist()
+    for n in range(N - 1, 0, -1):
+        share_of[page.parents[n]] += share_of[n]
+    total = np.array(share_of)
+    everything = max(total[0], 1.0)
+    # The content element: from the root down to where no child holds most of the text.
+    content = best_element(page, share_of)
+    inside = np.zeros(N, bool)
+    inside[content] = True
+    inside_list = inside.tolist()
+    for n in range(content + 1, N):
+        inside_list[n] = inside_list[page.parents[n]]
+    inside_list[content] = True
+    inside = np.array(inside_list)[nodes]
+    f["in best"] = inside
+    f["in best,link"] = inside & (link > 0.5)
+    f["in best,bad"] = inside & bad
+    where = np.flatnonzero(inside)
+    index = np.arange(B)
+    first, last = (where[0], where[-1]) if len(where) else (0, B)
+    f["before best"], f["after best"] = index < first, index > last
+    strong = np.flatnonzero((clean > 15) & inside)
+    first, last = (strong[0], strong[-1]) if len(strong) else (0, B)
+    f["before text"], f["after text"] = inside & (index < first), inside & (index > last)
+    above = nodes
+    for level in ("parent", "above", "above2"):
+        f[f"share {level}"] = total[above] / everything
+        f[f"text {level}"] = np.log1p(total[above])
+        above = parents[above]
+    for name, offsets in (("prev", (-1,)), ("next", (1,)), ("prev4", (-2, -3, -4)),
+                          ("next4", (2, 3, 4)), ("prev10", range(-10, -4)),
+                          ("next10", range(5, 11))):
+        f[f"good {name}"] = np.log1p(neighbours(good, offsets))
+        f[f"links {name}"] = neighbours(link > 0.5, offsets) / len(offsets)
+        f[f"words {name}"] = np.log1p(neighbours(words, offsets))
+    h1 = np.flatnonzero(codes == 2)
+    f["before h1"] = index < h1[0] if len(h1) else np.zeros(B)
+    f["no h1"] = np.full(B, not len(h1))
+    place = np.cumsum(words) / words.sum()
+    for limit in (0.02, 0.1, 0.25):
+        f[f"place<{limit}"] = place < limit
+    for limit in (0.75, 0.9, 0.97):
+        f[f"place>{limit}"] = place > limit
+    counts = Counter(texts)
+    f["repeated"] = np.array([counts[t] > 1 for t in texts])
+    paths = [(page.names[n], page.own[n], page.names[page.parents[n]], page.own[page.parents[n]])
+             for n in page.nodes[:B]]
+    alike = Counter(paths)
+    f["alike"] = np.log(np.array([alike[p] for p in paths]))
+    f["alike,short"] = f["alike"] * (words < 6)
+    f["alike,long"] = f["alike"] * (words > 15)
+    poor = np.exp(-everything / 150)
+    f["poor"] = np.full(B, poor)
+    f["poor,link"], f["poor,short"] = poor * (link > 0.5), poor * (words < 6)
+    f["poor,in"] = poor * inside
+    rich = np.log1p(everything) / 7
+    f["rich"] = np.full(B, rich)
+    f["rich,link"], f["rich,short"] = rich * (link > 0.5), rich * (words < 6)
+    f["digits"] = np.array([sum(map(t[:60].count, "0123456789")) / min(len(t), 60) for t in texts])
+    f["upper"] = np.array([len(t) > 3 and t.isupper() for t in texts])
+    f["body"] = f["no body"] = np.zeros(B)
+    if body:
+        squeezed = "".join(WORD.findall(body.lower()))
+        has = np.array(["".join(WORD.findall(t.lower())) in squeezed for t in texts])
+        f["body"], f["no body"] = has & (words > 1), ~has
+    return {name: np.asarray(value, float) for name, value in f.items()}
+
+
+def best_element(page, text_of):
+    """Returns the element that holds nearly all clean text and little else.
+
+    text_of: list, words of clean text in each element and below
+    """
+    children = {}
+    for n in range(1, len(page.parents)):
+        if text_of[n] > 0:
+            children.setdefault(page.parents[n], []).append(n)
+    node = 0
+    while below := children.get(node):
+        heaviest = max(below, key=text_of.__getitem__)
+        if text_of[heaviest] < 0.7 * text_of[node]:
+            break
+        if page.names[heaviest] in ("p", "pre", "blockquote"):
+            break
+        node = heaviest
+    return node
+
+
+# Log odds of a block to be main content, fitted by logistic regression to half the pages of [7]
+# (those with an even place in the development set), without the features that hardly told.
+WEIGHTS = {
+    "bias": 2.92, "words>0": 0.55, "words>40": 0.75, "link>.9": -1.03, "link.5-.9": -0.76,
+    "link<.2": -0.81, "ends": 0.45, "ends,long": 0.4, "boilerplate": -1.37, "date": -0.55,
+    "<p>": -0.68, "<h2>": 0.63, "<h3>": 1, "<pre>": -1.47, "<div>": -0.71, "<figcaption>": -1.16,
+    "<article>": 0.87, "<label>": -0.65, "in nav": -0.91, "in footer": -1.8, "in header": -0.54,
+    "in side": -0.57, "in comment": 0.55, "in share": -0.62, "in related": -0.24,
+    "in cookie": -0.93, "in meta": 0.51, "in hidden": -0.29, "in form": -1.69, "in content": 0.44,
+    "in item": -0.5, "in thread": -0.37, "in faq": 0.6, "in main": 0.4, "in figure": -2.13,
+    "in ul": 0.37, "in section": 0.13, "in dl": -0.34, "near comment": -1.92, "near related": -0.64,
+    "near cookie": -1.98, "near meta": -0.44, "near hidden": -0.52, "near form": 0.38,
+    "near content": 0.29, "near thread": 0.25, "near faq": -1.85, "in best": 1.14,
+    "in best,link": -0.26, "in best,bad": -1.84, "after best": -1.25, "before text": 0.91,
+    "share parent": -0.82, "text parent": 0.06, "text above": -0.06, "share above2": 1.21,
+    "text above2": -0.07, "links prev": -0.44, "words prev": 0.06, "good next": 0.14,
+    "good prev4": 0.05, "words prev4": 0.13, "good next4": 0.03, "links prev10": -0.17,
+    "words prev10": 0.06, "good next10": 0.07, "before h1": -1.36, "no h1": -0.36,
+    "place<0.02": 0.39, "place<0.1": -0.22, "place>0.75": -0.91, "place>0.9": -0.46,
+    "place>0.97": 0.25, "repeated": 0.32, "alike": 0.46, "alike,short": -0.2, "poor": -1.33,
+    "poor,link": 0.24, "poor,in": -1.14, "rich": -4.61, "rich,link": 0.6, "rich,short": 0.19,
+    "digits": 1.05,
+}
+THRESHOLD = -0.4  # of the log odds: text that is missed costs more than text too much
+
+
+def main_content(page, body=""):
+    """Returns a bool array: which blocks of a page are main content.
+
+    body: the articleBody of the page's JSON-LD, whose words speak for a block
+    """
+    if not page.texts:
+        return np.zeros(0, bool)
+    features = block_features(page, body)
+    odds = sum(weight * features[name] for name, weight in WEIGHTS.items())
+    keep = odds > THRESHOLD
+    if not keep.any():
+        keep = odds >= odds.max()
+    return np.concatenate([keep, np.zeros(len(page.texts) - len(keep), bool)])
+
+
+def extract_text_from_html_bytes(html_bytes, mode="plain", content_type=None):
+    """Returns the text of a page.  source: [2] extract_text
+
+    mode: "plain", all that a reader sees, laid out; "main", without menus, advertisements,
+    banners and comments; content_type: the value of the HTTP header, for its charset
+
+    >>> extract_text_from_html_bytes(b"<h1>Moby</h1><ul><li>a whale</ul>")
+    'Moby\\n\\n  • a whale'
+    """
+    if mode not in ("plain", "main"):
+        raise ValueError(f"mode must be plain or main, got {mode!r}; choose one")
+    html, _ = decode_html(html_bytes, content_type)
+    page = parse_html(html, alt_texts=mode == "plain")
+    if mode == "plain":
+        return layout(page)
+    body = article_body(html)
+    text = layout(page, main_content(page, body))
+    if len(body) > 400 and len(text) < 0.6 * len(body):  # a page that a script would have filled
+        return body
+    return text
+
+
+# ---------------------------------------------------------------- stage 4: personal data
+
+EMAIL_MASK, PHONE_MASK, IP_MASK = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
+EMAIL = re.compile(r"(?<![\w.+%@/|-])\w[\w.+%&'-]{0,63}@(?!\dx\.)"
+                   r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}(?![\w@]|[-.]\w*@|:[\w~]+/)")
+FILE_ENDINGS = ("png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "json", "xml", "html")
+DASH = r"[-.\u2010-\u2013\u00a0 ]"
+# US and Canada: three, three and four digits; an area code starts with 2 to 9. A number without
+# any separator and one that follows digits are identifiers more often than telephones.
+PHONE = re.compile(
+    rf"(?<![\w.+#$€£=&-])(?<!\d[,:/])(?<![^\W\d]/)(?<!//)(?:(?:\+1|\b1){DASH}?{DASH}?)?"
+    rf"(?:\([2-9]\d\d\){DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}"
+    rf"|[2-9]\d\d(?P<s>{DASH}|[ ]-[ ])\d{{3}}(?:(?P=s)|-)\d{{4}}|(?P<bare>[2-9]\d\d\d{{7}}))"
+    rf"(?:(?: ?x| ?ext\.? ?| ?extension ?)\d{{1,6}})?"
+    rf"(?![\w@]|[-=]\w|/[^\W\d]|\.\d|[ ,:]\d{{4}}\b|%)", re.IGNORECASE)
+AFTER_DIGIT = re.compile(DASH)
+PLUS_PHONE = re.compile(rf"(?<![\w+])\+1{DASH}?(?:\([2-9]\d\d\)|[2-9]\d\d){DASH}?\d{{3}}{DASH}?\d{{4}}"
+                        rf"(?!\w|[-.]\d)")
+PHONE_CONTEXT = re.compile(r"\b(?:phone|telephone|tel|call|cell|mobile|fax|contact|text|dial|reach|"
+                           r"whatsapp|sms|ring|toll|desk|office|helpline|hotline)\b[^\n]{0,40}$", re.IGNORECASE)
+# Before a number: with separators it is a telephone's unless one of the first list says otherwise.
+IDENTIFIER = (r"isbn(?:-1[03])?|issn|order|invoice|ticket|tracking|serial|sku|part|upc|asin|doi|barcode|"
+              r"patent|version|build|case|ref|reference|transaction|confirmation|acct|account|routing")
+BARE_IDENTIFIER = IDENTIFIER + (
+    r"|id|item|product|model|member|policy|customer|number|no|nr|pmid|timestamp|iban|card|ssn|code|key|"
+    r"hash|article|document|record|employee|student|user|passport|licen[sc]e|permit|vin|lot|batch|job|"
+    r"seed|population|total|zip|ein|npi|tin|vat|uid|pid|epoch|bytes|size|value|sum")
+AFTER_IDENTIFIER = (r"[ \t]*(?:number|no|id|code|#)?\.?[ \t]*(?:is|was|of)?[ \t]*[:#=-]*[ \t]*$")
+IDENTIFIER_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{IDENTIFIER}){AFTER_IDENTIFIER}", re.IGNORECASE)
+BARE_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{BARE_IDENTIFIER}){AFTER_IDENTIFIER}", re.IGNORECASE)
+OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+IP = re.compile(rf"(?<![\w.])(?<![A-Za-z][-/_])(?<!\d[,:/-])(?:{OCTET}\.){{3}}{OCTET}"
+                rf"(?!\w|\.\w|-[A-Za-z]|,\d)")
+VERSION_CONTEXT = re.compile(
+    r"(?<![A-Za-z])(?:version|versions|ver|v|release|released|build|firmware|revision|rev|section|sections|§|chapter|"
+    r"clause|paragraph|rule|article|figure|table|appendix|item|oid|driver|update|upgrade[d]?|patch|"
+    r"kernel|sdk|api|package|assembly|hotfix|installer|software|app|theorem|lemma|exercise|step)"
+    r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(]*[ \t]*$", re.IGNORECASE)
+
+
+def mask_until_stable(text, mask_once):
+    """Returns (text, count) after mask_once(text) -> (text, count) found nothing more.
+
+    A mask can uncover a match beside it (a number is no telephone while digits precede it).
+    """
+    total = 0
+    while True:
+        text, count = mask_once(text)
+        total += count
+        if not count:
+            return text, total
+
+
+def mask_matches(pattern, text, mask, accept):
+    """Returns (text, count) with the matches that accept(match, end of the last) takes masked."""
+    count, end = 0, -2
+
+    def replace(match):
+        nonlocal count, end
+        if not accept(match, end):
+            return match[0]
+        count, end = count + 1, match.end()
+        return mask
+
+    return pattern.sub(replace, text), count
+
+
+def is_email(match, last):
+    end = match[0].rsplit(".", 1)[1].lower()
+    name = match[0].split("@")[0]
+    return end not in FILE_ENDINGS and ".." not in name and name.lower() not in ("git", "npm")
+
+
+def mask_emails(text):
+    """Returns (text with each address as EMAIL_MASK, how many).  source: [2] mask_pii
+
+    >>> mask_emails("write to a.b@example.com.")
+    ('write to |||EMAIL_ADDRESS|||.', 1)
+    """
+    if "@" not in text:
+        return text, 0
+    return mask_until_stable(text, lambda t: mask_matches(EMAIL, t, EMAIL_MASK, is_email))
+
+
+def is_phone(match, last):
+    """Not after other digits (a card's), nor after a word that speaks of another kind of number."""
+    text, start = match.string, match.start()
+    if start > 1 and text[start - 2].isdigit() and start - 1 != last and AFTER_DIGIT.match(
+            text[start - 1]):
+        return False
+    before, bare = text[max(0, start - 60):start], match["bare"]
+    context = BARE_CONTEXT if bare else IDENTIFIER_CONTEXT
+    if context.search(before) and not PHONE_CONTEXT.search(before):
+        return False
+    return not bare or len(set(bare)) > 2 and bare not in "01234567890123456789"
+
+
+def mask_phone_numbers(text):
+    """Returns (text with each US or Canadian telephone number as PHONE_MASK, how many).
+
+    >>> mask_phone_numbers("call (283)-182-3829")
+    ('call |||PHONE_NUMBER|||', 1)
+    """
+    def once(text):
+        text, plus = mask_matches(PLUS_PHONE, text, PHONE_MASK, lambda match, last: True)
+        text, count = mask_matches(PHONE, text, PHONE_MASK, is_phone)
+        return text, plus + count
+
+    return mask_until_stable(text, once)
+
+
+def is_ip(match, last):
+    before = match.string[max(0, match.start() - 30):match.start()]
+    return not VERSION_CONTEXT.search(before)
+
+
+def mask_ips(text):
+    """Returns (text with each IPv4 address as IP_MASK, how many).
+
+    >>> mask_ips("from 192.0.2.146, version 1.2.3.4")
+    ('from |||IP_ADDRESS|||, version 1.2.3.4', 1)
+    """
+    return mask_until_stable(text, lambda t: mask_matches(IP, t, IP_MASK, is_ip))
+
+
+# ---------------------------------------------------------------- stage 6: rules
+
+SYMBOLS_ONLY = re.compile(r"(?<!\S)[^\w\s]+(?!\S)")
+NO_LETTER = re.compile(r"(?<!\S)(?:[^\w\s]|[\d_])+(?!\S)")
+ELLIPSES = ("...", "…", ". . .")
+BULLETS = ("•", "-", "*", "●", "‣", "▪", "◦")
+STOP_WORDS = frozenset(["the", "be", "to", "of", "and", "that", "have", "with"])
+TERMINAL = (".", "?", "!", '"', "”", "’", "'")
+POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies",
+          "use cookies")
+CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
+
+
+class Document:
+    """A text, and what several rules ask of it, counted once."""
+
+    def __init__(self, text):
+        self.text = text
+
+    @cached_property
+    def all_words(self):
+        return self.text.split()
+
+    @cached_property
+    def num_words(self):
+        """Words that are more than symbols."""
+        return len(self.all_words) - len(self.symbols)
+
+    @cached_property
+    def symbols(self):
+        return SYMBOLS_ONLY.findall(self.text)
+
+    @cached_property
+    def lines(self):
+        """Lines that are not blank, stripped."""
+        return [line for line in map(str.strip, self.text.split("\n")) if line]
+
+    @cached_property
+    def paragraphs(self):
+        return [p for p in map(str.strip, re.split(r"\n\s*\n", self.text)) if p]
+
+
+def word_count(document, low=50, high=100_000):
+    """50 to 100,000 words.  source: [3]"""
+    return low <= document.num_words <= high
+
+
+def mean_word_length(document, low=3, high=10):
+    """Words of 3 to 10 characters in the mean.  source: [3]"""
+    chars = len("".join(document.all_words)) - sum(map(len, document.symbols))
+    return low <= chars / max(document.num_words, 1) <= high
+
+
+def ellipsis_lines(document, high=0.3):
+    """At most 30 % of the lines end in an ellipsis.  source: [3]"""
+    ending = sum(line.endswith(ELLIPSES) for line in document.lines)
+    return ending <= high * len(document.lines)
+
+
+def words_with_a_letter(document, low=0.8):
+    """At least 80 % of the words have a letter.  source: [3]"""
+    without = len(NO_LETTER.findall(document.text))
+    return len(document.all_words) - without >= low * len(document.all_words)
+
+
+def symbol_to_word_ratio(document, high=0.1):
+    """At most one # and one ellipsis in ten words.  source: [3]"""
+    text, words = document.text, max(len(document.all_words), 1)
+    ellipses = text.count("...") + text.count("…")
+    return text.count("#") <= high * words and ellipses <= high * words
+
+
+def bullet_lines(document, high=0.9):
+    """At most 90 % of the lines start with a bullet.  source: [3]"""
+    bullets = sum(line.startswith(BULLETS) for line in document.lines)
+    return bullets <= high * len(document.lines)
+
+
+def stop_words(document, low=2):
+    """At least 2 occurrences of the be to of and that have with, in any case.  source: [3]"""
+    count = 0
+    for word in document.all_words:
+        if word.lower() in STOP_WORDS:
+            count += 1
+            if count >= low:
+                return True
+    return count >= low
+
+
+def duplicate_share(units):
+    """Returns (share of the units that repeat an earlier one, their share of the characters)."""
+    seen, count, chars = set(), 0, 0
+    for unit in units:
+        if unit in seen:
+            count += 1
+            chars += len(unit)
+        seen.add(unit)
+    return count / max(len(units), 1), chars / max(sum(map(len, units)), 1)
+
+
+def duplicate_lines(document, high=0.3, high_chars=0.2):
+    """At most 30 % of the lines, 20 % of their characters, repeat one.  source: [3]"""
+    count, chars = duplicate_share(document.lines)
+    return count <= high and chars <= high_chars
+
+
+def duplicate_paragraphs(document, high=0.3, high_chars=0.2):
+    """At most 30 % of the paragraphs, 20 % of their characters, repeat one.  source: [3]"""
+    count, chars = duplicate_share(document.paragraphs)
+    return count <= high and chars <= high_chars
+
+
+def top_ngrams(document, high=(0.2, 0.18, 0.16)):
+    """The most frequent 2-, 3- and 4-gram hold at most 20, 18, 16 % of the text.  source: [3]"""
+    words = document.all_words
+    size = max(len(document.text), 1)
+    for n, limit in enumerate(high, 2):
+        grams = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+        if not grams:
+            return True
+        gram, count = max(grams.items(), key=lambda item: (item[1], sum(map(len, item[0]))))
+        if count > 1 and count * (sum(map(len, gram)) + n - 1) > limit * size:
+            return False
+    return True
+
+
+def duplicate_ngrams(document, high=(0.15, 0.14, 0.13, 0.12, 0.11, 0.1)):
+    """Repeated 5- to 10-grams hold at most 15 to 10 % of the text, each place once.  source: [3]"""
+    words = document.all_words
+    size = max(len(document.text), 1)
+    for n, limit in enumerate(high, 5):
+        seen, chars, i = set(), 0, 0
+        while i + n <= len(words):
+            gram = tuple(words[i:i + n])
+            if gram in seen:
+                chars += sum(map(len, gram)) + n - 1
+                i += n
+            else:
+                seen.add(gram)
+                i += 1
+        if chars > limit * size:
+            return False
+    return True
+
+
+def c4_page(document, min_sentences=3):
+    """At least 3 sentences, no "lorem ipsum", no curly bracket.  source: [4]"""
+    text = document.text
+    ends = sum(len(re.findall(r"[.?!](?=\s|\"|”|$)", line)) or 1 for line in document.lines)
+    return ends >= min_sentences and "{" not in text and "lorem ipsum" not in text.lower()
+
+
+def clean_c4_lines(text, min_words=5, max_word_chars=1000):
+    """Returns the text with the lines that C4 keeps: end marks, 5 words, no policy, no script.
+
+    datatrove and FineWeb have 3 words a line and 5 sentences a page.  source: [4]
+    """
+    kept = []
+    for line in CITATION.sub("", text).split("\n"):
+        line = line.strip()
+        low = line.lower()
+        if (line.endswith((".", "?", "!", '"', "”")) and not line.endswith("...")
+                and line.count(" ") + 1 >= min_words and "javascript" not in low
+                and not any(policy in low for policy in POLICY)
+                and max(map(len, line.split()), default=0) <= max_word_chars):
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def fineweb_terminal_lines(document, low=0.12):
+    """At least 12 % of the lines end in punctuation.  source: [6]"""
+    return sum(line.endswith(TERMINAL) for line in document.lines) >= low * len(document.lines)
+
+
+def fineweb_short_lines(document, high=0.67, chars=30):
+    """At most 67 % of the lines have 30 characters or fewer.  source: [6]"""
+    return sum(len(line) <= chars for line in document.lines) <= high * len(document.lines)
+
+
+def fineweb_duplicate_lines(document, high=0.01):
+    """At most 1 % of the characters are in repeated lines.  source: [6]"""
+    return duplicate_share(document.lines)[1] <= high
+
+
+def fineweb_newlines(document, high=0.3):
+    """At most 0.3 line ends a word.  source: [6]"""
+    return document.text.count("\n") <= high * max(len(document.all_words), 1)
+
+
+GOPHER = (word_count, mean_word_length, ellipsis_lines, words_with_a_letter)
+RULES = {
+    "gopher": GOPHER,
+    "gopher_all": (*GOPHER, symbol_to_word_ratio, bullet_lines, stop_words),
+    "gopher_repetition": (duplicate_lines, duplicate_paragraphs, top_ngrams, duplicate_ngrams),
+    "c4": (c4_page,),
+    "fineweb": (fineweb_terminal_lines, fineweb_short_lines, fineweb_duplicate_lines,
+                fineweb_newlines),
+}
+
+
+def gopher_quality_filter(text):
+    """Returns whether the text passes the handout's four rules.  source: [2] gopher_quality_filters
+
+    >>> gopher_quality_filter("too short")
+    False
+    """
+    return failed_rule(Document(text), GOPHER) is None
+
+
+def failed_rule(document, rules):
+    """Returns the name of the first of the rules that the document fails, or None."""
+    for rule in rules:
+        if not rule(document):
+            return rule.__name__ if hasattr(rule, "__name__") else rule.func.__name__
+    return None
+
+
+def rules_with_thresholds(names, settings):
+    """Returns {set: rules} of the named sets, with settings like "word_count.low=30" made.
+
+    raises: ValueError for a name that is not there
+    """
+    unknown = [name for name in names if name not in RULES]
+    if unknown:
+        raise ValueError(f"--rules must be of {', '.join(RULES)}, got {unknown[0]}; correct it")
+    chosen = {name: list(RULES[name]) for name in names}
+    for setting in settings:
+        found = re.fullmatch(r"(\w+)\.(\w+)=([-\d.,]+)", setting)
+        try:
+            value = [float(number) for number in found[3].split(",")]
+        except (TypeError, ValueError):
+            raise ValueError("--threshold must be like word_count.low=30, got "
+                             f"{setting}; correct it") from None
+        value = value[0] if len(value) == 1 else tuple(value)
+        done = False
+        for rules in chosen.values():
+            for at, rule in enumerate(rules):
+                function = rule.func if isinstance(rule, partial) else rule
+                names_of = function.__code__.co_varnames[1:function.__code__.co_argcount]
+                if function.__name__ == found[1] and found[2] in names_of:
+                    before = rule.keywords if isinstance(rule, partial) else {}
+                    rules[at], done = partial(function, **before, **{found[2]: value}), True
+        if not done:
+            raise ValueError(f"--threshold must name a rule in use and its setting, got {setting}; "
+                             f"the rules are {', '.join(r.__name__ for s in names for r in RULES[s])}")
+    return chosen
+
+
+# ---------------------------------------------------------------- the run: one document
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
+PAGE_LIMIT_S = 2.0  # that one document may take in one stage before it is dropped
+STUCK_S = 60.0  # after which a worker that shows no progress is killed and its page is skipped
+WORKER_BYTES = 4 << 30  # of address space a worker may take beyond what it starts with
+CHECKPOINT_BYTES = 8 << 20  # of an input file between two points that a run goes on from
+CHECKPOINT_S = 15.0
+EXAMPLES = 20  # dropped documents kept per reason and file, for `inspect`
+DOCUMENT_MARK = "\x1e"  # starts the line before each document in a shard; text never holds it
+STAGES = ("records", "text", "address", "language", "rules", "harm", "quality", "pii", "lines",
+          "short", "copies", "contamination")
+
+
+class TimeLimit(Exception):
+    """A document took longer than it may."""
+
+
+@contextmanager
+def time_limit(seconds):
+    """Raises TimeLimit in the block after so many seconds (in a main thread, not on Windows)."""
+    def stop(number, frame):
+        raise TimeLimit
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def filters():
+    """Returns the module with the stages that language, harm, quality and copies need."""
+    import filter_part
+    return filter_part
+
+
+def clean_text(text):
+    """Returns the text without control characters, and with no special token in it."""
+    text = CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return text.replace(bpe.END_OF_TEXT, "<| endoftext |>").strip()
+
+
+def host_of(url):
+    """Returns the host of an address, in lower case, without "www."."""
+    return re.sub(r"^[a-z]+://(?:[^/@]*@)?(?:www\.)?|[:/?#].*$", "", url.lower())
+
+
+class Judge:
+    """What happens to a document: `judge(record)` says what is kept, or where and why it fell.
+
+    counts: {stage: [documents in, characters in, documents out, characters out, seconds]};
+    reasons: {"stage: reason": [documents, characters, example]}
+    """
+
+    def __init__(self, options):
+        self.options = options
+        self.rules = rules_with_thresholds(options.rules, options.threshold)
+        self.blocked = set(Path(options.blocklist).read_text("utf-8").lower().split()) \
+            if options.blocklist else set()
+        self.models = load_models(options)
+        self.reset()
+
+    def reset(self, counts=None, reasons=None):
+        self.counts = {stage: [0, 0, 0, 0, 0.0] for stage in STAGES} | (counts or {})
+        self.reasons = dict(reasons or {})
+
+    def stage(self, name, text, url, function, *arguments):
+        """Returns function(text, ...), which gives (text, None) or (None, reason); counts it."""
+        count, started = self.counts[name], time.perf_counter()
+        count[0] += 1
+        count[1] += len(text)
+        try:
+            with time_limit(PAGE_LIMIT_S):
+                out, reason = function(text, *arguments)
+        except TimeLimit:
+            out, reason = None, "time limit"
+        except MemoryError:
+            out, reason = None, "memory limit"
+        except RecursionError:
+            out, reason = None, "nesting limit"
+        count[4] += time.perf_counter() - started
+        if reason is None:
+            count[2] += 1
+            count[3] += len(out)
+            return out
+        self.drop(name, reason, text, url)
+        return None
+
+    def drop(self, stage, reason, text, url):
+        entry = self.reasons.setdefault(f"{stage}: {reason}", [0, 0, None])
+        entry[0] += 1
+        entry[1] += len(text)
+        if isinstance(text, bytes):
+            text = text[:1000].decode("utf-8", "replace")
+        if entry[2] is None:
+            entry[2] = {"url": url, "text": " ".join(text[:400].split())[:160]}
+        self.dropped = (f"{stage}: {reason}", entry[0], text)
+
+    def judge(self, record):
+        """Returns {text, language, ...} of a document that is kept, or None; see self.dropped."""
+        url, notes = record.url, {}
+        self.dropped = None
+        data = self.stage("records", record.data, url, lambda data: (data, record.problem))
+        text = data and self.stage("text", data, url, self.extract, record)
+        if text and self.blocked:
+            text = self.stage("address", text, url, self.check_address, url)
+        for name, function, on in (("language", self.check_language, self.options.languages),
+                                   ("rules", self.check_rules, self.rules),
+                                   ("harm", self.check_harm, not self.options.no_harm),
+                                   ("quality", self.check_quality, self.options.quality_model),
+                                   ("pii", self.mask, not self.options.no_pii)):
+            if text and on:
+                text = self.stage(name, text, url, function, notes)
+        return {"url": url, **notes, "text": text} if text else None
+
+    def extract(self, data, record):
+        if record.kind == "conversion":
+            text = data.decode("utf-8", "replace")
+        elif record.content_type.lower().startswith("text/plain"):
+            text = decode_html(data, record.content_type)[0]
+        else:
+            text = extract_text_from_html_bytes(data, self.options.mode, record.content_type)
+        text = clean_text(text)
+        return (text, None) if text else (None, "no text")
+
+    def check_address(self, text, url):
+        host = host_of(url).split(".")
+        ends = {".".join(host[i:]) for i in range(len(host))}
+        return (None, "blocklist") if ends & self.blocked or url in self.blocked else (text, None)
+
+    def check_language(self, text, notes):
+        code, score = filters().identify_language(text, self.models.language)
+        notes["language"], notes["language_score"] = code, round(float(score), 4)
+        if code not in self.options.languages:
+            return None, f"language {code}"
+        if score < self.options.language_score:
+            return None, f"language {code}, score too low"
+        return text, None
+
+    def check_rules(self, text, notes):
+        for name, rules in self.rules.items():
+            if name == "c4":
+                text = clean_c4_lines(text)
+            if reason := failed_rule(Document(text), rules):
+                return None, f"{name} {reason}"
+        return text, None
+
+    def check_harm(self, text, notes):
+        for name, classify, model in (
+                ("nsfw", filters().classify_nsfw, self.models.nsfw),
+                ("toxic", filters().classify_toxic_speech, self.models.toxic)):
+            label, score = classify(text, model) if model is not None else classify(text)
+            notes[name] = round(float(score), 4)
+            if label in HARMFUL and score >= self.options.harm_score:
+                return None, name
+        return text, None
+
+    def check_quality(self, text, notes):
+        label, score = filters().classify_quality(text, self.models.quality)
+        good = score if label in ("pos", "hq", "good", "wiki", "1", "keep") else 1 - score
+        notes["quality"] = round(float(good), 4)
+        return (text, None) if good >= self.options.quality_score else (None, "quality too low")
+
+    def mask(self, text, notes):
+        for name, function in (("emails", mask_emails), ("phones", mask_phone_numbers),
+                               ("ips", mask_ips)):
+            text, found = function(text)
+            if found:
+                notes[name] = found
+        return text, None
+
+
+HARMFUL = ("nsfw", "toxic", "1", "yes", "hate")
+
+
+def load_models(options):
+    """Returns the models that the options name, each read once before workers start."""
+    load = {}
+    for name in ("language", "nsfw", "toxic", "quality"):
+        path = getattr(options, f"{name}_model", None)
+        load[name] = filters().FastText.load(path) if path else None
+    return SimpleNamespace(**load)
+
+
+# ---------------------------------------------------------------- the run: one file
+
+def read_last(journal):
+    """Returns the last whole line of a journal as a dict, or None; cuts half a line off."""
+    if not journal.exists():
+        return None
+    data = journal.read_bytes()
+    whole = data[:data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with open(journal, "r+b") as file:
+            file.truncate(len(whole))
+    return json.loads(whole.splitlines()[-1]) if whole else None
+
+
+class Shard:
+    """The output of one input file: what is kept, samples of what is not, and a journal.
+
+    A line of the journal says how far the input was read and how long the two others were then,
+    after they had reached the disk: whatever is beyond that is cut off when a run goes on.
+    """
+
+    def __init__(self, folder, number):
+        self.journal = folder / f"{number:05d}.journal"
+        self.paths = [folder / f"{number:05d}.txt", folder / f"{number:05d}.dropped.jsonl"]
+        self.state = read_last(self.journal) or {"place": [0, 0], "sizes": [0, 0], "counts": None,
+                                                 "reasons": None, "others": {}, "done": False}
+        self.files = None
+
+    def open(self):
+        self.files = []
+        for path, size in zip(self.paths, self.state["sizes"], strict=True):
+            file = open(path, "r+b" if path.exists() else "w+b")
+            if os.path.getsize(path) < size:
+                raise ValueError(f"{path} must hold the {size} bytes that its journal speaks of, "
+                                 f"got {os.path.getsize(path)}; give --overwrite to start anew")
+            file.truncate(size)
+            file.seek(size)
+            self.files.append(file)
+        return self
+
+    def write(self, which, text):
+        self.files[which].write(text.encode())
+
+    def checkpoint(self, place, judge, others, done=False):
+        for file in self.files:
+            file.flush()
+            os.fsync(file.fileno())
+        self.state = {"place": list(place), "sizes": [f.tell() for f in self.files],
+                      "counts": judge.counts, "reasons": judge.reasons, "others": dict(others),
+                      "done": done}
+        with open(self.journal, "ab") as file:
+            file.write(json.dumps(self.state).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self):
+        for file in self.files or ():
+            file.close()
+
+
+def filter_file(number, path, judge, folder, shared, skipped, stop):
+    """Judges every document of one file into its shard, from where it stopped.
+
+    shared: [records read, seconds since when, place in the file] for whoever watches; skipped:
+    the records that killed workers; stop: a list that a signal fills
+    """
+    shard = Shard(folder, number)
+    if shard.state["done"]:
+        return
+    shard.open()
+    judge.reset(shard.state["counts"], shard.state["reasons"])
+    others, place = Counter(shard.state["others"]), shard.state["place"]
+    saved_at, saved_s = place[0], time.monotonic()
+    try:
+        for record in read_records(path, place, others):
+            place = record.place
+            shared[0], shared[1], shared[2], shared[3] = place[0], time.monotonic(), place[1], \
+                judge.counts["records"][0]
+            if list(place) in skipped:
+                record.problem = record.problem or "killed its worker"
+            kept = judge.judge(record)
+            identity = f"{number}:{place[0]}:{place[1]}"
+            if kept:
+                text = kept.pop("text")
+                head = json.dumps({"id": identity, **kept}, ensure_ascii=False)
+                shard.write(0, f"{DOCUMENT_MARK}{head}\n{text}\n")
+            elif judge.dropped and judge.dropped[1] <= EXAMPLES:
+                reason, _, text = judge.dropped
+                sample = {"id": identity, "url": record.url, "reason": reason, "text": text[:2000]}
+                shard.write(1, json.dumps(sample) + "\n")
+            now = time.monotonic()
+            if stop or abs(place[0] - saved_at) >= CHECKPOINT_BYTES or now - saved_s > CHECKPOINT_S:
+                shard.checkpoint(place, judge, others)
+                saved_at, saved_s = place[0], now
+                if stop:
+                    return
+        shard.checkpoint(place, judge, others, done=True)
+    finally:
+        shard.close()
+
+
+def limit_memory(extra):
+    """Lets this process take `extra` bytes more than it has, where the system can say so."""
+    try:
+        import resource
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError):
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra,) * 2)
+
+
+def work(number, path, options, folder, shared, skipped, errors):
+    """A worker: one process filters one file. Exit code 0: done or stopped; 1: an error."""
+    bpe.start_worker()
+    stop = []
+    signal.signal(signal.SIGTERM, lambda signum, frame: stop.append(signum))
+    limit_memory(WORKER_BYTES)
+    try:
+        local, fetched = fetch_input(path, folder, options)
+        filter_file(number, local, options.judge or Judge(options), folder, shared, skipped, stop)
+        if fetched and not stop:
+            local.unlink()
+    except (ValueError, OSError) as error:
+        errors.put((number, f"{error}"))
+        errors.close()
+        errors.join_thread()
+        os._exit(1)
+
+
+# ---------------------------------------------------------------- inputs
+
+COMMON_CRAWL = "https://data.commoncrawl.org/"
+DOWNLOAD_TRIES = 100
+
+
+def list_inputs(inputs):
+    """Returns the files that --input names: paths, patterns, folders, addresses, lists of paths.
+
+    A list is a file that ends in .paths or .paths.gz, one path of Common Crawl a line, as in
+    wet.paths.gz; a path that exists here, whole or by its last part beside the list, is taken
+    before the net is asked.
+    raises: ValueError if there is none
+    """
+    found = []
+    for item in inputs:
+        if re.match(r"https?://", item):
+            found.append(item)
+        elif item.endswith((".paths", ".paths.gz")) and os.path.exists(item):
+            opener = gzip.open if item.endswith(".gz") else open
+            with opener(item, "rt", encoding="utf-8") as file:
+                for line in filter(None, map(str.strip, file)):
+                    beside = [Path(line), Path(item).parent / line,
+                              Path(item).parent / Path(line).name]
+                    here = next((str(path) for path in beside if path.is_file()), None)
+                    found.append(here or (line if "://" in line else COMMON_CRAWL + line))
+        elif os.path.isdir(item):
+            found += sorted(str(path) for path in Path(item).rglob("*")
+                            if re.search(r"\.(?:warc|wet)(?:\.gz)?$", path.name))
+        elif os.path.exists(item):
+            found.append(item)
+        else:
+            found += sorted(glob.glob(item, recursive=True))
+    if not found:
+        raise ValueError(f"--input must name WARC or WET files, got none for {' '.join(inputs)}; "
+                         "check the path, and put a pattern in quotes")
+    return list(dict.fromkeys(found))
+
+
+def fetch_input(path, folder, options):
+    """Returns (local path, whether it was fetched); goes on where a download stopped.
+
+    After a refusal (403, 429, 5xx) all workers together ask at most once a second.
+    """
+    if "://" not in path:
+        return Path(path), False
+    import requests
+
+    name = hashlib.sha256(path.encode()).hexdigest()[:12] + "-" + path.rsplit("/", 1)[1]
+    local, part = folder / name, folder / f"{name}.part"
+    for attempt in range(DOWNLOAD_TRIES):
+        if local.exists():
+            return local, True
+        try:
+            bpe.download_rest(requests, path, part)
+            os.replace(part, local)
+        except (OSError, requests.RequestException) as error:
+            status = getattr(getattr(error, "response", None), "status_code", 503)
+            if attempt == DOWNLOAD_TRIES - 1 or 400 <= status < 500 and status not in (403, 429):
+                raise OSError(f"{path} must be reachable, got {error}; what came is kept, run "
+                              "again, or give a local copy") from None
+            time.sleep(min(60, options.num_workers * (1 + attempt)))
+    return local, True
+
+
+# ---------------------------------------------------------------- the run: many files
+
+class Run:
+    """All of a run; `run` is its order."""
+
+    def __init__(self, args):
+        self.args, self.started = args, time.monotonic()
+        self.out_dir, self.parts = Path(args.out_dir), Path(args.out_dir) / "parts"
+        self.rank, self.world = (int(os.environ.get(name, default)) for name, default in
+                                 (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.inputs = list_inputs(args.input)
+        self.tokenizer = check_tokenizer(args)
+        for path in self.inputs:
+            if "://" not in path:
+                for _ in read_records(path):  # the first record: a foreign file is known at once
+                    break
+        self.judge = Judge(args)
+        self.args.judge = self.judge
+        self.stop = []
+
+    def prepare(self):
+        """Makes the folder, keeps others out of it, and checks that it is of the same run."""
+        try:
+            self.parts.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.out_dir / f"lock.{self.rank}", "w")
+        except OSError as error:
+            raise ValueError(f"--out_dir must be a folder to write into, got {self.out_dir} "
+                             f"({error.strerror}); choose another") from None
+        lock_file(self.lock, self.out_dir)
+        ignore = ("input", "out_dir", "num_workers", "overwrite", "judge", "verb", "function")
+        plan = {"inputs": [[path, os.path.getsize(path) if "://" not in path else None]
+                           for path in self.inputs],
+                "flags": {k: v for k, v in vars(self.args).items() if k not in ignore}}
+        path = self.out_dir / "plan.json"
+        if self.args.overwrite and self.rank == 0:
+            remove_run(self.out_dir)
+        if path.exists() and (old := json.loads(path.read_text())) != json.loads(json.dumps(plan)):
+            differs = [k for k in plan["flags"] if plan["flags"][k] != old["flags"].get(k)]
+            raise ValueError(f"{self.out_dir} must be of this run, got one with other "
+                             f"{', '.join(differs) or 'inputs'}; give the same, --overwrite or "
+                             "another --out_dir")
+        if self.rank == 0:
+            bpe.write_atomically(path, json.dumps(plan, indent=1).encode())
+
+    def run(self):
+        """Filters files, then all documents together; returns 0, or 128 + a signal."""
+        self.prepare()
+        before = [signal.signal(number, lambda number, frame: self.stop.append(number))
+                  for number in (signal.SIGTERM, signal.SIGINT)]
+        try:
+            self.filter_files()
+            if self.stop:
+                print(f"signal {self.stop[0]}: stopped; the same command goes on")
+                return 128 + self.stop[0]
+            if self.rank:
+                return 0
+            self.wait_for_others()
+            self.finish()
+        finally:
+            signal.signal(signal.SIGTERM, before[0])
+            signal.signal(signal.SIGINT, before[1])
+        return 0
+
+    def filter_files(self):
+        """Keeps num_workers processes at work until each of this rank's files is done."""
+        waiting = [n for n in range(len(self.inputs)) if n % self.world == self.rank
+                   and not Shard(self.parts, n).state["done"]][::-1]
+        context = multiprocessing.get_context(bpe.START_METHOD)
+        errors, active, deaths = context.SimpleQueue(), {}, Counter()
+        line = ProgressLine(self)
+        try:
+            while (waiting and not self.stop) or active:
+                while waiting and not self.stop and len(active) < self.args.num_workers:
+                    number = waiting.pop()
+                    active[number] = self.start_worker(context, number, errors)
+                time.sleep(0.02)
+                for number, (process, shared) in list(active.items()):
+                    self.watch(number, process, shared, active, waiting, deaths)
+                if not errors.empty():
+                    number, message = errors.get()
+                    raise OSError(f"{self.inputs[number]}: {message}")
+                if self.stop:
+                    for process, _ in active.values():
+                        process.terminate()
+                line.update(active)
+        finally:
+            for process, _ in active.values():
+                process.terminate()
+            for process, _ in active.values():
+                process.join(10)
+                if process.is_alive():
+                    process.kill()
+        line.close()
+
+    def start_worker(self, context, number, errors):
+        skip = self.parts / f"{number:05d}.skip"
+        skipped = json.loads(skip.read_text()) if skip.exists() else []
+        shared = context.Array("d", [0, time.monotonic(), -1, 0], lock=False)
+        process = context.Process(target=work, args=(
+            number, self.inputs[number], self.args, self.parts, shared, skipped, errors))
+        process.start()
+        return process, shared
+
+    def watch(self, number, process, shared, active, waiting, deaths):
+        """Sees to one worker: done, stuck, or dead."""
+        place = (number, int(shared[0]), int(shared[2]))
+        if process.is_alive():
+            if shared[2] >= 0 and time.monotonic() - shared[1] > STUCK_S:
+                process.kill()
+                process.join()
+                deaths[place] += 1  # stuck is certain: once is enough
+            else:
+                return
+        process.join()
+        del active[number]
+        if process.exitcode in (0, 1) or self.stop:
+            return
+        deaths[place] += 1
+        if deaths[place] > 1 and shared[2] >= 0:  # twice at one record: it is the record
+            skip = self.parts / f"{number:05d}.skip"
+            skipped = json.loads(skip.read_text()) if skip.exists() else []
+            bpe.write_atomically(skip, json.dumps([*skipped, list(place[1:])]).encode())
+            print(f"{self.inputs[number]}: the record at {place[1:]} killed its worker; skipped",
+                  flush=True)
+        elif deaths[place] > 3:
+            raise OSError(f"a worker must live, got one killed {deaths[place]} times before its "
+                          f"first record of {self.inputs[number]}; see the system's log")
+        waiting.append(number)
+
+    def wait_for_others(self):
+        """Rank 0 waits until the shards of all ranks are done."""
+        told = 0
+        while True:
+            left = [n for n in range(len(self.inputs)) if not Shard(self.parts, n).state["done"]]
+            if not left or self.stop:
+                return
+            if time.monotonic() - told > 10:
+                told = time.monotonic()
+                print(f"waiting for {len(left)} files of other ranks", flush=True)
+            time.sleep(0.5)
+
+    def finish(self):
+        """The stages over all documents, the text, its tokens and the report."""
+        shards = [Shard(self.parts, n) for n in range(len(self.inputs))]
+        report = Report(self, shards)
+        finish = Finish(self.args, self.out_dir, [shard.paths[0] for shard in shards], report)
+        report.check_not_empty("records", "text", "address", "language", "rules", "harm",
+                               "quality", "pii")
+        finish.run()
+        report.check_not_empty("lines", "short", "copies", "contamination")
+        report.tokens = self.make_tokens()
+        report.write()
+
+    def make_tokens(self):
+        """Returns what write_tokens says of tokens.bin, made with a tokenizer given or trained."""
+        text, path = self.out_dir / "clean.txt", self.out_dir / "tokenizer.json"
+        tokenizer = self.tokenizer
+        if tokenizer is None and path.exists():
+            tokenizer = bpe.Tokenizer.load(path)
+        if tokenizer is None:
+            vocab, merges = bpe.train_bpe(text, self.args.vocab_size, [bpe.END_OF_TEXT],
+                                          self.args.num_workers)
+            tokenizer = bpe.Tokenizer(vocab, merges, [bpe.END_OF_TEXT])
+        tokenizer.save(path)
+        return bpe.write_tokens([text], tokenizer, self.out_dir / "tokens.bin",
+                                self.args.num_workers)
+
+
+def lock_file(file, out_dir):
+    """Waits up to 20 s for the workers of a killed run to end; raises ValueError if one lives."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    for _ in range(200):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise ValueError(f"--out_dir must be of one run at a time, got {out_dir}, in which another is "
+                     "at work; wait for it")
+
+
+def remove_run(out_dir):
+    """Removes what a run left, and nothing else."""
+    for pattern in ("parts/*", "lines/*", "plan.json", "clean.txt", "kept.jsonl", "tokens.*",
+                    "tokenizer.json", "report.*", "dropped.jsonl", "*.tmp"):
+        for path in out_dir.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def check_tokenizer(args):
+    """Returns the Tokenizer of --tokenizer, or None; raises ValueError if it is not for uint16."""
+    if not args.tokenizer:
+        if not 257 <= args.vocab_size <= 1 << 16:
+            raise ValueError("--vocab_size must be 257 to 65,536, for tokens of uint16, got "
+                             f"{args.vocab_size}; choose another")
+        return None
+    path = Path(args.tokenizer)
+    tokenizer = bpe.Tokenizer.load(path / "tokenizer.json" if path.is_dir() else path)
+    if tokenizer.vocab_size > 1 << 16:
+        raise ValueError("--tokenizer must have at most 65,536 ids, for tokens of uint16, got "
+                         f"{tokenizer.vocab_size:,}; use a smaller one")
+    if bpe.END_OF_TEXT not in tokenizer.special_ids:
+        raise ValueError(f"--tokenizer must have the special token {bpe.END_OF_TEXT}, got "
+                         f"{args.tokenizer} without; train it with bpe.py")
+    return tokenizer
+
+
+class ProgressLine:
+    """Says documents and bytes a second and what is left: one line, rewritten on a terminal."""
+
+    def __init__(self, run):
+        self.run, self.shown, self.terminal = run, time.monotonic(), sys.stderr.isatty()
+        self.sizes = [os.path.getsize(p) if "://" not in p else 0 for p in run.inputs]
+        self.done, self.documents = self.count({})
+        self.start = (time.monotonic(), self.done, self.documents)
+
+    def count(self, active):
+        done = documents = 0
+        for number in range(self.run.rank, len(self.sizes), self.run.world):
+            if number in active and active[number][1][2] >= 0:
+                shared = active[number][1]
+                done, documents = done + shared[0], documents + shared[3]
+                continue
+            state = Shard(self.run.parts, number).state
+            done += self.sizes[number] if state["done"] else state["place"][0]
+            documents += (state["counts"] or {"records": [0]})["records"][0]
+        return done, documents
+
+    def update(self, active, last=False):
+        now = time.monotonic()
+        if not last and now - self.shown < (0.5 if self.terminal else 10):
+            return
+        self.shown = now
+        done, documents = self.count(active)
+        seconds = max(now - self.start[0], 1e-9)
+        rate = (done - self.start[1]) / seconds
+        total = sum(self.sizes[self.run.rank::self.run.world])
+        eta = int(max(0, total - done) / rate) if rate > 0 else 0
+        end = "\n" if last or not self.terminal else "\r"
+        print(f"filter {done / 1e6:,.1f}/{total / 1e6:,.1f} MB | {documents:,.0f} documents | "
+              f"{(documents - self.start[2]) / seconds:,.0f} documents/s | {rate / 1e6:.2f} MB/s | "
+              f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}", file=sys.stderr, end=end,
+              flush=True)
+
+    def close(self):
+        self.update({}, last=True)
+
+
+# ---------------------------------------------------------------- the run: all documents together
+
+def read_shard(path):
+    """Yields (notes, text) of the documents of a shard, in order."""
+    head, lines = None, []
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            if line.startswith(DOCUMENT_MARK):
+                if head is not None:
+                    yield json.loads(head), "".join(lines).strip("\n")
+                head, lines = line[1:], []
+            else:
+                lines.append(line)
+    if head is not None:
+        yield json.loads(head), "".join(lines).strip("\n")
+
+
+class Finish:
+    """Repeated lines, near copies, contamination; then the text in the order of the inputs."""
+
+    def __init__(self, args, out_dir, shards, report):
+        self.args, self.out_dir, self.shards, self.report = args, out_dir, shards, report
+
+    def run(self):
+        if not self.args.no_line_dedup:
+            self.shards = self.drop_lines()
+        fallen = {} if self.args.no_copies else self.find_copies()
+        self.write(fallen)
+
+    def drop_lines(self):
+        """Returns shards without the lines that occur more than once anywhere."""
+        started, folder = time.perf_counter(), self.out_dir / "lines"
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            filters().exact_line_deduplication([str(path) for path in self.shards], str(folder))
+            (folder / "done").touch()
+        shards = [folder / path.name for path in self.shards]
+        before, after = (sum(len(text) for path in paths for _, text in read_shard(path))
+                         for paths in (self.shards, shards))
+        documents = sum(1 for path in shards for _ in read_shard(path))
+        self.report.count("lines", documents, before, documents, after,
+                          time.perf_counter() - started)
+        return shards
+
+    def find_copies(self):
+        """Returns {number of the document in order: what it is a near copy of}."""
+        started, args = time.perf_counter(), self.args
+        folder = self.out_dir / "copies"
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "in").mkdir(parents=True)
+        paths = []
+        number = 0
+        for path in self.shards:
+            for notes, text in read_shard(path):
+                if not self.too_short(text):
+                    paths.append(str(folder / "in" / f"{number:09d}.txt"))
+                    Path(paths[-1]).write_text(text, encoding="utf-8")
+                number += 1
+        filters().minhash_deduplication(paths, args.num_hashes, args.num_bands, args.ngrams,
+                                        args.jaccard_threshold, str(folder / "out"))
+        kept = set(os.listdir(folder / "out"))
+        fallen = {int(Path(p).stem): "near copy" for p in paths if Path(p).name not in kept}
+        shutil.rmtree(folder)
+        self.report.seconds["copies"] = time.perf_counter() - started
+        return fallen
+
+    def too_short(self, text):
+        """Whether the first rule, the number of words, no longer holds after lines went."""
+        rules = [rule for rules in self.report.run.judge.rules.values() for rule in rules]
+        rule = next((r for r in rules if getattr(r, "func", r) is word_count), None)
+        return not text.strip() or bool(rule) and not rule(Document(text))
+
+    def write(self, fallen):
+        """Writes clean.txt, kept.jsonl and dropped.jsonl."""
+        grams = contamination_grams(self.args)
+        paths = [self.out_dir / name for name in ("clean.txt", "kept.jsonl", "dropped.jsonl")]
+        temporary = [path.with_name(path.name + ".tmp") for path in paths]
+        files = [open(path, "w", encoding="utf-8", newline="\n") for path in temporary]
+        number = start = 0
+        for path in self.shards:
+            for notes, text in read_shard(path):
+                reason = self.judge(text, number, fallen, grams)
+                number += 1
+                if reason:
+                    stage = reason.split(":")[0]
+                    if self.report.drop(stage, reason, text, notes["url"]) <= EXAMPLES:
+                        files[2].write(json.dumps(notes | {"reason": reason, "text": text[:2000]},
+                                                  ensure_ascii=False) + "\n")
+                    continue
+                size = len(text.encode())
+                files[0].write(text + "\n" + bpe.END_OF_TEXT + "\n")
+                files[1].write(json.dumps(notes | {"start": start, "bytes": size},
+                                          ensure_ascii=False) + "\n")
+                start += size + len(bpe.END_OF_TEXT) + 2
+        for file, old, new in zip(files, temporary, paths, strict=True):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            os.replace(old, new)
+
+    def judge(self, text, number, fallen, grams):
+        """Returns why the document falls, as "stage: reason", or None; counts what it passes."""
+        for stage, wrong in (
+                ("short", "too short without its repeated lines" if self.too_short(text) else ""),
+                ("copies", fallen.get(number)),
+                ("contamination", grams and shares_gram(text, grams, self.args.decontaminate_ngram)
+                 and "shares words with the validation text")):
+            self.report.pass_in(stage, text)
+            if wrong:
+                return f"{stage}: {wrong}"
+            self.report.pass_out(stage, text)
+        return None
+
+
+def gram_hashes(text, n):
+    """Yields a 64-bit hash of each n words in a row, case and punctuation aside."""
+    words = WORD.findall(text.lower())
+    for i in range(len(words) - n + 1):
+        yield hashlib.blake2b(" ".join(words[i:i + n]).encode(), digest_size=8).digest()
+
+
+def contamination_grams(args):
+    """Returns the set of n-gram hashes of the validation text, or None."""
+    if not args.decontaminate:
+        return None
+    text = Path(args.decontaminate).read_text("utf-8", errors="replace")
+    return {gram for document in text.split(bpe.END_OF_TEXT)
+            for gram in gram_hashes(document, args.decontaminate_ngram)}
+
+
+def shares_gram(text, grams, n):
+    return any(gram in grams for gram in gram_hashes(text, n))
+
+
+# ---------------------------------------------------------------- the run: its report
+
+class Report:
+    """What came into and out of every stage, and why what fell did; its sums close."""
+
+    def __init__(self, run, shards):
+        self.run, self.tokens = run, None
+        self.counts = {stage: [0, 0, 0, 0, 0.0] for stage in STAGES}
+        self.reasons, self.others, self.seconds = {}, Counter(), {}
+        for shard in shards:
+            self.others.update(shard.state["others"])
+            for stage, count in shard.state["counts"].items():
+                self.counts[stage] = [a + b for a, b in zip(self.counts[stage], count, strict=True)]
+            for reason, (documents, chars, example) in shard.state["reasons"].items():
+                entry = self.reasons.setdefault(reason, [0, 0, example])
+                entry[0] += documents
+                entry[1] += chars
+
+    def count(self, stage, *values):
+        self.counts[stage] = list(values)
+
+    def pass_in(self, stage, text):
+        self.counts[stage][0] += 1
+        self.counts[stage][1] += len(text)
+
+    def pass_out(self, stage, text):
+        self.counts[stage][2] += 1
+        self.counts[stage][3] += len(text)
+
+    def drop(self, stage, reason, text, url):
+        """Counts a document that fell; returns how many did for this reason."""
+        entry = self.reasons.setdefault(reason, [0, 0, {
+            "url": url, "text": " ".join(text[:400].split())[:160]}])
+        entry[0] += 1
+        entry[1] += len(text)
+        return entry[0]
+
+    def check_not_empty(self, *stages):
+        """Raises ValueError that names stage and reason if one of the stages dropped everything."""
+        for stage in stages:
+            came, left = self.counts[stage][0], self.counts[stage][2]
+            if came and not left:
+                reasons = sorted(((entry[0], reason) for reason, entry in self.reasons.items()
+                                  if reason.startswith(f"{stage}: ")), reverse=True)
+                self.write()
+                raise ValueError(
+                    f"a stage must keep a document, got none of {came:,} after {stage} ("
+                    + ", ".join(f"{reason}: {n:,}" for n, reason in reasons[:3])
+                    + f"); see {self.run.out_dir}/report.txt, loosen it, and give --overwrite")
+        if not self.counts["records"][0]:
+            raise ValueError("the inputs must hold documents, got records of other kinds only "
+                             f"({dict(self.others)}); give WARC or WET files")
+
+    def as_dict(self):
+        stages = []
+        for name in STAGES:
+            came, chars_in, left, chars_out, seconds = self.counts[name]
+            if not came:
+                continue
+            reasons = {reason.split(": ", 1)[1]: {"documents": n, "characters": chars,
+                                                 "example": example}
+                       for reason, (n, chars, example) in sorted(self.reasons.items())
+                       if reason.startswith(f"{name}: ")}
+            dropped = sum(r["characters"] for r in reasons.values())
+            stages.append({"stage": name, "documents_in": came, "documents_out": left,
+                           "characters_in": chars_in, "characters_dropped": dropped,
+                           "characters_changed": chars_out - chars_in + dropped,
+                           "characters_out": chars_out, "reasons": reasons,
+                           "seconds": round(self.seconds.get(name, seconds), 3)})
+        sizes = [os.path.getsize(p) if "://" not in p else 0 for p in self.run.inputs]
+        return {"inputs": len(self.run.inputs), "bytes_in": sum(sizes),
+                "other_records": dict(self.others), "stages": stages, "tokens": self.tokens,
+                "wall_seconds": round(time.monotonic() - self.run.started, 2),
+                "methods": methods(self.run.args),
+                "hours": self.hours(sizes)}
+
+    def hours(self, sizes):
+        """What 5,000 and 100,000 WET files would take at this run's processor time a byte."""
+        busy = sum(count[4] for count in self.counts.values())
+        per_byte = busy / max(sum(sizes), 1)
+        return {f"{files} WET files": round(files * WET_BYTES * per_byte
+                                            / 3600 / self.run.args.num_workers, 1)
+                for files in (5000, 100_000)}
+
+    def write(self):
+        data = self.as_dict()
+        bpe.write_atomically(self.run.out_dir / "report.json",
+                             json.dumps(data, indent=1, ensure_ascii=False).encode())
+        table = report_table(data)
+        bpe.write_atomically(self.run.out_dir / "report.txt", table.encode())
+        print(table)
+
+
+WET_BYTES = 70_000_000  # of a Common Crawl WET file, gzip, about
+
+
+def methods(args):
+    """Returns how language, harm and quality were judged, for the report."""
+    named = {name: getattr(args, f"{name}_model") for name in ("language", "nsfw", "toxic",
+                                                              "quality")}
+    return {name: f"fastText model {path}" if path else "built in" if name != "quality" else "none"
+            for name, path in named.items()}
+
+
+def report_table(data):
+    """Returns the funnel as text: a line a stage, and under it one a reason."""
+    lines = [f"{'stage':<44}{'documents':>12}{'share':>9}{'characters':>16}{'seconds':>10}"]
+    first = data["stages"][0]["documents_in"] if data["stages"] else 1
+    for stage in data["stages"]:
+        lines.append(f"{stage['stage'] + ' in':<44}{stage['documents_in']:>12,}"
+                     f"{stage['documents_in'] / first:>9.1%}{stage['characters_in']:>16,}"
+                     f"{stage['seconds']:>10.2f}")
+        for reason, entry in sorted(stage["reasons"].items(),
+                                    key=lambda item: -item[1]["documents"]):
+            lines.append(f"  - {reason[:40]:<40}{-entry['documents']:>12,}"
+                         f"{-entry['documents'] / first:>9.1%}{-entry['characters']:>16,}")
+        if stage["characters_changed"]:
+            lines.append(f"  {'changed in what stays':<42}{'':>12}{'':>9}"
+                         f"{stage['characters_changed']:>+16,}")
+    last = data["stages"][-1] if data["stages"] else None
+    if last:
+        lines.append(f"{'kept':<44}{last['documents_out']:>12,}"
+                     f"{last['documents_out'] / first:>9.1%}{last['characters_out']:>16,}")
+    if data["tokens"]:
+        lines.append(f"{data['tokens']['tokens']:,} tokens of {data['tokens']['bytes']:,} bytes")
+    lines.append("judged by: " + ", ".join(f"{k} {v}" for k, v in data["methods"].items()))
+    lines.append(f"{data['bytes_in']:,} bytes of {data['inputs']} files in {data['wall_seconds']} s;"
+                 " at this rate " + ", ".join(f"{k} {v} h" for k, v in data["hours"].items()))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- verbs
+
+def run(args):
+    args.languages = [code for code in args.languages.split(",") if code not in ("", "any")]
+    args.rules = [name for name in args.rules.split(",") if name not in ("", "none")]
+    args.num_workers = bpe.default_workers(args.num_workers)
+    return Run(args).run()
+
+
+def extract(args):
+    """Prints the text of pages: HTML files, or every page of WARC files."""
+    for path in bpe.list_files(args.input):
+        opener = gzip.open if path.suffix == ".gz" and ".warc" not in path.name else open
+        if ".warc" in path.name:
+            for record in read_records(path):
+                if record.problem:
+                    print(f"{DOCUMENT_MARK}{record.url}\t{record.problem}")
+                    continue
+                text = record.data.decode("utf-8", "replace") if record.kind == "conversion" else \
+                    extract_text_from_html_bytes(record.data, args.mode, record.content_type)
+                print(f"{DOCUMENT_MARK}{record.url}\n{text}")
+            continue
+        with opener(path, "rb") as file:
+            print(extract_text_from_html_bytes(file.read(), args.mode))
+
+
+def inspect(args):
+    """Prints kept and dropped documents of a run, drawn by --seed, and the reasons."""
+    out_dir, rng = Path(args.out_dir), random.Random(args.seed)
+    if not (out_dir / "kept.jsonl").exists():
+        raise ValueError(f"--out_dir must hold a finished run, got {out_dir}; run it first")
+    with open(out_dir / "kept.jsonl", encoding="utf-8") as file:
+        kept = [json.loads(line) for line in file]
+    with open(out_dir / "clean.txt", "rb") as text:
+        for notes in rng.sample(kept, min(args.kept, len(kept))):
+            text.seek(notes["start"])
+            show(notes, "kept", text.read(notes["bytes"]).decode(), args.chars)
+    dropped = []
+    for path in [*sorted((out_dir / "parts").glob("*.dropped.jsonl")), out_dir / "dropped.jsonl"]:
+        dropped += [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    if args.reason:
+        dropped = [sample for sample in dropped if args.reason in sample["reason"]]
+    for sample in rng.sample(dropped, min(args.dropped, len(dropped))):
+        show(sample, f"dropped, {sample['reason']}", sample["text"], args.chars)
+
+
+def show(notes, verdict, text, chars):
+    rest = {k: v for k, v in notes.items() if k not in ("url", "text", "reason", "start", "id")}
+    print(f"--- {verdict} | {notes['url']} | {json.dumps(rest)}\n{text[:chars]}\n")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(prog="data_filter.py", description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    add_run_flags(verbs.add_parser("run", help="WARC or WET files to clean text and tokens"))
+    verb = verbs.add_parser("extract", help="the text of HTML or WARC files")
+    verb.add_argument("--input", nargs="+", required=True)
+    verb.add_argument("--mode", choices=("plain", "main"), default="plain")
+    verb.set_defaults(function=extract)
+    verb = verbs.add_parser("inspect", help="kept and dropped documents of a run")
+    verb.add_argument("--out_dir", default="clean")
+    verb.add_argument("--kept", type=int, default=5)
+    verb.add_argument("--dropped", type=int, default=5)
+    verb.add_argument("--reason", help="only documents dropped for a reason with these words")
+    verb.add_argument("--chars", type=int, default=600, help="shown of each document")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.set_defaults(function=inspect)
+    return parser
+
+
+def add_run_flags(verb):
+    flag = verb.add_argument
+    flag("--input", nargs="+", required=True,
+         help="files, patterns, folders, addresses, or lists of paths (wet.paths.gz)")
+    flag("--out_dir", default="clean")
+    flag("--mode", choices=("main", "plain"), default="main", help="what is taken of a page")
+    flag("--languages", default="en", help="codes to keep, with commas, or any")
+    flag("--language_model", help="a fastText file, lid.176.bin or .ftz")
+    flag("--language_score", type=float, default=0.5)
+    flag("--rules", default="gopher", help=f"of {', '.join(RULES)}, with commas, or none")
+    flag("--threshold", nargs="*", default=[], help="like word_count.low=30")
+    flag("--no_harm", action="store_true", help="keep NSFW and toxic text")
+    flag("--nsfw_model", help="a fastText file")
+    flag("--toxic_model", help="a fastText file")
+    flag("--harm_score", type=float, default=0.5)
+    flag("--quality_model", help="a fastText file, as classify --train makes")
+    flag("--quality_score", type=float, default=0.5)
+    flag("--no_pii", action="store_true", help="leave personal data as it is")
+    flag("--blocklist", help="a file of hosts and addresses to drop")
+    flag("--no_line_dedup", action="store_true")
+    flag("--no_copies", action="store_true")
+    flag("--num_hashes", type=int, default=128)
+    flag("--num_bands", type=int, default=16)
+    flag("--ngrams", type=int, default=5, help="words of a shingle")
+    flag("--jaccard_threshold", type=float, default=0.8)
+    flag("--decontaminate", help="a validation text: documents that share words with it fall")
+    flag("--decontaminate_ngram", type=int, default=13)
+    flag("--tokenizer", help="a tokenizer.json or its folder; without, one is trained")
+    flag("--vocab_size", type=int, default=8192, help="of the tokenizer that is trained")
+    flag("--num_workers", type=int)
+    flag("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    verb.set_defaults(function=run)
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return args.function(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"data_filter.py: error: {str(error).splitlines()[0]}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "data_filter.py: interrupted; the same command goes on\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
