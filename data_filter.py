@@ -54,9 +54,9 @@ MAX_BODY = 16 << 20  # bytes of a page after its content encoding is undone
 INFLATE_BYTES = 1 << 16  # of compressed data given to zlib at once: what it leaves over is copied
 WARC_HEAD = re.compile(rb"WARC/\d+\.\d+\r?\n")
 WARC_FIELD = re.compile(rb"^(WARC-Type|WARC-Target-URI|Content-Type|Content-Length)[ \t]*:[ \t]*"
-                        rb"([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
+                        rb"([^\r\n]*)", re.I | re.M)
 HTTP_FIELD = re.compile(rb"^(Content-Type|Content-Encoding|Transfer-Encoding)[ \t]*:[ \t]*"
-                        rb"([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
+                        rb"([^\r\n]*)", re.I | re.M)
 GZIP_MAGIC = b"\x1f\x8b\x08"
 DOCUMENT_KINDS = (b"response", b"conversion", b"resource")
 
@@ -69,7 +69,7 @@ class Record:
     there is no data
     """
 
-    __slots__ = ("content_type", "data", "kind", "place", "problem", "url")
+    __slots__ = ("place", "kind", "url", "content_type", "data", "problem")
 
     def __init__(self, place, kind="", url="", content_type="", data=b"", problem=None):
         self.place, self.kind, self.url = place, kind, url
@@ -335,11 +335,14 @@ ENCODING_NAMES = {
     "iso-8859-8-i": "iso-8859-8", "unicode-1-1-utf-8": "utf-8",
 }
 TEXT_ENCODINGS = frozenset(
-    ["utf-8", "utf-16", "utf-16-le", "utf-16-be", "cp1250", "cp1251", "cp1252", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "cp866", "cp874", "cp932", "cp949", "gb18030", "big5hkscs", "euc_jp", "iso2022_jp", "iso8859-2", "iso8859-3", "iso8859-4", "iso8859-5", "iso8859-6", "iso8859-7", "iso8859-8", "iso8859-10", "iso8859-13", "iso8859-14", "iso8859-15", "iso8859-16", "koi8-r", "koi8-u", "mac-roman", "mac_roman", "mac-cyrillic"])
+    "utf-8 utf-16 utf-16-le utf-16-be cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258"
+    " cp866 cp874 cp932 cp949 gb18030 big5hkscs euc_jp iso2022_jp iso8859-2 iso8859-3 iso8859-4"
+    " iso8859-5 iso8859-6 iso8859-7 iso8859-8 iso8859-10 iso8859-13 iso8859-14 iso8859-15"
+    " iso8859-16 koi8-r koi8-u mac-roman mac_roman mac-cyrillic".split())
 BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
-META_CHARSET = re.compile(rb"<meta[^>]{0,500}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
-XML_CHARSET = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]+)", re.IGNORECASE)
-HEADER_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
+META_CHARSET = re.compile(rb"<meta[^>]{0,500}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
+XML_CHARSET = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]+)", re.I)
+HEADER_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
 META_BYTES = 4096  # where a meta tag is looked for; browsers look at 1,024
 NEARLY = 1e-3  # share of the bytes that may be wrong in what is still taken for UTF-8
 # Letters of each code page's language in order of use: a wrong code page gives other characters.
@@ -446,23 +449,27 @@ MAX_DEPTH = 256  # of open elements; deeper ones lie flat in it
 MAX_TAGS = 400_000  # of a page that are read
 PAGE_SECONDS = 1.5  # after which a page is cut where it has been read to
 UNSEEN = re.compile(r"<!--(?:>|->|.*?(?:-->|\Z))|<(?:script\b.*?(?:</script\s*>|\Z)|style\b.*?"
-                    r"(?:</style\s*>|\Z)|[!?][^>]*>)", re.IGNORECASE | re.DOTALL)
-HELD = {name: re.compile(rf"<{name}\b[^>]*>.*?</{name}\s*>", re.IGNORECASE | re.DOTALL)
+                    r"(?:</style\s*>|\Z)|[!?][^>]*>)", re.I | re.S)
+HELD = {name: re.compile(rf"<{name}\b[^>]*>.*?</{name}\s*>", re.I | re.S)
         for name in ("svg", "noscript", "template", "iframe", "select", "textarea", "head")}
 # No quantifier here can be left by two ways, and none runs on past a `<`, but for a kilobyte in
 # quotes: the time stays linear in the size of the page, whatever is in it.
 TAG = re.compile(r"""<(/?[a-zA-Z][^\s<>/]*+)((?:[^<>"']++|"[^"<>]*+"|'[^'<>]*+'|"[^"]{0,1000}+\""""
                  r"""|'[^']{0,1000}+'|["']){0,400}+)>""")
 ATTRIBUTE = re.compile(r"""(class|id|role|itemprop|style|hidden|aria-hidden)(?:\s*=\s*("[^"]*+"|"""
-                       r"""'[^']*+'|[^\s"'>]++))?""", re.IGNORECASE)
-ALT = re.compile(r"""\balt\s*=\s*("[^"]*"|'[^']*')""", re.IGNORECASE)
+                       r"""'[^']*+'|[^\s"'>]++))?""", re.I)
+ALT = re.compile(r"""\balt\s*=\s*("[^"]*"|'[^']*')""", re.I)
 WORD_PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
 INLINE, BLOCK, PARAGRAPH, SKIP, LINK, BREAK, LIST, ITEM, CELL, ROW, IMAGE, PRE, RULE = range(13)
 KINDS = dict.fromkeys(
-    ["div", "section", "article", "main", "aside", "nav", "header", "footer", "body", "html", "form", "fieldset", "blockquote", "center", "dl", "dt", "dd", "figure", "figcaption", "address", "details", "summary", "table", "thead", "tbody", "tfoot", "caption", "dir", "menu", "hgroup", "label", "legend", "dialog"], BLOCK)
-KINDS |= dict.fromkeys(["p", "h1", "h2", "h3", "h4", "h5", "h6"], PARAGRAPH)
-KINDS |= dict.fromkeys(["script", "style", "select", "option", "textarea", "button", "datalist", "object", "embed", "canvas", "video", "audio", "map", "applet", "noframes", "iframe", "svg", "noscript", "template", "head", "title", "math"], SKIP)
+    "div section article main aside nav header footer body html form fieldset blockquote center dl "
+    "dt dd figure figcaption address details summary table thead tbody tfoot caption dir menu "
+    "hgroup label legend dialog".split(), BLOCK)
+KINDS |= dict.fromkeys("p h1 h2 h3 h4 h5 h6".split(), PARAGRAPH)
+KINDS |= dict.fromkeys("script style select option textarea button datalist object embed canvas "
+                       "video audio map applet noframes iframe svg noscript template head title "
+                       "math".split(), SKIP)
 KINDS |= {"a": LINK, "br": BREAK, "ul": LIST, "ol": LIST, "li": ITEM, "td": CELL, "th": CELL,
           "tr": ROW, "img": IMAGE, "pre": PRE, "hr": RULE}
 CLOSED_BY = {"li": ("li", ("ul", "ol", "menu")), "td": ("td", ("table",)), "th": ("th", ("table",)),
@@ -502,7 +509,7 @@ for group_name, group_words in GROUP_WORDS.items():
     for group_word in group_words.split():
         WORD_GROUPS[group_word] = WORD_GROUPS.get(group_word, 0) | GROUPS[group_name]
 TAG_BITS = {name: 1 << (len(GROUPS) + bit) for bit, name in enumerate(
-    ["nav", "footer", "header", "aside", "form", "main", "article", "figure", "table", "ul", "section", "dl"])}
+    "nav footer header aside form main article figure table ul section dl".split())}
 TAG_BITS["ol"] = TAG_BITS["ul"]
 UNSEEN_BIT = 1 << (len(GROUPS) + len(TAG_BITS))
 
@@ -718,14 +725,13 @@ def layout(page, keep=None):
 # ---------------------------------------------------------------- stage 2: main content
 
 MAX_BLOCKS = 20_000  # of a page that are judged; what follows is dropped in mode "main"
-BOILERPLATE = re.compile(
-    r"copyright|©|all rights reserved|privacy policy|terms of (?:use|service)|cookies?\b|sign up|"
-    r"subscribe|newsletter|log ?in|sign in|read more|share (?:this|on)|follow us|click here|"
-    r"leave a (?:comment|reply)|related (?:posts|articles|stories)|you (?:may|might) also|"
-    r"powered by|comments?\b|advertisement|sponsored|skip to|add to cart|view all|posted (?:by|on|in)|"
-    r"min(?:ute)?s? read|updated|published|tags?:|filed under|previous|next (?:post|article)", re.IGNORECASE)
-DATE_LINE = re.compile(r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.? \d|\d{4}|"
-                       r"\b\d+ (?:hours?|days?|minutes?|years?|months?) ago|\bby [A-Z]", re.IGNORECASE)
+BOILERPLATE = frozenset(
+    "copyright © ©2024 ©2025 reserved reserved. privacy cookie cookies subscribe newsletter login log "
+    "sign share follow click leave related comments comment advertisement sponsored skip cart posted "
+    "published updated tags tags: filed previous powered register password email e-mail view "
+    "menu search faq contact terms unsubscribe signup read more reply".split())
+DATE_LINE = re.compile(r"\b(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.? \d|\b(?:19|20)"
+                       r"\d\d\b| ago\b|^[Bb]y ")
 WORD = re.compile(r"\w+")
 ARTICLE_BODY = re.compile(r'"articleBody"\s*:\s*"((?:[^"\\]|\\.){0,400000}+)"')
 BLOCK_TAGS = ("p", "li", "h1", "h2", "h3", "h4", "td", "dd", "pre", "blockquote", "div", "span",
@@ -777,8 +783,10 @@ def block_features(page, body=""):
     f["link.2-.5"], f["link<.2"] = (link > 0.2) & (link <= 0.5), (link > 0) & (link <= 0.2)
     f["ends"], f["commas"] = ends, np.log1p(commas)
     f["ends,long"] = ends * (words > 10)
-    f["boilerplate"] = np.array([bool(len(t) < 300 and BOILERPLATE.search(t)) for t in texts], bool)
+    speaks = [len(BOILERPLATE.intersection(t.lower().split())) if len(t) < 300 else 0 for t in texts]
+    f["boilerplate"] = np.array(speaks) > 0
     f["boilerplate,short"] = f["boilerplate"] & (words < 12)
+    f["boilerplate,dense"] = np.array(speaks) / words
     f["date"] = np.array([bool(len(t) < 80 and DATE_LINE.search(t)) for t in texts])
     tags = [page.names[n] for n in page.nodes[:B]]
     codes = np.array([BLOCK_TAGS.index(t) if t in BLOCK_TAGS else -1 for t in tags])
@@ -893,25 +901,25 @@ def best_element(page, text_of):
 # Log odds of a block to be main content, fitted by logistic regression to half the pages of [7]
 # (those with an even place in the development set), without the features that hardly told.
 WEIGHTS = {
-    "bias": 2.92, "words>0": 0.55, "words>40": 0.75, "link>.9": -1.03, "link.5-.9": -0.76,
-    "link<.2": -0.81, "ends": 0.45, "ends,long": 0.4, "boilerplate": -1.37, "date": -0.55,
-    "<p>": -0.68, "<h2>": 0.63, "<h3>": 1, "<pre>": -1.47, "<div>": -0.71, "<figcaption>": -1.16,
-    "<article>": 0.87, "<label>": -0.65, "in nav": -0.91, "in footer": -1.8, "in header": -0.54,
-    "in side": -0.57, "in comment": 0.55, "in share": -0.62, "in related": -0.24,
-    "in cookie": -0.93, "in meta": 0.51, "in hidden": -0.29, "in form": -1.69, "in content": 0.44,
-    "in item": -0.5, "in thread": -0.37, "in faq": 0.6, "in main": 0.4, "in figure": -2.13,
-    "in ul": 0.37, "in section": 0.13, "in dl": -0.34, "near comment": -1.92, "near related": -0.64,
-    "near cookie": -1.98, "near meta": -0.44, "near hidden": -0.52, "near form": 0.38,
-    "near content": 0.29, "near thread": 0.25, "near faq": -1.85, "in best": 1.14,
-    "in best,link": -0.26, "in best,bad": -1.84, "after best": -1.25, "before text": 0.91,
-    "share parent": -0.82, "text parent": 0.06, "text above": -0.06, "share above2": 1.21,
-    "text above2": -0.07, "links prev": -0.44, "words prev": 0.06, "good next": 0.14,
-    "good prev4": 0.05, "words prev4": 0.13, "good next4": 0.03, "links prev10": -0.17,
-    "words prev10": 0.06, "good next10": 0.07, "before h1": -1.36, "no h1": -0.36,
-    "place<0.02": 0.39, "place<0.1": -0.22, "place>0.75": -0.91, "place>0.9": -0.46,
-    "place>0.97": 0.25, "repeated": 0.32, "alike": 0.46, "alike,short": -0.2, "poor": -1.33,
-    "poor,link": 0.24, "poor,in": -1.14, "rich": -4.61, "rich,link": 0.6, "rich,short": 0.19,
-    "digits": 1.05,
+    "bias": 2.77, "words>0": 0.6, "words>40": 0.77, "link>.9": -0.97, "link.5-.9": -0.74,
+    "link<.2": -0.79, "ends": 0.48, "ends,long": 0.4, "boilerplate": -0.29,
+    "boilerplate,dense": -0.77, "date": -0.53, "<p>": -0.67, "<h2>": 0.66, "<h3>": 1,
+    "<pre>": -1.45, "<div>": -0.7, "<figcaption>": -1.16, "<article>": 0.86, "<label>": -0.66,
+    "in nav": -0.91, "in footer": -1.83, "in header": -0.56, "in side": -0.57, "in comment": 0.53,
+    "in share": -0.58, "in related": -0.22, "in cookie": -0.96, "in meta": 0.52, "in hidden": -0.28,
+    "in form": -1.67, "in content": 0.44, "in item": -0.49, "in thread": -0.36, "in faq": 0.58,
+    "in main": 0.41, "in figure": -2.12, "in ul": 0.38, "in section": 0.14, "in dl": -0.38,
+    "near comment": -1.9, "near related": -0.63, "near cookie": -2.14, "near meta": -0.45,
+    "near hidden": -0.54, "near form": 0.39, "near content": 0.3, "near thread": 0.23,
+    "near faq": -1.83, "in best": 1.15, "in best,link": -0.25, "in best,bad": -1.85,
+    "after best": -1.25, "before text": 0.9, "share parent": -0.89, "text parent": 0.06,
+    "text above": -0.07, "share above2": 1.19, "text above2": -0.07, "links prev": -0.43,
+    "words prev": 0.07, "good next": 0.14, "good prev4": 0.05, "words prev4": 0.13,
+    "good next4": 0.03, "links prev10": -0.17, "words prev10": 0.06, "good next10": 0.07,
+    "before h1": -1.35, "no h1": -0.33, "place<0.02": 0.36, "place<0.1": -0.22, "place>0.75": -0.92,
+    "place>0.9": -0.46, "place>0.97": 0.26, "repeated": 0.34, "alike": 0.46, "alike,short": -0.2,
+    "poor": -1.27, "poor,link": 0.22, "poor,in": -1.17, "rich": -4.55, "rich,link": 0.54,
+    "rich,short": 0.2, "digits": 0.9,
 }
 THRESHOLD = -0.4  # of the log odds: text that is missed costs more than text too much
 
@@ -967,12 +975,12 @@ PHONE = re.compile(
     rf"(?:\([2-9]\d\d\){DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}"
     rf"|[2-9]\d\d(?P<s>{DASH}|[ ]-[ ])\d{{3}}(?:(?P=s)|-)\d{{4}}|(?P<bare>[2-9]\d\d\d{{7}}))"
     rf"(?:(?: ?x| ?ext\.? ?| ?extension ?)\d{{1,6}})?"
-    rf"(?![\w@]|[-=]\w|/[^\W\d]|\.\d|[ ,:]\d{{4}}\b|%)", re.IGNORECASE)
+    rf"(?![\w@]|[-=]\w|/[^\W\d]|\.\d|[ ,:]\d{{4}}\b|%)", re.I)
 AFTER_DIGIT = re.compile(DASH)
 PLUS_PHONE = re.compile(rf"(?<![\w+])\+1{DASH}?(?:\([2-9]\d\d\)|[2-9]\d\d){DASH}?\d{{3}}{DASH}?\d{{4}}"
                         rf"(?!\w|[-.]\d)")
 PHONE_CONTEXT = re.compile(r"\b(?:phone|telephone|tel|call|cell|mobile|fax|contact|text|dial|reach|"
-                           r"whatsapp|sms|ring|toll|desk|office|helpline|hotline)\b[^\n]{0,40}$", re.IGNORECASE)
+                           r"whatsapp|sms|ring|toll|desk|office|helpline|hotline)\b[^\n]{0,40}$", re.I)
 # Before a number: with separators it is a telephone's unless one of the first list says otherwise.
 IDENTIFIER = (r"isbn(?:-1[03])?|issn|order|invoice|ticket|tracking|serial|sku|part|upc|asin|doi|barcode|"
               r"patent|version|build|case|ref|reference|transaction|confirmation|acct|account|routing")
@@ -981,8 +989,8 @@ BARE_IDENTIFIER = IDENTIFIER + (
     r"hash|article|document|record|employee|student|user|passport|licen[sc]e|permit|vin|lot|batch|job|"
     r"seed|population|total|zip|ein|npi|tin|vat|uid|pid|epoch|bytes|size|value|sum")
 AFTER_IDENTIFIER = (r"[ \t]*(?:number|no|id|code|#)?\.?[ \t]*(?:is|was|of)?[ \t]*[:#=-]*[ \t]*$")
-IDENTIFIER_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{IDENTIFIER}){AFTER_IDENTIFIER}", re.IGNORECASE)
-BARE_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{BARE_IDENTIFIER}){AFTER_IDENTIFIER}", re.IGNORECASE)
+IDENTIFIER_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{IDENTIFIER}){AFTER_IDENTIFIER}", re.I)
+BARE_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{BARE_IDENTIFIER}){AFTER_IDENTIFIER}", re.I)
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 IP = re.compile(rf"(?<![\w.])(?<![A-Za-z][-/_])(?<!\d[,:/-])(?:{OCTET}\.){{3}}{OCTET}"
                 rf"(?!\w|\.\w|-[A-Za-z]|,\d)")
@@ -990,7 +998,7 @@ VERSION_CONTEXT = re.compile(
     r"(?<![A-Za-z])(?:version|versions|ver|v|release|released|build|firmware|revision|rev|section|sections|§|chapter|"
     r"clause|paragraph|rule|article|figure|table|appendix|item|oid|driver|update|upgrade[d]?|patch|"
     r"kernel|sdk|api|package|assembly|hotfix|installer|software|app|theorem|lemma|exercise|step)"
-    r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(]*[ \t]*$", re.IGNORECASE)
+    r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(]*[ \t]*$", re.I)
 
 
 def mask_until_stable(text, mask_once):
@@ -1084,7 +1092,7 @@ SYMBOLS_ONLY = re.compile(r"(?<!\S)[^\w\s]+(?!\S)")
 NO_LETTER = re.compile(r"(?<!\S)(?:[^\w\s]|[\d_])+(?!\S)")
 ELLIPSES = ("...", "…", ". . .")
 BULLETS = ("•", "-", "*", "●", "‣", "▪", "◦")
-STOP_WORDS = frozenset(["the", "be", "to", "of", "and", "that", "have", "with"])
+STOP_WORDS = frozenset("the be to of and that have with".split())
 TERMINAL = (".", "?", "!", '"', "”", "’", "'")
 POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies",
           "use cookies")

@@ -13,8 +13,6 @@ Sources:
     [5] Soldaini et al. 2024, Dolma: labels and thresholds of its classifiers
 """
 
-import argparse
-import gzip
 import hashlib
 import json
 import math
@@ -23,15 +21,15 @@ import re
 import shutil
 import string
 import struct
-import sys
-import time
+import tempfile
 import unicodedata
 from collections import Counter
 from functools import lru_cache
-from itertools import islice
+from itertools import compress, islice, pairwise
 from pathlib import Path
 
 import numpy as np
+import regex
 
 import bpe
 
@@ -77,8 +75,7 @@ class ModelFile:
         while len(found) < count:
             end = window.find(b"\0", self.at - start)
             if end < 0 or end + 10 > len(window):
-                window, size = bytes(self.bytes[self.at:self.at + (1 << 20)]), len(window)
-                start = self.at
+                window, start = bytes(self.bytes[self.at:self.at + (1 << 20)]), self.at
                 end = window.find(b"\0")
                 if end < 0 or end + 10 > len(window):
                     self.array(np.uint8, self.size)  # says what is wrong
@@ -107,11 +104,11 @@ class QuantMatrix:
 
     def __init__(self, file):
         qnorm = file.numbers("?")
-        m, n = self.shape = file.numbers("qq")
+        self.shape = file.numbers("qq")
         codes = file.array(np.uint8, file.numbers("i"))
         self.tables = self.read_centroids(file)
-        self.codes = codes.reshape(m, len(self.tables))
-        self.norm_codes = file.array(np.uint8, m) if qnorm else None
+        self.codes = codes.reshape(self.shape[0], len(self.tables))
+        self.norm_codes = file.array(np.uint8, self.shape[0]) if qnorm else None
         self.norms = self.read_centroids(file)[0] if qnorm else None
 
     @staticmethod
@@ -737,7 +734,7 @@ ACCENTED = {  # letters beyond a to z, or beyond the script's shared ones
     "ar": "ةىإأكي", "fa": "پچژگکی"}
 LANGUAGES = list(FUNCTION_WORDS)
 LETTER_RUNS = re.compile(r"[^\W\d_]+")
-LANGUAGE_CHARS = 20_000  # of a text that are looked at
+LANGUAGE_CHARS = 2000  # of a text that are looked at, and as many from its middle
 WORD_WEIGHT, GRAM_WEIGHT, LETTER_WEIGHT = 4.0, 1.0, 2.5  # log odds: best on half of a dev set
 FALL = 0.3  # of the odds, from the first of a list to its last
 # Log odds a letter that all but a twentieth of sentences reach in the languages of a script.
@@ -797,7 +794,9 @@ def identify_by_rules(text):
     ("und", 0.0) where a text has no letters. The score is the posterior among the script's
     LANGUAGES, less where there is little evidence: of another language, or no language at all.
     """
-    text = text[:LANGUAGE_CHARS]
+    if len(text) > 2 * LANGUAGE_CHARS:
+        middle = len(text) // 2
+        text = f"{text[:LANGUAGE_CHARS]} {text[middle:middle + LANGUAGE_CHARS]}"
     counts = script_counts(text)
     if not counts:
         return "und", 0.0
@@ -943,3 +942,590 @@ def classify_toxic_speech(text, model=None):
 def classify_quality(text, model=None):
     """Returns ("wiki" or "cc", score of that label); a model's own labels where one is given."""
     return load_classifier("quality", model).predict([text])[0]
+
+
+# ---------------------------------------------------------------- equal keys, in bounded memory
+
+SORT_BYTES = 40  # of memory that sorting takes a key
+
+
+def sorted_slices(blocks, count, memory_bytes):
+    """Yields (keys, places) sorted by key, equal keys by place: the keys of one slice of their
+    range at a time, so that each fits the memory.
+
+    blocks: function that yields (place of the first, (n,) uint64 keys) anew at each call;
+    count: of all keys.
+    """
+    n_slices = max(1, math.ceil(count * SORT_BYTES / memory_bytes))
+    edges = [(1 << 64) * i // n_slices for i in range(n_slices + 1)]
+    for low, high in pairwise(edges):
+        parts = []
+        for first, keys in blocks():
+            inside = np.flatnonzero((keys >= np.uint64(low)) & (keys <= np.uint64(high - 1)))
+            parts.append((keys[inside], inside + first))
+        if parts:
+            keys, places = (np.concatenate(part) for part in zip(*parts, strict=True))
+            order = np.argsort(keys, kind="stable")
+            yield keys[order], places[order]
+
+
+def equal_runs(keys):
+    """Returns (starts, ends) of the runs of two and more equal keys in a sorted array.
+
+    >>> [a.tolist() for a in equal_runs(np.array([3, 4, 4, 4, 5]))]
+    [[1], [4]]
+    """
+    edges = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1], [True])))
+    long = np.diff(edges) > 1
+    return edges[:-1][long], edges[1:][long]
+
+
+def hash_bytes(data):
+    """Returns eight bytes of blake2b, the same in every process, unlike Python's hash."""
+    return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def output_paths(input_files, output_directory):
+    """Returns (sorted inputs, {input: output of the same name}), checked before any work."""
+    inputs = sorted(map(Path, input_files))
+    if not inputs:
+        raise ValueError("deduplication must have input files, got none; name some")
+    for path in inputs:
+        if not path.is_file():
+            raise ValueError(f"an input must be a file, got {path}; check the path")
+    outputs = {path: Path(output_directory) / path.name for path in inputs}
+    if len(set(outputs.values())) < len(inputs):
+        twice = [name for name, n in Counter(path.name for path in inputs).items() if n > 1]
+        raise ValueError(f"input files must have different names, got {twice[0]} more than once; "
+                         "rename it, or leave out the repeated path")
+    for path, output in outputs.items():
+        if output.exists() and output.samefile(path):
+            raise ValueError(f"output_directory must not hold the inputs, got {path}; name another")
+    Path(output_directory).mkdir(parents=True, exist_ok=True)
+    return inputs, outputs
+
+
+# ---------------------------------------------------------------- equal lines
+
+LINE_BLOCK_BYTES = 1 << 24
+
+
+def line_blocks(path):
+    """Yields lists of a file's lines, as bytes with their ends."""
+    with open(path, "rb") as file:
+        while lines := file.readlines(LINE_BLOCK_BYTES):
+            yield lines
+
+
+def exact_line_deduplication(input_files, output_directory, memory_mb=1024):
+    """Writes each file to output_directory without the lines that occur more than once anywhere;
+    returns {"lines", "kept", "bytes", "kept_bytes"}.
+
+    Every occurrence goes, the first too; "\\n" alone ends a line and is no part of it. Lines are
+    told apart by 64 bits: of n lines, a line is taken for another with probability n / 2**64. The
+    hashes are on disk, 8 bytes a line, and sorted in memory_mb. Source: [3] 3.1
+    """
+    inputs, outputs = output_paths(input_files, output_directory)
+    with tempfile.TemporaryDirectory(prefix=".lines-", dir=output_directory) as folder:
+        sizes, lines = hash_lines(inputs, folder)
+        report = Counter(lines=lines, kept=0, bytes=0, kept_bytes=0)
+        if lines:
+            keep = np.memmap(f"{folder}/keep", bool, "r+", shape=(lines,))
+            mark_repeated_lines(folder, sizes, keep, memory_mb << 20)
+        at = 0
+        for path in inputs:
+            temporary = Path(folder) / path.name
+            with open(temporary, "wb") as file:
+                for block in line_blocks(path):
+                    if at + len(block) > lines:
+                        raise ValueError(f"{path} must not change while it is read, got more lines "
+                                         "than before; run it again")
+                    kept = list(compress(block, keep[at:at + len(block)]))
+                    file.writelines(kept)
+                    report.update(kept=len(kept), bytes=sum(map(len, block)),
+                                  kept_bytes=sum(map(len, kept)))
+                    at += len(block)
+            os.replace(temporary, outputs[path])
+    return dict(report)
+
+
+def hash_lines(inputs, folder):
+    """Writes folder/keys, the distinct hashes of each block of lines; folder/places, the first
+    line of each; folder/keep, False where a block has the line twice. Returns (distinct hashes of
+    each block, lines). A line that occurs everywhere costs one key a block."""
+    sizes, lines = [], 0
+    with (open(f"{folder}/keys", "wb") as keys, open(f"{folder}/places", "wb") as places,
+          open(f"{folder}/keep", "wb") as keep):
+        for path in inputs:
+            for block in line_blocks(path):
+                digests = b"".join([hash_bytes(line.removesuffix(b"\n")) for line in block])
+                found, first, inverse, count = np.unique(
+                    np.frombuffer(digests, "<u8"), return_index=True, return_inverse=True,
+                    return_counts=True)
+                found.tofile(keys)
+                (first + lines).astype(np.int64).tofile(places)
+                (count == 1)[inverse].tofile(keep)
+                sizes.append(len(found))
+                lines += len(block)
+    return sizes, lines
+
+
+def mark_repeated_lines(folder, sizes, keep, memory_bytes):
+    """Sets keep to False at the lines whose hash more than one block has."""
+    keys = np.memmap(f"{folder}/keys", "<u8", "r")
+    lines = np.memmap(f"{folder}/places", np.int64, "r")
+    starts = np.cumsum([0, *sizes])
+
+    def blocks():
+        for start, end in pairwise(starts):
+            yield start, keys[start:end]
+
+    for found, places in sorted_slices(blocks, len(keys), memory_bytes):
+        starts_of_runs, ends = equal_runs(found)
+        keep[lines[places[expand(starts_of_runs, ends - starts_of_runs)]]] = False
+    keep.flush()
+
+
+# ---------------------------------------------------------------- MinHash of one document
+
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+MARKS = regex.compile(r"[\p{Mn}\p{P}\p{S}]+")
+MAX_WORD_HASHES = 1 << 20  # remembered by a process: about 150 MB
+SIGNATURE_BLOCK = 2048  # shingles at a time: 128 hashes of them are 1 MB
+
+
+def normalize_for_dedup(text):
+    """Returns a text lower-cased, in NFD without accents, without punctuation and symbols, its
+    words one space apart. Source: [3] 3.2
+
+    >>> normalize_for_dedup("  Café,  déjà-vu!")
+    'cafe dejavu'
+    """
+    text = text.lower()
+    if text.isascii():
+        text = text.translate(PUNCTUATION)
+    else:
+        text = MARKS.sub("", unicodedata.normalize("NFD", text))
+    return " ".join(text.split())
+
+
+def fixed_numbers(name, count, dtype):
+    """Returns random numbers that are the same everywhere and always: SHAKE-128 of a name."""
+    size = np.dtype(dtype).itemsize * count
+    return np.frombuffer(hashlib.shake_128(name.encode()).digest(size), dtype)
+
+
+class WordHashes(dict):
+    """{word as it is in a text: 64-bit hash of it normalised, 0 where nothing is left of it},
+    filled as words come: what normalize_for_dedup does to a text, once a word."""
+
+    def __missing__(self, word):
+        normalized = normalize_for_dedup(word).encode("utf-8", "surrogatepass")
+        self[word] = value = int.from_bytes(hash_bytes(normalized), "little") if normalized else 0
+        return value
+
+
+class MinHash:
+    """Shingles and signatures by multiply-shift, in uint32 whose wrap-around is the definition.
+
+    A mod-prime hash of 64 bits overflows in 64 bits and is then no such hash. Source: [2], [4]
+    """
+
+    def __init__(self, num_hashes=128, num_bands=16, ngrams=5):
+        if num_bands < 1 or num_hashes < 1 or num_hashes % num_bands or ngrams < 1:
+            raise ValueError("num_hashes must be a multiple of num_bands, both and ngrams at least "
+                             f"1, got {num_hashes}, {num_bands} and {ngrams}; change one")
+        self.num_bands, self.ngrams, self.words = num_bands, ngrams, WordHashes()
+        self.place_factors = fixed_numbers("shingle", ngrams, "<u8") | np.uint64(1)
+        self.factors = (fixed_numbers("factor", num_hashes, "<u4") | np.uint32(1))[:, None]
+        self.offsets = fixed_numbers("offset", num_hashes, "<u4")[:, None]
+        self.band_factors = fixed_numbers("band", num_hashes // num_bands, "<u8") | np.uint64(1)
+
+    def word_hashes(self, text):
+        """Returns the hashes of a text's normalised words, (words,) uint64."""
+        words = text.split()
+        if len(self.words) > MAX_WORD_HASHES:
+            self.words.clear()
+        hashes = np.fromiter(map(self.words.__getitem__, words), np.uint64, len(words))
+        return hashes[hashes != 0]
+
+    def shingles(self, hashes):
+        """Returns the hashes, (shingles,) uint64, of all runs of `ngrams` words, in order,
+        repeated ones too; of a shorter text one, of all its words."""
+        count = max(1, len(hashes) - self.ngrams + 1)
+        total = np.zeros(count, np.uint64)
+        for place, factor in enumerate(self.place_factors[:len(hashes)]):
+            total += hashes[place:place + count] * factor
+        return total
+
+    def signature(self, shingles):
+        """Returns the least hash of the shingles for each hash function, (num_hashes,) uint32."""
+        x = (shingles >> np.uint64(32)).astype(np.uint32)
+        least = np.full(len(self.factors), 0xFFFFFFFF, np.uint32)
+        for at in range(0, len(x), SIGNATURE_BLOCK):
+            hashes = self.factors * x[at:at + SIGNATURE_BLOCK]
+            hashes += self.offsets
+            np.minimum(least, hashes.min(axis=1), out=least)
+        return least
+
+    def keys(self, text):
+        """Returns (1 + num_bands,) uint64: a hash of all the normalised words, then one of each
+        band of the signature."""
+        hashes = self.word_hashes(text)
+        whole = np.frombuffer(hash_bytes(hashes.tobytes()), "<u8")
+        bands = self.signature(self.shingles(hashes)).reshape(self.num_bands, -1)
+        return np.concatenate([whole, (bands * self.band_factors).sum(1, dtype=np.uint64)])
+
+    def shingle_set(self, text):
+        return np.unique(self.shingles(self.word_hashes(text)))
+
+
+def jaccard(a, b):
+    """Returns the shared part of two sorted arrays without repeats: |a and b| / |a or b|."""
+    shared = len(np.intersect1d(a, b, assume_unique=True))
+    return shared / (len(a) + len(b) - shared)
+
+
+def minhash_reference(texts, ngrams, jaccard_threshold):
+    """Returns the cluster of each text, named by its first: the definition, over all pairs and
+    with sets of strings, to compare with."""
+    sets = []
+    for text in texts:
+        words = normalize_for_dedup(text).split(" ")
+        count = max(1, len(words) - ngrams + 1)
+        sets.append({tuple(words[i:i + ngrams]) for i in range(count)})
+    cluster = list(range(len(texts)))
+    for i, a in enumerate(sets):
+        for j, b in enumerate(sets[:i]):
+            if cluster[i] != cluster[j] and len(a & b) >= jaccard_threshold * len(a | b):
+                low, high = sorted((cluster[i], cluster[j]))
+                cluster = [low if c == high else c for c in cluster]
+    return cluster
+
+
+# ---------------------------------------------------------------- near duplicates of many documents
+
+CHUNK_BYTES = 64 << 20  # of a .jsonl file that a worker signs at a time
+CHUNK_FILES = 512  # of whole files that it signs at a time
+GROUPS_A_TASK = 256
+CACHED_SETS = 2000  # shingle sets that a worker keeps while it compares: about 20 MB
+
+
+def plan_chunks(files):
+    """Returns [(paths, start, end)]: ranges of bytes of .jsonl files, runs of whole other files."""
+    chunks, whole = [], []
+    for path in sorted(map(str, files)):
+        if path.endswith(".gz"):
+            raise ValueError(f"documents must be read at any place, got {path}; unpack it")
+        if path.endswith(".jsonl"):
+            size = os.path.getsize(path)
+            chunks += [((path,), at, min(at + CHUNK_BYTES, size))
+                       for at in range(0, size, CHUNK_BYTES)]
+        else:
+            whole.append(path)
+    chunks += [(tuple(whole[i:i + CHUNK_FILES]), 0, None)
+               for i in range(0, len(whole), CHUNK_FILES)]
+    return chunks
+
+
+def chunk_documents(chunk):
+    """Yields (offset, text) of each document of a chunk: its lines that begin there, or files."""
+    paths, start, end = chunk
+    if end is None:
+        for path in paths:
+            yield 0, Path(path).read_text("utf-8", "replace")
+        return
+    with open(paths[0], "rb") as file:
+        if start:
+            file.seek(start - 1)
+            file.readline()
+        while (at := file.tell()) < end and (line := file.readline()):
+            if line.strip():
+                yield at, line_text(line, paths[0], at)
+
+
+def line_text(line, path, at):
+    """Returns the "text" of one line of a .jsonl file."""
+    try:
+        text = json.loads(line)["text"]
+        if isinstance(text, str):
+            return text
+        problem = f"\"text\" of type {type(text).__name__}"
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {str(error)[:60]}"
+    raise ValueError(f"each line of {path} must be a JSON object with a \"text\", got {problem} at "
+                     f"byte {at}; correct it")
+
+
+def sign_chunk(number, chunk, folder, settings):
+    """Writes folder/NUMBER.sign: per document its offset, then the column of each key, int64 and
+    uint64 of (2 + num_bands, documents). Returns (documents)."""
+    minhash = MinHash(*settings)
+    signed = [(at, minhash.keys(text)) for at, text in chunk_documents(chunk)]
+    columns = np.zeros((2 + minhash.num_bands, len(signed)), "<u8")
+    if signed:
+        columns[0] = [at for at, _ in signed]
+        columns[1:] = np.stack([keys for _, keys in signed]).T
+    bpe.write_atomically(f"{folder}/{number:06d}.sign", columns.tobytes())
+    return len(signed)
+
+
+class Signed:
+    """The signatures of all documents, on disk. Document numbers go through chunks in order."""
+
+    def __init__(self, chunks, folder, num_bands):
+        self.chunks, self.folder, self.rows = chunks, folder, 2 + num_bands
+        sizes = [os.path.getsize(self.path(i)) for i in range(len(chunks))]
+        if wrong := [i for i, size in enumerate(sizes) if size % (8 * self.rows)]:
+            raise ValueError(f"{self.path(wrong[0])} must hold whole records of {8 * self.rows} "
+                             f"bytes, got {sizes[wrong[0]]} bytes; delete the folder, run it again")
+        self.starts = np.cumsum([0] + [size // (8 * self.rows) for size in sizes])
+        self.count = int(self.starts[-1])
+
+    def path(self, chunk):
+        return f"{self.folder}/{chunk:06d}.sign"
+
+    def column(self, chunk, row):
+        n = int(self.starts[chunk + 1] - self.starts[chunk])
+        return np.fromfile(self.path(chunk), "<u8", n, offset=8 * n * row)
+
+    def blocks(self, row):
+        for chunk in range(len(self.chunks)):
+            yield int(self.starts[chunk]), self.column(chunk, row)
+
+    def locate(self, document):
+        """Returns (path, offset or None where the file is the document)."""
+        chunk = int(np.searchsorted(self.starts, document, side="right")) - 1
+        paths, _, end = self.chunks[chunk]
+        row = int(document - self.starts[chunk])
+        if end is None:
+            return paths[row], None
+        return paths[0], int(np.fromfile(self.path(chunk), "<u8", 1, offset=8 * row)[0])
+
+
+def read_document(path, offset):
+    if offset is None:
+        return Path(path).read_text("utf-8", "replace")
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return line_text(file.readline(), path, offset)
+
+
+def roots_of(parent):
+    """Returns the root of every document, and leaves `parent` pointing there."""
+    while not np.array_equal(up := parent[parent], parent):
+        parent[:] = up
+    return parent
+
+
+def join(parent, a, b):
+    """Joins two clusters under the lower of their roots: the survivor does not hang on order."""
+    while parent[a] != a:
+        a = parent[a]
+    while parent[b] != b:
+        b = parent[b]
+    parent[max(a, b)] = min(a, b)
+
+
+def verify_groups(groups, settings, threshold):
+    """Returns the pairs (i, j) of documents that join clusters, each found by true Jaccard.
+
+    groups: [[(document, root of its cluster, path, offset)]], each a group that shares a band. A
+    pair within one cluster is not looked at; every other pair is, until its clusters are one.
+    """
+    minhash, sets, pairs = MinHash(*settings), {}, []
+
+    def shingle_set(document, path, offset):
+        if document not in sets:
+            if len(sets) >= CACHED_SETS:
+                sets.clear()
+            sets[document] = minhash.shingle_set(read_document(path, offset))
+        return sets[document]
+
+    for group in groups:
+        clusters = {}
+        for document, root, *place in group:
+            clusters.setdefault(root, []).append((document, *place))
+        merged = []
+        for cluster in clusters.values():
+            apart = []
+            for other in merged:
+                pair = next(((a[0], b[0]) for a in other for b in cluster
+                             if jaccard(shingle_set(*a), shingle_set(*b)) >= threshold), None)
+                if pair is None:
+                    apart.append(other)
+                else:
+                    pairs.append(pair)
+                    cluster = other + cluster
+            merged = [*apart, cluster]
+    return pairs
+
+
+def candidate_groups(signed, row, parent, same, memory_bytes, share):
+    """Yields the groups of documents of different clusters that have one band's key in common.
+
+    same: (documents,) the first document with the same words, which stands for all of them;
+    share: (rank, ranks): only the groups whose first document is this rank's.
+    """
+    rank, ranks = share
+    for keys, places in sorted_slices(lambda: signed.blocks(row), signed.count, memory_bytes):
+        firsts = same[places] == places  # copies are in their first one's cluster already
+        keys, places = keys[firsts], places[firsts]
+        starts, ends = equal_runs(keys)
+        if not len(starts):
+            continue
+        inside = expand(starts, ends - starts)
+        roots, cuts = parent[places[inside]], np.cumsum(ends - starts) - (ends - starts)
+        several = np.minimum.reduceat(roots, cuts) != np.maximum.reduceat(roots, cuts)
+        for start, end in zip(starts[several], ends[several], strict=True):
+            group = places[start:end]
+            if group[0] % ranks == rank and len(set(map(parent.__getitem__, group))) > 1:
+                yield [(int(d), int(parent[d]), *signed.locate(d)) for d in group]
+
+
+def predict_needs(files, num_bands):
+    """Returns (documents, bytes of disk, bytes of memory) that find_near_duplicates will need,
+    documents of .jsonl files judged by the first megabyte of each."""
+    documents = 0
+    for path in files:
+        documents += 1
+        if str(path).endswith(".jsonl"):
+            with open(path, "rb") as file:
+                start = file.read(1 << 20)
+            documents += int(start.count(b"\n") / max(1, len(start)) * os.path.getsize(path))
+    return documents, documents * 8 * (2 + num_bands), documents * 32
+
+
+def find_near_duplicates(files, work_dir, num_hashes=128, num_bands=16, ngrams=5,
+                         jaccard_threshold=0.8, num_workers=None, memory_mb=1024, rank=0, ranks=1,
+                         barrier=None, progress=False):
+    """Returns (signed, survivor): survivor[i], (documents,) int64, is the document that stays of
+    i's cluster, the first of it in the order of paths and lines; i itself where i stays.
+
+    Documents are linked where they share a band and their true Jaccard similarity is at least the
+    threshold, or where their normalised words are the same; clusters are what links connect. The
+    result is the same for any number of workers, ranks and order of files. Of ranks (machines with
+    one shared work_dir), each signs every Nth chunk and compares its share of each band's groups;
+    `barrier` waits for all. Finished signatures in work_dir are used again while the files and
+    settings stay. Source: [2]; [3] 3.3
+    """
+    settings = num_hashes, num_bands, ngrams
+    MinHash(*settings)
+    if not 0 <= jaccard_threshold <= 1:
+        raise ValueError(f"jaccard_threshold must be from 0 to 1, got {jaccard_threshold}; give a "
+                         "share of shingles, such as 0.8")
+    chunks, wait_for_all = plan_chunks(files), barrier or (lambda: None)
+    num_workers = bpe.default_workers(num_workers)
+    check_needs(files, num_bands, work_dir, memory_mb, progress)
+    stamp = hashlib.sha256(json.dumps([settings, chunks, [
+        (os.path.getsize(path), os.stat(path).st_mtime_ns) for path in sorted(map(str, files))]]
+    ).encode()).hexdigest()[:16]
+    folder = Path(work_dir) / f"signed-{stamp}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [(i, chunk, str(folder), settings) for i, chunk in enumerate(chunks)
+             if i % ranks == rank and not (folder / f"{i:06d}.sign").exists()]
+    bar = bpe.Progress("sign", len(tasks), "chunks", progress)
+    for done, _ in enumerate(bpe.run_tasks(sign_chunk, tasks[::-1],
+                                           min(num_workers, max(1, len(tasks)))), 1):
+        bar.update(done)
+    bar.close()
+    wait_for_all()
+    signed = Signed(chunks, str(folder), num_bands)
+    parent = link_copies(signed, memory_mb << 20)
+    same = parent.copy()
+    bar = bpe.Progress("compare", num_bands, "bands", progress)
+    links = []
+    for band in range(num_bands):
+        groups = candidate_groups(signed, 2 + band, roots_of(parent), same, memory_mb << 20,
+                                  (rank, ranks))
+        for pairs in verified(groups, settings, jaccard_threshold, num_workers):
+            links += pairs
+            for pair in pairs:
+                join(parent, *pair)
+        bar.update(band + 1)
+    bar.close()
+    if ranks > 1:
+        bpe.write_atomically(folder / f"{rank:04d}of{ranks:04d}.links",
+                             np.array(links, "<i8").reshape(-1, 2).tobytes())
+        wait_for_all()
+        for other in range(ranks):
+            for pair in np.fromfile(folder / f"{other:04d}of{ranks:04d}.links",
+                                    "<i8").reshape(-1, 2):
+                join(parent, *pair)
+    return signed, roots_of(parent)
+
+
+def check_needs(files, num_bands, work_dir, memory_mb, progress):
+    """Says what the run will need; raises ValueError where the disk has less."""
+    documents, disk, memory = predict_needs(files, num_bands)
+    Path(work_dir).mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(work_dir).free
+    if progress:
+        print(f"about {documents:,} documents: {disk / 2**20:,.0f} MiB of disk in {work_dir} "
+              f"({free / 2**20:,.0f} free), {memory / 2**20:,.0f} MiB of memory and up to "
+              f"{memory_mb:,} to sort in", flush=True)
+    if disk > free:
+        raise ValueError(f"{work_dir} must have {disk:,} bytes free for signatures, got {free:,}; "
+                         "name a larger disk, or fewer bands")
+
+
+def link_copies(signed, memory_bytes):
+    """Returns (documents,) int64: the first document with the same normalised words."""
+    parent = np.arange(signed.count)
+    for keys, places in sorted_slices(lambda: signed.blocks(1), signed.count, memory_bytes):
+        starts, ends = equal_runs(keys)
+        inside = expand(starts, ends - starts)
+        parent[places[inside]] = np.repeat(places[starts], ends - starts)
+    return parent
+
+
+def verified(groups, settings, threshold, num_workers):
+    """Yields lists of verified pairs; small numbers of groups are compared in this process."""
+    groups = iter(groups)
+    while round_of_groups := list(islice(groups, GROUPS_A_TASK * num_workers * 4)):
+        tasks = [(round_of_groups[i:i + GROUPS_A_TASK], settings, threshold)
+                 for i in range(0, len(round_of_groups), GROUPS_A_TASK)]
+        if len(tasks) == 1:
+            yield verify_groups(*tasks[0])
+        else:
+            yield from bpe.run_tasks(verify_groups, tasks, num_workers)
+
+
+def minhash_deduplication(input_files, num_hashes, num_bands, ngrams, jaccard_threshold,
+                          output_directory, num_workers=None, memory_mb=1024, work_dir=None,
+                          progress=False):
+    """Writes the documents that stay to output_directory; returns {"documents", "kept",
+    "clusters"} and "duplicates": [(path, offset, path, offset)] of what went and what stayed.
+
+    A file is a document, and stays or goes whole; of a .jsonl file each line with a "text" is one.
+    """
+    inputs, outputs = output_paths(input_files, output_directory)
+    with tempfile.TemporaryDirectory(prefix=".minhash-", dir=output_directory) as temporary:
+        signed, survivor = find_near_duplicates(
+            inputs, work_dir or temporary, num_hashes, num_bands, ngrams, jaccard_threshold,
+            num_workers, memory_mb, progress=progress)
+        gone = np.flatnonzero(survivor != np.arange(len(survivor)))
+        duplicates = [(*signed.locate(i), *signed.locate(survivor[i])) for i in gone]
+        dropped = {(path, offset) for path, offset, *_ in duplicates}
+        for path in inputs:
+            part = Path(temporary) / "output"
+            if path.suffix == ".jsonl":
+                copy_lines(path, part, {at for name, at in dropped if name == str(path)})
+            elif (str(path), None) in dropped:
+                outputs[path].unlink(missing_ok=True)  # of an earlier run
+                continue
+            else:
+                shutil.copyfile(path, part)
+            os.replace(part, outputs[path])
+    return {"documents": len(survivor), "kept": len(survivor) - len(gone),
+            "clusters": len(set(survivor[gone].tolist())), "duplicates": duplicates}
+
+
+def copy_lines(path, target, dropped):
+    """Copies a file without the lines at the given offsets."""
+    with open(path, "rb") as source, open(target, "wb") as file:
+        at = 0
+        for line in source:
+            if at not in dropped:
+                file.write(line)
+            at += len(line)
