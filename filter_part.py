@@ -13,6 +13,8 @@ Sources:
     [5] Soldaini et al. 2024, Dolma: labels and thresholds of its classifiers
 """
 
+import argparse
+import gzip
 import hashlib
 import json
 import math
@@ -21,9 +23,12 @@ import re
 import shutil
 import string
 import struct
+import sys
 import tempfile
+import time
 import unicodedata
 from collections import Counter
+from contextlib import nullcontext
 from functools import lru_cache
 from itertools import compress, islice, pairwise
 from pathlib import Path
@@ -530,7 +535,8 @@ def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket
     rng = np.random.default_rng(seed)
     inputs = object.__new__(DenseMatrix)
     inputs.shape = len(words) + args["bucket"], dim
-    inputs.values = rng.random(inputs.shape, np.float32) * np.float32(2 / dim) - np.float32(1 / dim)
+    inputs.values = np.zeros(inputs.shape, np.float32)  # of buckets: unseen n-grams add no noise
+    inputs.values[:len(words)] = rng.uniform(-1 / dim, 1 / dim, (len(words), dim))
     output = np.zeros((len(names), dim), np.float32)
     model = FastText(args, [word for word, _ in words], names, counts, inputs, output)
     model.lower = lower
@@ -1529,3 +1535,157 @@ def copy_lines(path, target, dropped):
             if at not in dropped:
                 file.write(line)
             at += len(line)
+
+
+# ---------------------------------------------------------------- the verbs
+
+def read_texts(path):
+    """Yields the texts of a file: "text" of each line of a .jsonl(.gz), else its lines."""
+    path = Path(path)
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        yield from (text for _, text in bpe.read_jsonl(path, "replace"))
+    else:
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8", errors="replace", newline="\n") as file:
+            yield from (line.rstrip("\n") for line in file if line.strip())
+
+
+def train_classifier(args):
+    """Trains on 9 in 10 texts of two files, measures on the rest, saves model and notes."""
+    texts, labels = [], []
+    for path, label in zip(args.train, args.labels, strict=True):
+        texts += read_texts(path)
+        labels += [label] * (len(texts) - len(labels))
+    started = time.perf_counter()
+    held = [hash_bytes(text.encode("utf-8", "replace"))[0] % 10 == 0 for text in texts]
+    parts = [[pair for pair, out in zip(zip(texts, labels, strict=True), held, strict=True)
+              if out == wanted] for wanted in (False, True)]
+    settings = {name: getattr(args, name) for name in TRAINING}
+    train_texts, train_labels = zip(*parts[0], strict=True) if parts[0] else ((), ())
+    model, counts = train_fasttext(train_texts, train_labels, seed=args.seed, progress=True,
+                                   lower=not args.cased, **settings)
+    model.save(args.model, counts)
+    answers = model.predict([text for text, _ in parts[1]], k=-1)
+    scores = [dict(zip(*answer, strict=True)).get(args.labels[0], 0.5) for answer in answers]
+    auc = area_under_curve(scores, [label == args.labels[0] for _, label in parts[1]])
+    notes = {"lower": model.lower, "labels": args.labels, "texts": len(parts[0]), "held_out":
+             len(parts[1]), "auc": None if math.isnan(auc) else round(auc, 4), **settings}
+    bpe.write_atomically(f"{args.model}.json", (json.dumps(notes) + "\n").encode())
+    print(f"{args.model}: {len(parts[0]):,} texts, {len(model.words):,} words | AUC {auc:.4f} on "
+          f"{len(parts[1]):,} held out | {time.perf_counter() - started:.1f} s")
+
+
+def classify(args):
+    """Trains a classifier of two files of texts, or labels texts with one."""
+    if args.train:
+        if not args.model:
+            raise ValueError("classify --train must have --model, got none; name the .bin to write")
+        return train_classifier(args)
+    classifier = load_classifier(args.kind, args.model)
+    if args.text is None and not args.input:
+        raise ValueError("classify must have --text, --input or --train, got none; give one")
+    print(f"method: {classifier.method}", file=sys.stderr)
+    texts = iter([args.text]) if args.text is not None else (
+        text for path in bpe.list_files(args.input) for text in read_texts(path))
+    counts, seconds, n_bytes = Counter(), 0.0, 0
+    with open(args.out, "w", encoding="utf-8") if args.out else nullcontext() as out:
+        for batch in batches(texts, BATCH_BYTES):
+            started = time.perf_counter()
+            answers = classifier.predict(batch)
+            seconds += time.perf_counter() - started
+            n_bytes += sum(len(text.encode("utf-8", "replace")) for text in batch)
+            counts.update(label for label, _ in answers)
+            for text, (label, score) in zip(batch, answers, strict=True):
+                if out:
+                    out.write(json.dumps({"text": text, "label": label, "score": score},
+                                         ensure_ascii=False) + "\n")
+                else:
+                    print(f"{label}\t{score:.6f}\t{' '.join(text.split())[:60]}")
+    print(f"{sum(counts.values()):,} texts: {dict(counts.most_common())} | "
+          f"{n_bytes / 1e6 / max(seconds, 1e-9):.2f} MB/s", file=sys.stderr)
+
+
+def dedup(args):
+    """Drops lines that occur more than once, or all but one of near-duplicate documents."""
+    files = bpe.list_files(args.input)
+    started = time.perf_counter()
+    if args.how == "lines":
+        report = exact_line_deduplication(files, args.out_dir, args.memory_mb)
+        print(f"{report['kept']:,} of {report['lines']:,} lines kept, {report['kept_bytes']:,} of "
+              f"{report['bytes']:,} bytes | {time.perf_counter() - started:.1f} s")
+        return
+    report = minhash_deduplication(
+        files, args.num_hashes, args.num_bands, args.ngrams, args.jaccard_threshold, args.out_dir,
+        args.num_workers, args.memory_mb, args.work_dir, progress=True)
+    if args.report:
+        names = ("dropped", "at", "kept", "kept_at")
+        bpe.write_atomically(args.report, "".join(
+            json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in report["duplicates"]
+        ).encode())
+    seconds = time.perf_counter() - started
+    print(f"{report['kept']:,} of {report['documents']:,} documents kept, {report['clusters']:,} "
+          f"clusters | {report['documents'] / seconds:,.0f} documents/s | {seconds:.1f} s")
+
+
+TRAINING = {"dim": 50, "epoch": 5, "lr": 0.1, "word_ngrams": 2, "bucket": 200_000, "minn": 0,
+            "maxn": 0, "min_count": 1}
+
+
+def build_parser():
+    """Returns the argparse parser of all verbs."""
+    parser = argparse.ArgumentParser(prog="filter_part.py", description=__doc__.split("\n", 1)[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    add = {}
+    for verb in (classify, dedup):
+        sub = verbs.add_parser(verb.__name__, help=verb.__doc__)
+        sub.set_defaults(run=verb)
+        add[verb] = sub.add_argument
+    add_classify_flags(add[classify])
+    add_dedup_flags(add[dedup])
+    return parser
+
+
+def add_classify_flags(add):
+    add("--kind", choices=KINDS, default="quality", help="what to tell, where --model is not given")
+    add("--model", help="a .bin or .ftz file; with --train the .bin to write")
+    add("--text", help="one text to label")
+    add("--input", nargs="+", help="files of texts: .jsonl(.gz) with \"text\", else a line each")
+    add("--out", help="a .jsonl of texts, labels and scores, instead of the screen")
+    add("--train", nargs=2, metavar=("POSITIVE", "NEGATIVE"), help="files of texts of two labels")
+    add("--labels", nargs=2, default=["wiki", "cc"], help="of the two files")
+    add("--cased", action="store_true", help="do not lower-case texts when training")
+    add("--seed", type=int, default=0)
+    for name, default in TRAINING.items():
+        add(f"--{name}", type=type(default), default=default, help="of training")
+
+
+def add_dedup_flags(add):
+    add("--input", nargs="+", required=True, help="files and folders; each file is a document, "
+        "but each line of a .jsonl")
+    add("--out_dir", required=True)
+    add("--how", choices=("minhash", "lines"), default="minhash")
+    add("--num_hashes", type=int, default=128)
+    add("--num_bands", type=int, default=16)
+    add("--ngrams", type=int, default=5, help="words in a shingle")
+    add("--jaccard_threshold", type=float, default=0.8)
+    add("--report", help="a .jsonl of what was dropped for what")
+    add("--work_dir", help="keep signatures here; the same command goes on from them")
+    add("--memory_mb", type=int, default=1024, help="to sort in")
+    add("--num_workers", type=int, default=bpe.default_workers(None))
+
+
+def main(argv=None):
+    """Runs the command line; a user's error is one line and exit status 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"filter_part.py {args.verb}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"filter_part.py {args.verb}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
