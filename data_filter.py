@@ -38,10 +38,10 @@ import time
 import zlib
 from collections import Counter
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cached_property, lru_cache, partial
 from html import unescape as html_unescape
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -54,9 +54,9 @@ MAX_BODY = 16 << 20  # bytes of a page after its content encoding is undone
 INFLATE_BYTES = 1 << 16  # of compressed data given to zlib at once: what it leaves over is copied
 WARC_HEAD = re.compile(rb"WARC/\d+\.\d+\r?\n")
 WARC_FIELD = re.compile(rb"^(WARC-Type|WARC-Target-URI|Content-Type|Content-Length)[ \t]*:[ \t]*"
-                        rb"([^\r\n]*)", re.I | re.M)
+                        rb"([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
 HTTP_FIELD = re.compile(rb"^(Content-Type|Content-Encoding|Transfer-Encoding)[ \t]*:[ \t]*"
-                        rb"([^\r\n]*)", re.I | re.M)
+                        rb"([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
 GZIP_MAGIC = b"\x1f\x8b\x08"
 DOCUMENT_KINDS = (b"response", b"conversion", b"resource")
 
@@ -69,7 +69,7 @@ class Record:
     there is no data
     """
 
-    __slots__ = ("place", "kind", "url", "content_type", "data", "problem")
+    __slots__ = ("content_type", "data", "kind", "place", "problem", "url")
 
     def __init__(self, place, kind="", url="", content_type="", data=b"", problem=None):
         self.place, self.kind, self.url = place, kind, url
@@ -91,7 +91,8 @@ def inflate_member(data, offset, held=b"", inflater=None):
             piece = inflater.decompress(window, MAX_RECORD)
         except zlib.error:
             return b"".join(pieces), offset, None, "broken gzip member"
-        offset += len(window) - len(inflater.unused_data) - len(inflater.unconsumed_tail)
+        left = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
+        offset += len(window) - len(left)
         pieces.append(piece)
         size += len(piece)
         if size > MAX_RECORD and not inflater.eof:
@@ -250,7 +251,7 @@ def read_http(record):
     if "chunked" in fields.get(b"transfer-encoding", "").lower():
         body = undo_chunks(body) or body
     record.data = body
-    if not status or not status[0][:1] == b"2":
+    if not status or status[0][:1] != b"2":
         record.problem = "HTTP status not 2xx"
         return
     record.data, record.problem = undo_encoding(body, fields.get(b"content-encoding", ""))
@@ -335,14 +336,11 @@ ENCODING_NAMES = {
     "iso-8859-8-i": "iso-8859-8", "unicode-1-1-utf-8": "utf-8",
 }
 TEXT_ENCODINGS = frozenset(
-    "utf-8 utf-16 utf-16-le utf-16-be cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258"
-    " cp866 cp874 cp932 cp949 gb18030 big5hkscs euc_jp iso2022_jp iso8859-2 iso8859-3 iso8859-4"
-    " iso8859-5 iso8859-6 iso8859-7 iso8859-8 iso8859-10 iso8859-13 iso8859-14 iso8859-15"
-    " iso8859-16 koi8-r koi8-u mac-roman mac_roman mac-cyrillic".split())
+    ["utf-8", "utf-16", "utf-16-le", "utf-16-be", "cp1250", "cp1251", "cp1252", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "cp866", "cp874", "cp932", "cp949", "gb18030", "big5hkscs", "euc_jp", "iso2022_jp", "iso8859-2", "iso8859-3", "iso8859-4", "iso8859-5", "iso8859-6", "iso8859-7", "iso8859-8", "iso8859-10", "iso8859-13", "iso8859-14", "iso8859-15", "iso8859-16", "koi8-r", "koi8-u", "mac-roman", "mac_roman", "mac-cyrillic"])
 BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
-META_CHARSET = re.compile(rb"<meta[^>]{0,500}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
-XML_CHARSET = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]+)", re.I)
-HEADER_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
+META_CHARSET = re.compile(rb"<meta[^>]{0,500}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
+XML_CHARSET = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]+)", re.IGNORECASE)
+HEADER_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 META_BYTES = 4096  # where a meta tag is looked for; browsers look at 1,024
 NEARLY = 1e-3  # share of the bytes that may be wrong in what is still taken for UTF-8
 # Letters of each code page's language in order of use: a wrong code page gives other characters.
@@ -449,27 +447,23 @@ MAX_DEPTH = 256  # of open elements; deeper ones lie flat in it
 MAX_TAGS = 400_000  # of a page that are read
 PAGE_SECONDS = 1.5  # after which a page is cut where it has been read to
 UNSEEN = re.compile(r"<!--(?:>|->|.*?(?:-->|\Z))|<(?:script\b.*?(?:</script\s*>|\Z)|style\b.*?"
-                    r"(?:</style\s*>|\Z)|[!?][^>]*>)", re.I | re.S)
-HELD = {name: re.compile(rf"<{name}\b[^>]*>.*?</{name}\s*>", re.I | re.S)
+                    r"(?:</style\s*>|\Z)|[!?][^>]*>)", re.IGNORECASE | re.DOTALL)
+HELD = {name: re.compile(rf"<{name}\b[^>]*>.*?</{name}\s*>", re.IGNORECASE | re.DOTALL)
         for name in ("svg", "noscript", "template", "iframe", "select", "textarea", "head")}
 # No quantifier here can be left by two ways, and none runs on past a `<`, but for a kilobyte in
 # quotes: the time stays linear in the size of the page, whatever is in it.
 TAG = re.compile(r"""<(/?[a-zA-Z][^\s<>/]*+)((?:[^<>"']++|"[^"<>]*+"|'[^'<>]*+'|"[^"]{0,1000}+\""""
                  r"""|'[^']{0,1000}+'|["']){0,400}+)>""")
 ATTRIBUTE = re.compile(r"""(class|id|role|itemprop|style|hidden|aria-hidden)(?:\s*=\s*("[^"]*+"|"""
-                       r"""'[^']*+'|[^\s"'>]++))?""", re.I)
-ALT = re.compile(r"""\balt\s*=\s*("[^"]*"|'[^']*')""", re.I)
+                       r"""'[^']*+'|[^\s"'>]++))?""", re.IGNORECASE)
+ALT = re.compile(r"""\balt\s*=\s*("[^"]*"|'[^']*')""", re.IGNORECASE)
 WORD_PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
 INLINE, BLOCK, PARAGRAPH, SKIP, LINK, BREAK, LIST, ITEM, CELL, ROW, IMAGE, PRE, RULE = range(13)
 KINDS = dict.fromkeys(
-    "div section article main aside nav header footer body html form fieldset blockquote center dl "
-    "dt dd figure figcaption address details summary table thead tbody tfoot caption dir menu "
-    "hgroup label legend dialog".split(), BLOCK)
-KINDS |= dict.fromkeys("p h1 h2 h3 h4 h5 h6".split(), PARAGRAPH)
-KINDS |= dict.fromkeys("script style select option textarea button datalist object embed canvas "
-                       "video audio map applet noframes iframe svg noscript template head title "
-                       "math".split(), SKIP)
+    ["div", "section", "article", "main", "aside", "nav", "header", "footer", "body", "html", "form", "fieldset", "blockquote", "center", "dl", "dt", "dd", "figure", "figcaption", "address", "details", "summary", "table", "thead", "tbody", "tfoot", "caption", "dir", "menu", "hgroup", "label", "legend", "dialog"], BLOCK)
+KINDS |= dict.fromkeys(["p", "h1", "h2", "h3", "h4", "h5", "h6"], PARAGRAPH)
+KINDS |= dict.fromkeys(["script", "style", "select", "option", "textarea", "button", "datalist", "object", "embed", "canvas", "video", "audio", "map", "applet", "noframes", "iframe", "svg", "noscript", "template", "head", "title", "math"], SKIP)
 KINDS |= {"a": LINK, "br": BREAK, "ul": LIST, "ol": LIST, "li": ITEM, "td": CELL, "th": CELL,
           "tr": ROW, "img": IMAGE, "pre": PRE, "hr": RULE}
 CLOSED_BY = {"li": ("li", ("ul", "ol", "menu")), "td": ("td", ("table",)), "th": ("th", ("table",)),
@@ -509,7 +503,7 @@ for group_name, group_words in GROUP_WORDS.items():
     for group_word in group_words.split():
         WORD_GROUPS[group_word] = WORD_GROUPS.get(group_word, 0) | GROUPS[group_name]
 TAG_BITS = {name: 1 << (len(GROUPS) + bit) for bit, name in enumerate(
-    "nav footer header aside form main article figure table ul section dl".split())}
+    ["nav", "footer", "header", "aside", "form", "main", "article", "figure", "table", "ul", "section", "dl"])}
 TAG_BITS["ol"] = TAG_BITS["ul"]
 UNSEEN_BIT = 1 << (len(GROUPS) + len(TAG_BITS))
 
@@ -726,10 +720,7 @@ def layout(page, keep=None):
 
 MAX_BLOCKS = 20_000  # of a page that are judged; what follows is dropped in mode "main"
 BOILERPLATE = frozenset(
-    "copyright © ©2024 ©2025 reserved reserved. privacy cookie cookies subscribe newsletter login log "
-    "sign share follow click leave related comments comment advertisement sponsored skip cart posted "
-    "published updated tags tags: filed previous powered register password email e-mail view "
-    "menu search faq contact terms unsubscribe signup read more reply".split())
+    ["copyright", "©", "©2024", "©2025", "reserved", "reserved.", "privacy", "cookie", "cookies", "subscribe", "newsletter", "login", "log", "sign", "share", "follow", "click", "leave", "related", "comments", "comment", "advertisement", "sponsored", "skip", "cart", "posted", "published", "updated", "tags", "tags:", "filed", "previous", "powered", "register", "password", "email", "e-mail", "view", "menu", "search", "faq", "contact", "terms", "unsubscribe", "signup", "read", "more", "reply"])
 DATE_LINE = re.compile(r"\b(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.? \d|\b(?:19|20)"
                        r"\d\d\b| ago\b|^[Bb]y ")
 WORD = re.compile(r"\w+")
@@ -805,6 +796,13 @@ def block_features(page, body=""):
         f["in related"] | f["in ads"] | f["in cookie"] | f["unseen"]
     f["bad"] = bad
     good = words * (link < 0.3) * (words > 8) * (0.3 + 0.7 * ends)
+    for name in ("comment", "thread", "item", "related", "side", "form", "hidden"):
+        inside = f[f"in {name}"]
+        share = (good * inside).sum() / max(good.sum(), 1)
+        f[f"mostly {name}"] = inside * (share > 0.5)
+        f[f"mostly {name},out"] = ~inside * (share > 0.5)
+    mostly = f["mostly comment"] | f["mostly related"] | f["mostly side"] > 0
+    bad = bad & ~mostly
     clean = good * ~bad
     # Text of each element's subtree: children come after their parents, so one pass upwards does.
     N = len(parents)
@@ -901,27 +899,16 @@ def best_element(page, text_of):
 # Log odds of a block to be main content, fitted by logistic regression to half the pages of [7]
 # (those with an even place in the development set), without the features that hardly told.
 WEIGHTS = {
-    "bias": 2.77, "words>0": 0.6, "words>40": 0.77, "link>.9": -0.97, "link.5-.9": -0.74,
-    "link<.2": -0.79, "ends": 0.48, "ends,long": 0.4, "boilerplate": -0.29,
-    "boilerplate,dense": -0.77, "date": -0.53, "<p>": -0.67, "<h2>": 0.66, "<h3>": 1,
-    "<pre>": -1.45, "<div>": -0.7, "<figcaption>": -1.16, "<article>": 0.86, "<label>": -0.66,
-    "in nav": -0.91, "in footer": -1.83, "in header": -0.56, "in side": -0.57, "in comment": 0.53,
-    "in share": -0.58, "in related": -0.22, "in cookie": -0.96, "in meta": 0.52, "in hidden": -0.28,
-    "in form": -1.67, "in content": 0.44, "in item": -0.49, "in thread": -0.36, "in faq": 0.58,
-    "in main": 0.41, "in figure": -2.12, "in ul": 0.38, "in section": 0.14, "in dl": -0.38,
-    "near comment": -1.9, "near related": -0.63, "near cookie": -2.14, "near meta": -0.45,
-    "near hidden": -0.54, "near form": 0.39, "near content": 0.3, "near thread": 0.23,
-    "near faq": -1.83, "in best": 1.15, "in best,link": -0.25, "in best,bad": -1.85,
-    "after best": -1.25, "before text": 0.9, "share parent": -0.89, "text parent": 0.06,
-    "text above": -0.07, "share above2": 1.19, "text above2": -0.07, "links prev": -0.43,
-    "words prev": 0.07, "good next": 0.14, "good prev4": 0.05, "words prev4": 0.13,
-    "good next4": 0.03, "links prev10": -0.17, "words prev10": 0.06, "good next10": 0.07,
-    "before h1": -1.35, "no h1": -0.33, "place<0.02": 0.36, "place<0.1": -0.22, "place>0.75": -0.92,
-    "place>0.9": -0.46, "place>0.97": 0.26, "repeated": 0.34, "alike": 0.46, "alike,short": -0.2,
-    "poor": -1.27, "poor,link": 0.22, "poor,in": -1.17, "rich": -4.55, "rich,link": 0.54,
-    "rich,short": 0.2, "digits": 0.9,
+    "bias": 0.68, "words>0": 0.56, "words>40": 0.69, "link>.9": -0.47, "link<.2": -0.64,
+    "ends": 0.47, "ends,long": 0.49, "<p>": -0.35, "<h3>": 0.53, "<div>": -0.55, "heading": 0.71,
+    "in nav": -0.58, "in footer": -0.86, "in header": -0.65, "in cookie": -0.72, "in hidden": -0.96,
+    "in form": -1.27, "in content": 0.48, "in item": -0.48, "in main": 0.34, "in figure": -1.29,
+    "in ul": 0.29, "unseen": 0.84, "bad": -0.44, "mostly item,out": -0.54, "mostly hidden": 0.97,
+    "in best": 0.9, "in best,bad": -0.95, "after best": -1.26, "share above2": 1.07,
+    "links prev": -0.43, "good next": 0.16, "before h1": -1.12, "place>0.75": -0.58,
+    "place>0.9": -0.46, "repeated": 0.38, "alike": 0.38, "alike,short": -0.15, "rich": -1.71,
 }
-THRESHOLD = -0.4  # of the log odds: text that is missed costs more than text too much
+THRESHOLD = -0.25  # of the log odds: text that is missed costs more than text too much
 
 
 def main_content(page, body=""):
@@ -975,12 +962,12 @@ PHONE = re.compile(
     rf"(?:\([2-9]\d\d\){DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}"
     rf"|[2-9]\d\d(?P<s>{DASH}|[ ]-[ ])\d{{3}}(?:(?P=s)|-)\d{{4}}|(?P<bare>[2-9]\d\d\d{{7}}))"
     rf"(?:(?: ?x| ?ext\.? ?| ?extension ?)\d{{1,6}})?"
-    rf"(?![\w@]|[-=]\w|/[^\W\d]|\.\d|[ ,:]\d{{4}}\b|%)", re.I)
+    rf"(?![\w@]|[-=]\w|/[^\W\d]|\.\d|[ ,:]\d{{4}}\b|%)", re.IGNORECASE)
 AFTER_DIGIT = re.compile(DASH)
 PLUS_PHONE = re.compile(rf"(?<![\w+])\+1{DASH}?(?:\([2-9]\d\d\)|[2-9]\d\d){DASH}?\d{{3}}{DASH}?\d{{4}}"
                         rf"(?!\w|[-.]\d)")
 PHONE_CONTEXT = re.compile(r"\b(?:phone|telephone|tel|call|cell|mobile|fax|contact|text|dial|reach|"
-                           r"whatsapp|sms|ring|toll|desk|office|helpline|hotline)\b[^\n]{0,40}$", re.I)
+                           r"whatsapp|sms|ring|toll|desk|office|helpline|hotline)\b[^\n]{0,40}$", re.IGNORECASE)
 # Before a number: with separators it is a telephone's unless one of the first list says otherwise.
 IDENTIFIER = (r"isbn(?:-1[03])?|issn|order|invoice|ticket|tracking|serial|sku|part|upc|asin|doi|barcode|"
               r"patent|version|build|case|ref|reference|transaction|confirmation|acct|account|routing")
@@ -989,8 +976,8 @@ BARE_IDENTIFIER = IDENTIFIER + (
     r"hash|article|document|record|employee|student|user|passport|licen[sc]e|permit|vin|lot|batch|job|"
     r"seed|population|total|zip|ein|npi|tin|vat|uid|pid|epoch|bytes|size|value|sum")
 AFTER_IDENTIFIER = (r"[ \t]*(?:number|no|id|code|#)?\.?[ \t]*(?:is|was|of)?[ \t]*[:#=-]*[ \t]*$")
-IDENTIFIER_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{IDENTIFIER}){AFTER_IDENTIFIER}", re.I)
-BARE_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{BARE_IDENTIFIER}){AFTER_IDENTIFIER}", re.I)
+IDENTIFIER_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{IDENTIFIER}){AFTER_IDENTIFIER}", re.IGNORECASE)
+BARE_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{BARE_IDENTIFIER}){AFTER_IDENTIFIER}", re.IGNORECASE)
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 IP = re.compile(rf"(?<![\w.])(?<![A-Za-z][-/_])(?<!\d[,:/-])(?:{OCTET}\.){{3}}{OCTET}"
                 rf"(?!\w|\.\w|-[A-Za-z]|,\d)")
@@ -998,7 +985,7 @@ VERSION_CONTEXT = re.compile(
     r"(?<![A-Za-z])(?:version|versions|ver|v|release|released|build|firmware|revision|rev|section|sections|§|chapter|"
     r"clause|paragraph|rule|article|figure|table|appendix|item|oid|driver|update|upgrade[d]?|patch|"
     r"kernel|sdk|api|package|assembly|hotfix|installer|software|app|theorem|lemma|exercise|step)"
-    r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(]*[ \t]*$", re.I)
+    r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(]*[ \t]*$", re.IGNORECASE)
 
 
 def mask_until_stable(text, mask_once):
@@ -1092,7 +1079,7 @@ SYMBOLS_ONLY = re.compile(r"(?<!\S)[^\w\s]+(?!\S)")
 NO_LETTER = re.compile(r"(?<!\S)(?:[^\w\s]|[\d_])+(?!\S)")
 ELLIPSES = ("...", "…", ". . .")
 BULLETS = ("•", "-", "*", "●", "‣", "▪", "◦")
-STOP_WORDS = frozenset("the be to of and that have with".split())
+STOP_WORDS = frozenset(["the", "be", "to", "of", "and", "that", "have", "with"])
 TERMINAL = (".", "?", "!", '"', "”", "’", "'")
 POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies",
           "use cookies")
@@ -1395,7 +1382,9 @@ class Judge:
         self.rules = rules_with_thresholds(options.rules, options.threshold)
         self.blocked = set(Path(options.blocklist).read_text("utf-8").lower().split()) \
             if options.blocklist else set()
-        self.models = load_models(options)
+        for kind in ("language", "nsfw", "toxic", "quality"):  # read once, before workers start
+            if path := getattr(options, f"{kind}_model"):
+                filters().load_classifier(kind, path)
         self.reset()
 
     def reset(self, counts=None, reasons=None):
@@ -1467,7 +1456,7 @@ class Judge:
         return (None, "blocklist") if ends & self.blocked or url in self.blocked else (text, None)
 
     def check_language(self, text, notes):
-        code, score = filters().identify_language(text, self.models.language)
+        code, score = filters().identify_language(text, self.options.language_model)
         notes["language"], notes["language_score"] = code, round(float(score), 4)
         if code not in self.options.languages:
             return None, f"language {code}"
@@ -1485,17 +1474,17 @@ class Judge:
 
     def check_harm(self, text, notes):
         for name, classify, model in (
-                ("nsfw", filters().classify_nsfw, self.models.nsfw),
-                ("toxic", filters().classify_toxic_speech, self.models.toxic)):
-            label, score = classify(text, model) if model is not None else classify(text)
+                ("nsfw", filters().classify_nsfw, self.options.nsfw_model),
+                ("toxic", filters().classify_toxic_speech, self.options.toxic_model)):
+            label, score = classify(text, model)
             notes[name] = round(float(score), 4)
             if label in HARMFUL and score >= self.options.harm_score:
                 return None, name
         return text, None
 
     def check_quality(self, text, notes):
-        label, score = filters().classify_quality(text, self.models.quality)
-        good = score if label in ("pos", "hq", "good", "wiki", "1", "keep") else 1 - score
+        label, score = filters().classify_quality(text, self.options.quality_model)
+        good = score if label == self.options.quality_label else 1 - score
         notes["quality"] = round(float(good), 4)
         return (text, None) if good >= self.options.quality_score else (None, "quality too low")
 
@@ -1509,15 +1498,6 @@ class Judge:
 
 
 HARMFUL = ("nsfw", "toxic", "1", "yes", "hate")
-
-
-def load_models(options):
-    """Returns the models that the options name, each read once before workers start."""
-    load = {}
-    for name in ("language", "nsfw", "toxic", "quality"):
-        path = getattr(options, f"{name}_model", None)
-        load[name] = filters().FastText.load(path) if path else None
-    return SimpleNamespace(**load)
 
 
 # ---------------------------------------------------------------- the run: one file
@@ -1768,9 +1748,9 @@ class Run:
             if self.stop:
                 print(f"signal {self.stop[0]}: stopped; the same command goes on")
                 return 128 + self.stop[0]
-            if self.rank:
-                return 0
-            self.wait_for_others()
+            signal.signal(signal.SIGTERM, before[0])  # the rest ends anywhere and is done anew
+            signal.signal(signal.SIGINT, before[1])
+            self.barrier()
             self.finish()
         finally:
             signal.signal(signal.SIGTERM, before[0])
@@ -1843,26 +1823,25 @@ class Run:
                           f"first record of {self.inputs[number]}; see the system's log")
         waiting.append(number)
 
-    def wait_for_others(self):
-        """Rank 0 waits until the shards of all ranks are done."""
-        told = 0
-        while True:
-            left = [n for n in range(len(self.inputs)) if not Shard(self.parts, n).state["done"]]
-            if not left or self.stop:
-                return
-            if time.monotonic() - told > 10:
-                told = time.monotonic()
-                print(f"waiting for {len(left)} files of other ranks", flush=True)
-            time.sleep(0.5)
+    def barrier(self):
+        """Waits for the other ranks, where there are any."""
+        if self.world == 1:
+            return
+        import torch.distributed as dist
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=30))
+        dist.barrier()
 
     def finish(self):
         """The stages over all documents, the text, its tokens and the report."""
         shards = [Shard(self.parts, n) for n in range(len(self.inputs))]
         report = Report(self, shards)
-        finish = Finish(self.args, self.out_dir, [shard.paths[0] for shard in shards], report)
         report.check_not_empty("records", "text", "address", "language", "rules", "harm",
                                "quality", "pii")
+        finish = Finish(self, [shard.paths[0] for shard in shards], report)
         finish.run()
+        if self.rank:
+            return
         report.check_not_empty("lines", "short", "copies", "contamination")
         report.tokens = self.make_tokens()
         report.write()
@@ -1900,7 +1879,7 @@ def lock_file(file, out_dir):
 
 def remove_run(out_dir):
     """Removes what a run left, and nothing else."""
-    for pattern in ("parts/*", "lines/*", "plan.json", "clean.txt", "kept.jsonl", "tokens.*",
+    for pattern in ("parts/*", "lines", "documents", "copies", "plan.json", "clean.txt", "kept.jsonl", "tokens.*",
                     "tokenizer.json", "report.*", "dropped.jsonl", "*.tmp"):
         for path in out_dir.glob(pattern):
             if path.is_dir():
@@ -1988,14 +1967,23 @@ def read_shard(path):
 class Finish:
     """Repeated lines, near copies, contamination; then the text in the order of the inputs."""
 
-    def __init__(self, args, out_dir, shards, report):
-        self.args, self.out_dir, self.shards, self.report = args, out_dir, shards, report
+    def __init__(self, run, shards, report):
+        self.args, self.out_dir, self.barrier = run.args, run.out_dir, run.barrier
+        self.rank, self.world = run.rank, run.world
+        self.shards, self.report = shards, report
 
     def run(self):
-        if not self.args.no_line_dedup:
-            self.shards = self.drop_lines()
-        fallen = {} if self.args.no_copies else self.find_copies()
-        self.write(fallen)
+        folder = self.out_dir / "documents"
+        if self.rank == 0:
+            if not self.args.no_line_dedup:
+                self.shards = self.drop_lines()
+            self.write_documents(folder)
+        self.barrier()
+        paths = [folder / f"{path.stem}.jsonl" for path in self.shards]
+        survivor = None if self.args.no_copies else self.find_copies(paths)
+        if self.rank == 0:
+            self.write(paths, survivor)
+            shutil.rmtree(folder)
 
     def drop_lines(self):
         """Returns shards without the lines that occur more than once anywhere."""
@@ -2006,34 +1994,33 @@ class Finish:
             filters().exact_line_deduplication([str(path) for path in self.shards], str(folder))
             (folder / "done").touch()
         shards = [folder / path.name for path in self.shards]
-        before, after = (sum(len(text) for path in paths for _, text in read_shard(path))
+        before, after = ([len(text) for path in paths for _, text in read_shard(path)]
                          for paths in (self.shards, shards))
-        documents = sum(1 for path in shards for _ in read_shard(path))
-        self.report.count("lines", documents, before, documents, after,
-                          time.perf_counter() - started)
+        self.report.counts["lines"] = [len(before), sum(before), len(after), sum(after),
+                                       time.perf_counter() - started]
         return shards
 
-    def find_copies(self):
-        """Returns {number of the document in order: what it is a near copy of}."""
+    def write_documents(self, folder):
+        """Writes what is long enough as .jsonl files, whose lines are documents."""
+        folder.mkdir(exist_ok=True)
+        with open(self.out_dir / "dropped.jsonl", "w", encoding="utf-8") as self.dropped:
+            for shard in self.shards:
+                lines = []
+                for notes, text in read_shard(shard):
+                    wrong = self.too_short(text) and "too short without its repeated lines"
+                    if self.passes("short", wrong, notes, text):
+                        lines.append(json.dumps(notes | {"text": text}) + "\n")
+                write_if_new(folder / f"{shard.stem}.jsonl", "".join(lines).encode())
+
+    def find_copies(self, paths):
+        """Returns for each document in order the one that stays of its near copies."""
         started, args = time.perf_counter(), self.args
-        folder = self.out_dir / "copies"
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "in").mkdir(parents=True)
-        paths = []
-        number = 0
-        for path in self.shards:
-            for notes, text in read_shard(path):
-                if not self.too_short(text):
-                    paths.append(str(folder / "in" / f"{number:09d}.txt"))
-                    Path(paths[-1]).write_text(text, encoding="utf-8")
-                number += 1
-        filters().minhash_deduplication(paths, args.num_hashes, args.num_bands, args.ngrams,
-                                        args.jaccard_threshold, str(folder / "out"))
-        kept = set(os.listdir(folder / "out"))
-        fallen = {int(Path(p).stem): "near copy" for p in paths if Path(p).name not in kept}
-        shutil.rmtree(folder)
+        _, survivor = filters().find_near_duplicates(
+            [str(path) for path in paths], str(self.out_dir / "copies"), args.num_hashes,
+            args.num_bands, args.ngrams, args.jaccard_threshold, args.num_workers, rank=self.rank,
+            ranks=self.world, barrier=self.barrier)
         self.report.seconds["copies"] = time.perf_counter() - started
-        return fallen
+        return survivor
 
     def too_short(self, text):
         """Whether the first rule, the number of words, no longer holds after lines went."""
@@ -2041,46 +2028,67 @@ class Finish:
         rule = next((r for r in rules if getattr(r, "func", r) is word_count), None)
         return not text.strip() or bool(rule) and not rule(Document(text))
 
-    def write(self, fallen):
-        """Writes clean.txt, kept.jsonl and dropped.jsonl."""
-        grams = contamination_grams(self.args)
-        paths = [self.out_dir / name for name in ("clean.txt", "kept.jsonl", "dropped.jsonl")]
-        temporary = [path.with_name(path.name + ".tmp") for path in paths]
-        files = [open(path, "w", encoding="utf-8", newline="\n") for path in temporary]
-        number = start = 0
-        for path in self.shards:
-            for notes, text in read_shard(path):
-                reason = self.judge(text, number, fallen, grams)
-                number += 1
-                if reason:
-                    stage = reason.split(":")[0]
-                    if self.report.drop(stage, reason, text, notes["url"]) <= EXAMPLES:
-                        files[2].write(json.dumps(notes | {"reason": reason, "text": text[:2000]},
-                                                  ensure_ascii=False) + "\n")
-                    continue
-                size = len(text.encode())
-                files[0].write(text + "\n" + bpe.END_OF_TEXT + "\n")
-                files[1].write(json.dumps(notes | {"start": start, "bytes": size},
-                                          ensure_ascii=False) + "\n")
-                start += size + len(bpe.END_OF_TEXT) + 2
-        for file, old, new in zip(files, temporary, paths, strict=True):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            os.replace(old, new)
+    def passes(self, stage, wrong, notes, text):
+        """Counts a document in a stage; returns whether it stays, with nothing wrong."""
+        count = self.report.counts[stage]
+        count[0] += 1
+        count[1] += len(text)
+        if not wrong:
+            count[2] += 1
+            count[3] += len(text)
+            return True
+        if self.report.drop(f"{stage}: {wrong}", text, notes["url"]) <= EXAMPLES:
+            sample = notes | {"reason": f"{stage}: {wrong}", "text": text[:2000]}
+            self.dropped.write(json.dumps(sample) + "\n")
+        return False
 
-    def judge(self, text, number, fallen, grams):
-        """Returns why the document falls, as "stage: reason", or None; counts what it passes."""
-        for stage, wrong in (
-                ("short", "too short without its repeated lines" if self.too_short(text) else ""),
-                ("copies", fallen.get(number)),
-                ("contamination", grams and shares_gram(text, grams, self.args.decontaminate_ngram)
-                 and "shares words with the validation text")):
-            self.report.pass_in(stage, text)
-            if wrong:
-                return f"{stage}: {wrong}"
-            self.report.pass_out(stage, text)
-        return None
+    def write(self, paths, survivor):
+        """Writes clean.txt and kept.jsonl: the documents that stay, in the order of the inputs."""
+        grams = contamination_grams(self.args)
+        number = start = 0
+        with (open_whole(self.out_dir / "clean.txt") as clean,
+              open_whole(self.out_dir / "kept.jsonl") as kept,
+              open(self.out_dir / "dropped.jsonl", "a", encoding="utf-8") as self.dropped):
+            for path in paths:
+                for line in open_lines(path):
+                    notes = json.loads(line)
+                    text = notes.pop("text")
+                    copy = survivor is not None and survivor[number] != number
+                    number += 1
+                    if survivor is not None and not self.passes(
+                            "copies", copy and "near copy of an earlier one", notes, text):
+                        continue
+                    if grams and not self.passes(
+                            "contamination", shares_gram(text, grams, self.args.decontaminate_ngram)
+                            and "shares words with the validation text", notes, text):
+                        continue
+                    data = text.encode()
+                    clean.write(data + f"\n{bpe.END_OF_TEXT}\n".encode())
+                    kept.write(json.dumps(notes | {"start": start, "bytes": len(data)}).encode()
+                               + b"\n")
+                    start += len(data) + len(bpe.END_OF_TEXT) + 2
+
+
+@contextmanager
+def open_whole(path):
+    """A file to write that stands under its name only when all of it has reached the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def open_lines(path):
+    with open(path, "rb") as file:
+        yield from file
+
+
+def write_if_new(path, data):
+    """Writes bytes unless the file has them: what was made from it stays newer."""
+    if not path.exists() or path.read_bytes() != data:
+        bpe.write_atomically(path, data)
 
 
 def gram_hashes(text, n):
@@ -2121,18 +2129,7 @@ class Report:
                 entry[0] += documents
                 entry[1] += chars
 
-    def count(self, stage, *values):
-        self.counts[stage] = list(values)
-
-    def pass_in(self, stage, text):
-        self.counts[stage][0] += 1
-        self.counts[stage][1] += len(text)
-
-    def pass_out(self, stage, text):
-        self.counts[stage][2] += 1
-        self.counts[stage][3] += len(text)
-
-    def drop(self, stage, reason, text, url):
+    def drop(self, reason, text, url):
         """Counts a document that fell; returns how many did for this reason."""
         entry = self.reasons.setdefault(reason, [0, 0, {
             "url": url, "text": " ".join(text[:400].split())[:160]}])
@@ -2201,10 +2198,10 @@ WET_BYTES = 70_000_000  # of a Common Crawl WET file, gzip, about
 
 def methods(args):
     """Returns how language, harm and quality were judged, for the report."""
-    named = {name: getattr(args, f"{name}_model") for name in ("language", "nsfw", "toxic",
-                                                              "quality")}
-    return {name: f"fastText model {path}" if path else "built in" if name != "quality" else "none"
-            for name, path in named.items()}
+    used = {"language": bool(args.languages), "nsfw": not args.no_harm, "toxic": not args.no_harm,
+            "quality": bool(args.quality_model)}
+    return {kind: filters().load_classifier(kind, getattr(args, f"{kind}_model")).method if on
+            else "not judged" for kind, on in used.items()}
 
 
 def report_table(data):
@@ -2320,6 +2317,7 @@ def add_run_flags(verb):
     flag("--toxic_model", help="a fastText file")
     flag("--harm_score", type=float, default=0.5)
     flag("--quality_model", help="a fastText file, as classify --train makes")
+    flag("--quality_label", default="wiki", help="the model's label of good text")
     flag("--quality_score", type=float, default=0.5)
     flag("--no_pii", action="store_true", help="leave personal data as it is")
     flag("--blocklist", help="a file of hosts and addresses to drop")
