@@ -49,6 +49,7 @@ END_OF_LINE = b"</s>"  # fastText's word for the end of each line
 LABEL_PREFIX = b"__label__"
 MAX_CACHED_IDS = 1 << 23  # n-gram ids of words that a model remembers: 64 MB
 BATCH_BYTES = 1 << 20  # of text that predict looks at together
+OUTPUT_SCALE = 4  # length of an untrained label row: on two sets never behind the library, 1 is
 BLOCK_FLOATS = 1 << 20  # of rows that are gathered at a time
 
 
@@ -513,9 +514,6 @@ def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket
     dim 100, word_ngrams 1, bucket 2,000,000, not lower-cased. Memory: the input matrix, (words +
     bucket) * dim * 4 bytes, and 16 bytes an id of the texts. Source: [1], section 2
     """
-    if len(set(labels)) < 2 or len(texts) != len(labels):
-        raise ValueError(f"training must have texts of at least two labels, got {len(texts)} texts "
-                         f"with labels {sorted(set(labels))}; add examples of the other kind")
     for name, value, least in (("dim", dim, 1), ("epoch", epoch, 1), ("min_count", min_count, 1),
                                ("word_ngrams", word_ngrams, 1), ("bucket", bucket, 1)):
         if value < least:
@@ -523,6 +521,9 @@ def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket
     if not 0 <= minn <= maxn or not lr > 0:
         raise ValueError(f"minn, maxn and lr must be 0 <= minn <= maxn and lr > 0, got {minn}, "
                          f"{maxn}, {lr}; correct them")
+    if len(set(labels)) < 2 or len(texts) != len(labels):
+        raise ValueError(f"training must have texts of at least two labels, got {len(texts)} texts "
+                         f"with labels {sorted(set(labels))}; add examples of the other kind")
     label_counts = Counter(labels).most_common()
     args = dict(zip(FASTTEXT_ARGS, (dim, 5, epoch, min_count, 5, word_ngrams, SOFTMAX, SUPERVISED,
                                     bucket if word_ngrams > 1 or maxn else 0, minn, maxn, 100),
@@ -535,9 +536,9 @@ def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket
     rng = np.random.default_rng(seed)
     inputs = object.__new__(DenseMatrix)
     inputs.shape = len(words) + args["bucket"], dim
-    inputs.values = np.zeros(inputs.shape, np.float32)  # of buckets: unseen n-grams add no noise
-    inputs.values[:len(words)] = rng.uniform(-1 / dim, 1 / dim, (len(words), dim))
-    output = np.zeros((len(names), dim), np.float32)
+    # Zero rows and random labels, the reverse of the library: what no text has trained adds no noise.
+    inputs.values = np.zeros(inputs.shape, np.float32)
+    output = rng.standard_normal((len(names), dim), np.float32) * np.float32(OUTPUT_SCALE / math.sqrt(dim))
     model = FastText(args, [word for word, _ in words], names, counts, inputs, output)
     model.lower = lower
     examples = [(*np.unique(ids, return_counts=True), names.index(label))
