@@ -382,7 +382,7 @@ def detect_encoding(data):
     high = sum(map(len, re.findall(rb"[\x80-\xff]+", sample)))
     if b"\x1b$" in sample:
         return "iso2022_jp"
-    best, best_score = "cp1252", 0.2
+    best, best_score = "cp1252", 0.25
     for encoding in ("euc_jp", "cp932", "gb18030", "cp949", "big5hkscs"):
         text = sample.decode(encoding, "replace")
         wide = [c for c in text if c >= "\x80"]
@@ -392,7 +392,12 @@ def detect_encoding(data):
         score = common / len(wide) * (2 * len(wide) / max(high, 1) > 0.9)
         if score > best_score:
             best, best_score = encoding, score
+    # Letters beyond ASCII stand alone in Latin words, and side by side in those of other scripts.
+    beside = sum(map(len, re.findall(rb"[\x80-\xff]{2,}", sample)))
+    latin = beside < 0.5 * high
     for encoding, letters in DETECTED.items():
+        if latin != (encoding in ("cp1250", "cp1252", "cp1254")):
+            continue
         text = sample.decode(encoding, "replace")
         wide = [c for c in text if c >= "\x80" and c not in "\xa0\u2013\u2019\u201c\u201d"]
         head = set(letters[:12] if len(letters) > 20 else letters)
@@ -406,7 +411,8 @@ def detect_encoding(data):
 EAST_ASIAN = {
     "euc_jp": re.compile("[ぁ-んァ-ヶー、。]"), "cp932": re.compile("[ぁ-んァ-ヶー、。]"),
     "gb18030": re.compile("[的一是不了在人有我他这中大来上国个到说们为子和你地出道也时年得就那要下，。、]"),
-    "cp949": re.compile("[가-힣]"),
+    "cp949": re.compile("[이다의는에을가를한고지로하사은도기으서어자대시인리해있스아나그정수보일부"
+                        "라것상전제구장만과주니들마면여와게습기유성원했]"),
     "big5hkscs": re.compile("[的一是不了在人有我他這中大來上國個到說們為子和你地出道也時年得就那要下，。、]"),
 }
 
@@ -1712,7 +1718,7 @@ class Run:
                     break
         self.judge = Judge(args)
         self.args.judge = self.judge
-        self.stop = []
+        self.stop, self.lock = [], None
 
     def prepare(self):
         """Makes the folder, keeps others out of it, and checks that it is of the same run."""
@@ -2063,10 +2069,10 @@ class Finish:
                             and "shares words with the validation text", notes, text):
                         continue
                     data = text.encode()
-                    clean.write(data + f"\n{bpe.END_OF_TEXT}\n".encode())
+                    clean.write(data + bpe.END_OF_TEXT.encode())
                     kept.write(json.dumps(notes | {"start": start, "bytes": len(data)}).encode()
                                + b"\n")
-                    start += len(data) + len(bpe.END_OF_TEXT) + 2
+                    start += len(data) + len(bpe.END_OF_TEXT)
 
 
 @contextmanager
@@ -2237,7 +2243,12 @@ def run(args):
     args.languages = [code for code in args.languages.split(",") if code not in ("", "any")]
     args.rules = [name for name in args.rules.split(",") if name not in ("", "none")]
     args.num_workers = bpe.default_workers(args.num_workers)
-    return Run(args).run()
+    job = Run(args)
+    try:
+        return job.run()
+    finally:
+        if job.lock:
+            job.lock.close()
 
 
 def extract(args):
