@@ -245,14 +245,18 @@ class FastText:
         if n_pruned >= 0:
             pruned = np.full(args["bucket"], -1, np.int32)
             pairs = file.array("<i4", 2 * n_pruned).reshape(-1, 2)
-            pruned[pairs[:, 0]] = pairs[:, 1]
+            pruned[pairs[:, 0] % max(1, args["bucket"])] = pairs[:, 1]
         quantised = file.numbers("?")
         inputs = read_matrix(file, quantised)
         output = read_matrix(file, file.numbers("?") and quantised)
         output = np.ascontiguousarray(output.rows(np.arange(output.shape[0])))
-        if file.at != file.size:
-            raise ValueError(f"{path} must end after its matrices, got {file.size - file.at} bytes "
-                             "more; copy it again")
+        rows = n_words + (n_pruned if n_pruned >= 0 else args["bucket"])
+        if file.at != file.size or inputs.shape != (rows, args["dim"]) or (
+                output.shape != (n_labels, args["dim"])) or (
+                n_pruned > 0 and not 0 <= pairs[:, 1].min() <= pairs[:, 1].max() < n_pruned):
+            raise ValueError(f"{path} must end after matrices of {rows} and {n_labels} rows of "
+                             f"{args['dim']}, got {inputs.shape}, {output.shape} and "
+                             f"{file.size - file.at} bytes more; copy it again")
         labels = [entry[0].removeprefix(LABEL_PREFIX).decode("utf-8", "surrogateescape")
                   for entry in entries[n_words:]]
         model = cls(args, [entry[0] for entry in entries[:n_words]], labels,
@@ -953,7 +957,7 @@ def classify_quality(text, model=None):
 
 # ---------------------------------------------------------------- equal keys, in bounded memory
 
-SORT_BYTES = 40  # of memory that sorting takes a key
+SORT_BYTES = 112  # of memory that sorting takes a key, measured at 10 million
 
 
 def sorted_slices(blocks, count, memory_bytes):
