@@ -518,7 +518,7 @@ UNSEEN_BIT = 1 << (len(GROUPS) + len(TAG_BITS))
 def attribute_groups(attributes):
     """Returns the bits of GROUPS that an element's class, id, role and style speak of."""
     bits = 0
-    for name, value in ATTRIBUTE.findall(attributes):
+    for name, value in ATTRIBUTE.findall(attributes[:2000]):
         name, value = name.lower(), value.strip("\"'")
         if name == "style":
             squeezed = value.replace(" ", "").lower()
@@ -615,7 +615,7 @@ def parse_html(html, alt_texts=True):
             if KINDS.get(name[1:].lower()) == SKIP:
                 continue
             text = ""
-        if text:
+        if text and (parts or preformatted or not text.isspace()):
             parts.append(text)
             if link_depth:
                 link_chars += len(text)
@@ -969,6 +969,7 @@ PHONE = re.compile(
     rf"|[2-9]\d\d(?P<s>{DASH}|[ ]-[ ])\d{{3}}(?:(?P=s)|-)\d{{4}}|(?P<bare>[2-9]\d\d\d{{7}}))"
     rf"(?:(?: ?x| ?ext\.? ?| ?extension ?)\d{{1,6}})?"
     rf"(?![\w@]|[-=]\w|/[^\W\d]|\.\d|[ ,:]\d{{4}}\b|%)", re.IGNORECASE)
+MAYBE_PHONE = re.compile(rf"\d\d\d(?:{DASH}| - )?\d\d\d\d")  # every match of the others has one
 AFTER_DIGIT = re.compile(DASH)
 PLUS_PHONE = re.compile(rf"(?<![\w+])\+1{DASH}?(?:\([2-9]\d\d\)|[2-9]\d\d){DASH}?\d{{3}}{DASH}?\d{{4}}"
                         rf"(?!\w|[-.]\d)")
@@ -987,6 +988,7 @@ BARE_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{BARE_IDENTIFIER}){AFTER_IDENTIFIER
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 IP = re.compile(rf"(?<![\w.])(?<![A-Za-z][-/_])(?<!\d[,:/-])(?:{OCTET}\.){{3}}{OCTET}"
                 rf"(?!\w|\.\w|-[A-Za-z]|,\d)")
+MAYBE_IP = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
 VERSION_CONTEXT = re.compile(
     r"(?<![A-Za-z])(?:version|versions|ver|v|release|released|build|firmware|revision|rev|section|sections|§|chapter|"
     r"clause|paragraph|rule|article|figure|table|appendix|item|oid|driver|update|upgrade[d]?|patch|"
@@ -1057,8 +1059,13 @@ def mask_phone_numbers(text):
     >>> mask_phone_numbers("call (283)-182-3829")
     ('call |||PHONE_NUMBER|||', 1)
     """
+    if not MAYBE_PHONE.search(text):
+        return text, 0
+
     def once(text):
-        text, plus = mask_matches(PLUS_PHONE, text, PHONE_MASK, lambda match, last: True)
+        plus = 0
+        if "+1" in text:
+            text, plus = mask_matches(PLUS_PHONE, text, PHONE_MASK, lambda match, last: True)
         text, count = mask_matches(PHONE, text, PHONE_MASK, is_phone)
         return text, plus + count
 
@@ -1076,13 +1083,14 @@ def mask_ips(text):
     >>> mask_ips("from 192.0.2.146, version 1.2.3.4")
     ('from |||IP_ADDRESS|||, version 1.2.3.4', 1)
     """
+    if not MAYBE_IP.search(text):
+        return text, 0
     return mask_until_stable(text, lambda t: mask_matches(IP, t, IP_MASK, is_ip))
 
 
 # ---------------------------------------------------------------- stage 6: rules
 
-SYMBOLS_ONLY = re.compile(r"(?<!\S)[^\w\s]+(?!\S)")
-NO_LETTER = re.compile(r"(?<!\S)(?:[^\w\s]|[\d_])+(?!\S)")
+LETTER, LETTER_OR_DIGIT = re.compile(r"[^\W\d_]"), re.compile(r"\w")
 ELLIPSES = ("...", "…", ". . .")
 BULLETS = ("•", "-", "*", "●", "‣", "▪", "◦")
 STOP_WORDS = frozenset(["the", "be", "to", "of", "and", "that", "have", "with"])
@@ -1108,8 +1116,12 @@ class Document:
         return len(self.all_words) - len(self.symbols)
 
     @cached_property
+    def without_letters(self):
+        return [w for w in self.all_words if not w.isalpha() and not LETTER.search(w)]
+
+    @cached_property
     def symbols(self):
-        return SYMBOLS_ONLY.findall(self.text)
+        return [w for w in self.without_letters if not LETTER_OR_DIGIT.search(w)]
 
     @cached_property
     def lines(self):
@@ -1140,8 +1152,8 @@ def ellipsis_lines(document, high=0.3):
 
 def words_with_a_letter(document, low=0.8):
     """At least 80 % of the words have a letter.  source: [3]"""
-    without = len(NO_LETTER.findall(document.text))
-    return len(document.all_words) - without >= low * len(document.all_words)
+    words = len(document.all_words)
+    return words - len(document.without_letters) >= low * words
 
 
 def symbol_to_word_ratio(document, high=0.1):
@@ -1729,7 +1741,8 @@ class Run:
             raise ValueError(f"--out_dir must be a folder to write into, got {self.out_dir} "
                              f"({error.strerror}); choose another") from None
         lock_file(self.lock, self.out_dir)
-        ignore = ("input", "out_dir", "num_workers", "overwrite", "judge", "verb", "function")
+        ignore = ("input", "out_dir", "num_workers", "overwrite", "judge", "verb", "function",
+                  "tokenizer", "vocab_size")  # the last step is always done anew
         plan = {"inputs": [[path, os.path.getsize(path) if "://" not in path else None]
                            for path in self.inputs],
                 "flags": {k: v for k, v in vars(self.args).items() if k not in ignore}}
@@ -1856,8 +1869,6 @@ class Run:
         """Returns what write_tokens says of tokens.bin, made with a tokenizer given or trained."""
         text, path = self.out_dir / "clean.txt", self.out_dir / "tokenizer.json"
         tokenizer = self.tokenizer
-        if tokenizer is None and path.exists():
-            tokenizer = bpe.Tokenizer.load(path)
         if tokenizer is None:
             vocab, merges = bpe.train_bpe(text, self.args.vocab_size, [bpe.END_OF_TEXT],
                                           self.args.num_workers)
