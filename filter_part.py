@@ -47,9 +47,11 @@ FASTTEXT_ARGS = ("dim", "ws", "epoch", "min_count", "neg", "word_ngrams", "loss"
                  "bucket", "minn", "maxn", "lr_update_rate")
 END_OF_LINE = b"</s>"  # fastText's word for the end of each line
 LABEL_PREFIX = b"__label__"
+ENTRY = struct.Struct("<qb")  # after a word and its zero byte: its count, 0 a word or 1 a label
 MAX_CACHED_IDS = 1 << 23  # n-gram ids of words that a model remembers: 64 MB
 BATCH_BYTES = 1 << 20  # of text that predict looks at together
-OUTPUT_SCALE = 4  # length of an untrained label row: on two sets never behind the library, 1 is
+# Length of an untrained label row: the larger, the sooner it learns; 1 to 4 end within 0.002 AUC.
+OUTPUT_SCALE = 4
 BLOCK_FLOATS = 1 << 20  # of rows that are gathered at a time
 
 
@@ -88,9 +90,6 @@ class ModelFile:
             found.append((window[self.at - start:end], *ENTRY.unpack_from(window, end + 1)))
             self.at = start + end + 10
         return found
-
-
-ENTRY = struct.Struct("<qb")
 
 
 class DenseMatrix:
@@ -1131,8 +1130,11 @@ class WordHashes(dict):
     filled as words come: what normalize_for_dedup does to a text, once a word."""
 
     def __missing__(self, word):
-        normalized = normalize_for_dedup(word).encode("utf-8", "surrogatepass")
-        self[word] = value = int.from_bytes(hash_bytes(normalized), "little") if normalized else 0
+        plain = word.lower()
+        if not (plain.isascii() and plain.isalnum()):  # else nothing more is done to it
+            plain = normalize_for_dedup(plain)
+        data = plain.encode("utf-8", "surrogatepass")
+        self[word] = value = int.from_bytes(hash_bytes(data), "little") if data else 0
         return value
 
 
@@ -1632,6 +1634,49 @@ def dedup(args):
           f"clusters | {report['documents'] / seconds:,.0f} documents/s | {seconds:.1f} s")
 
 
+def bench_texts(count, words, seed=0):
+    """Returns random texts of words as frequent as in real ones: the n-th in 1 / n of places."""
+    rng = np.random.default_rng(seed)
+    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
+    vocabulary = ["".join(letters[(rng.random(rng.integers(2, 11)) ** 2 * 26).astype(int)])
+                  for _ in range(30_000)]
+    ranks = np.exp(rng.random((count, words)) * math.log(len(vocabulary))).astype(int)
+    return [" ".join(map(vocabulary.__getitem__, row)) for row in ranks]
+
+
+def bench(args):
+    """Times what is written here, on random texts: language, models, lines, signatures."""
+    texts = bench_texts(args.documents, 1261)
+    n_bytes = sum(map(len, texts))
+    model, _ = train_fasttext(texts[:20], ["a", "b"] * 10, dim=16, word_ngrams=1, minn=2, maxn=4)
+    assert model.predict(texts[:5]) == [model.predict([text])[0] for text in texts[:5]]
+    minhash = MinHash(128, 16)
+    a, b = (minhash.shingle_set(text) for text in texts[:2])
+    x = [int(s) >> 32 for s in a]
+    assert minhash.signature(a).tolist() == [
+        min((int(f) * v + int(o)) % 2**32 for v in x)
+        for f, o in zip(minhash.factors[:, 0], minhash.offsets[:, 0], strict=True)]
+    assert jaccard(a, b) == len(set(a) & set(b)) / len(set(a) | set(b))
+    jobs = {"fasttext_mb_s": lambda: model.predict(texts),
+            "language_mb_s": lambda: [identify_by_rules(text) for text in texts],
+            "word_list_mb_s": lambda: [word_list_score(text, TOXIC_WORDS) for text in texts],
+            "minhash_documents_s": lambda: [minhash.keys(text) for text in texts]}
+    print(f"{len(texts)} texts of 1,261 words, {n_bytes / 1e6:.1f} MB, one process, "
+          f"{args.repeats} repeats after one that fills caches; of CPU time")
+    result = {}
+    for name, job in jobs.items():
+        amount, times = len(texts) if name.endswith("documents_s") else n_bytes / 1e6, []
+        for _ in range(args.repeats + 1):
+            started = time.process_time()
+            job()
+            times.append(time.process_time() - started)
+        rates = sorted(amount / t for t in times[1:])
+        result[name] = round(float(np.median(rates)), 2)
+        print(f"{name:<22}{result[name]:>10,.2f}  ({rates[0]:,.2f} to {rates[-1]:,.2f}, first "
+              f"{amount / times[0]:,.2f})")
+    print(json.dumps(result))
+
+
 TRAINING = {"dim": 50, "epoch": 5, "lr": 0.1, "word_ngrams": 2, "bucket": 200_000, "minn": 0,
             "maxn": 0, "min_count": 1}
 
@@ -1641,12 +1686,14 @@ def build_parser():
     parser = argparse.ArgumentParser(prog="filter_part.py", description=__doc__.split("\n", 1)[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     add = {}
-    for verb in (classify, dedup):
+    for verb in (classify, dedup, bench):
         sub = verbs.add_parser(verb.__name__, help=verb.__doc__)
         sub.set_defaults(run=verb)
         add[verb] = sub.add_argument
     add_classify_flags(add[classify])
     add_dedup_flags(add[dedup])
+    add[bench]("--documents", type=int, default=300)
+    add[bench]("--repeats", type=int, default=5)
     return parser
 
 

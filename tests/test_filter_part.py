@@ -457,3 +457,10 @@ def test_the_verbs_train_label_and_dedup(tmp_path, capsys):
     assert f"{len(kept)} of 100 documents kept" in capsys.readouterr().out
     gone = (tmp_path / "gone.jsonl").read_text().splitlines()
     assert len(kept) + len(gone) == 100
+
+
+def test_the_bench_checks_itself_and_ends_in_one_line_of_json(capsys):
+    fp.main(["bench", "--documents", "20", "--repeats", "1"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result) == {"fasttext_mb_s", "language_mb_s", "word_list_mb_s",
+                           "minhash_documents_s"} and min(result.values()) > 0
