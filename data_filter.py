@@ -722,17 +722,12 @@ def layout(page, keep=None):
     return "".join(out).strip("\n")
 
 
-# ---------------------------------------------------------------- stage 2: main content
-
 MAX_BLOCKS = 20_000  # of a page that are judged; what follows is dropped in mode "main"
-BOILERPLATE = frozenset(
-    ["copyright", "©", "©2024", "©2025", "reserved", "reserved.", "privacy", "cookie", "cookies", "subscribe", "newsletter", "login", "log", "sign", "share", "follow", "click", "leave", "related", "comments", "comment", "advertisement", "sponsored", "skip", "cart", "posted", "published", "updated", "tags", "tags:", "filed", "previous", "powered", "register", "password", "email", "e-mail", "view", "menu", "search", "faq", "contact", "terms", "unsubscribe", "signup", "read", "more", "reply"])
-DATE_LINE = re.compile(r"\b(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.? \d|\b(?:19|20)"
-                       r"\d\d\b| ago\b|^[Bb]y ")
 WORD = re.compile(r"\w+")
 ARTICLE_BODY = re.compile(r'"articleBody"\s*:\s*"((?:[^"\\]|\\.){0,400000}+)"')
-BLOCK_TAGS = ("p", "li", "h1", "h2", "h3", "h4", "td", "dd", "pre", "blockquote", "div", "span",
-              "figcaption", "section", "article", "a", "label", "body")
+HEADINGS = ("h1", "h2", "h3", "h4")
+NOT_CONTENT = ("<nav>", "<footer>", "side", "comment", "share", "related", "ads", "cookie")
+ALL_BITS = GROUPS | {f"<{name}>": bit for name, bit in TAG_BITS.items()}
 
 
 def article_body(html):
@@ -754,178 +749,113 @@ def neighbours(values, offsets):
     out = np.zeros(len(values))
     for offset in offsets:
         if offset > 0:
-            out[:-offset or None] += values[offset:]
+            out[:-offset] += values[offset:]
         else:
             out[-offset:] += values[:offset]
     return out
 
 
-def block_features(page, body=""):
-    """Returns {name: (number of blocks) float array} that tells main content from the rest."""
+def text_below(page, words):
+    """Returns the words of each element and all below it. words: of the blocks, a float array"""
+    total = np.zeros(len(page.parents))
+    np.add.at(total, page.nodes[:len(words)], words)
+    total = total.tolist()
+    for n in range(len(total) - 1, 0, -1):  # children come after their parents
+        total[page.parents[n]] += total[n]
+    return total
+
+
+def best_element(page, words):
+    """Returns the lowest element that still holds most of the clean text, as a bool per element
+    (it and those below), and the share of the text that each element holds."""
+    total = text_below(page, words)
+    heaviest, children = 0, {}
+    for n in range(1, len(total)):
+        if total[n] > total[children.get(page.parents[n], 0)] or page.parents[n] not in children:
+            children[page.parents[n]] = n
+    while (below := children.get(heaviest)) and total[below] >= 0.7 * total[heaviest] > 0 \
+            and page.names[below] not in ("p", "pre", "blockquote"):
+        heaviest = below
+    inside = [n == heaviest for n in range(len(total))]
+    for n in range(heaviest + 1, len(total)):
+        inside[n] = inside[page.parents[n]]
+    return np.array(inside), np.array(total) / max(total[0], 1)
+
+
+def block_features(page):
+    """Returns {name: (blocks,) array}: what tells a page's main content from the rest of it."""
     B = min(len(page.texts), MAX_BLOCKS)
-    texts = page.texts[:B]
-    nodes = np.array(page.nodes[:B], int)
-    parents = np.array(page.parents)
-    inherited, own = np.array(page.inherited), np.array(page.own)
-    words = np.array([t.count(" ") + 1 for t in texts], float)
-    chars = np.array([len(t) for t in texts], float)
+    texts, nodes, parents = page.texts[:B], np.array(page.nodes[:B]), np.array(page.parents)
+    words = np.array([text.count(" ") + 1 for text in texts], float)
+    chars = np.array([len(text) for text in texts], float)
     link = np.minimum(np.array(page.links[:B]) / chars, 1.0)
-    ends = np.array([t[-1] in ".!?:\"”…»。)" and t[-1] != ")" for t in texts], float)
-    commas = np.array([t.count(",") + t.count("，") for t in texts], float)
-    f = {"bias": np.ones(B)}
-    edges = [0, 2.5, 5.5, 10.5, 20.5, 40.5, 80.5]
-    for low, high in zip(edges, [*edges[1:], np.inf], strict=True):
-        f[f"words>{low:.0f}"] = (words > low) & (words <= high)
-    f["link>.9"], f["link.5-.9"] = link > 0.9, (link > 0.5) & (link <= 0.9)
-    f["link.2-.5"], f["link<.2"] = (link > 0.2) & (link <= 0.5), (link > 0) & (link <= 0.2)
-    f["ends"], f["commas"] = ends, np.log1p(commas)
-    f["ends,long"] = ends * (words > 10)
-    speaks = [len(BOILERPLATE.intersection(t.lower().split())) if len(t) < 300 else 0 for t in texts]
-    f["boilerplate"] = np.array(speaks) > 0
-    f["boilerplate,short"] = f["boilerplate"] & (words < 12)
-    f["boilerplate,dense"] = np.array(speaks) / words
-    f["date"] = np.array([bool(len(t) < 80 and DATE_LINE.search(t)) for t in texts])
+    ends = np.array([text[-1] in ".!?:\"”…»。" for text in texts])
     tags = [page.names[n] for n in page.nodes[:B]]
-    codes = np.array([BLOCK_TAGS.index(t) if t in BLOCK_TAGS else -1 for t in tags])
-    for code, tag in enumerate(BLOCK_TAGS):
-        f[f"<{tag}>"] = codes == code
-    f["heading"] = (codes >= 2) & (codes <= 5)
-    bits = inherited[nodes]
-    for name, bit in [*GROUPS.items(), *TAG_BITS.items()]:
-        if name != "ol":
-            f[f"in {name}"] = (bits & bit) > 0
-    near = own[nodes] | own[parents[nodes]]
-    for name, bit in GROUPS.items():
-        f[f"near {name}"] = (near & bit) > 0
-    f["unseen"] = (bits & UNSEEN_BIT) > 0
-    bad = f["in nav"] | f["in footer"] | f["in side"] | f["in comment"] | f["in share"] | \
-        f["in related"] | f["in ads"] | f["in cookie"] | f["unseen"]
-    f["bad"] = bad
-    good = words * (link < 0.3) * (words > 8) * (0.3 + 0.7 * ends)
-    for name in ("comment", "thread", "item", "related", "side", "form", "hidden"):
-        inside = f[f"in {name}"]
-        share = (good * inside).sum() / max(good.sum(), 1)
-        f[f"mostly {name}"] = inside * (share > 0.5)
-        f[f"mostly {name},out"] = ~inside * (share > 0.5)
-    mostly = f["mostly comment"] | f["mostly related"] | f["mostly side"] > 0
-    bad = bad & ~mostly
+    bits = np.array(page.inherited)[nodes]
+    features = {f"in {name}": (bits & ALL_BITS[name]) > 0 for name in IN_ELEMENTS}
+    good = words * (link < 0.3) * (words > 8) * (0.3 + 0.7 * ends)  # prose, more or less
+    mostly = {name: (good * features[f"in {name}"]).sum() > 0.5 * max(good.sum(), 1)
+              for name in ("item", "hidden", "comment", "related", "side")}
+    unseen = (bits & UNSEEN_BIT) > 0
+    bad = np.logical_or.reduce([features[f"in {name}"] for name in NOT_CONTENT]) | unseen
+    for name in ("comment", "related", "side"):  # where nearly all text is, it is the content
+        if mostly[name]:
+            bad &= ~features[f"in {name}"]
     clean = good * ~bad
-    # Text of each element's subtree: children come after their parents, so one pass upwards does.
-    N = len(parents)
-    total = np.zeros(N)
-    np.add.at(total, nodes, clean)
-    share_of = total.tolist()
-    for n in range(N - 1, 0, -1):
-        share_of[page.parents[n]] += share_of[n]
-    total = np.array(share_of)
-    everything = max(total[0], 1.0)
-    # The content element: from the root down to where no child holds most of the text.
-    content = best_element(page, share_of)
-    inside = np.zeros(N, bool)
-    inside[content] = True
-    inside_list = inside.tolist()
-    for n in range(content + 1, N):
-        inside_list[n] = inside_list[page.parents[n]]
-    inside_list[content] = True
-    inside = np.array(inside_list)[nodes]
-    f["in best"] = inside
-    f["in best,link"] = inside & (link > 0.5)
-    f["in best,bad"] = inside & bad
-    where = np.flatnonzero(inside)
-    index = np.arange(B)
-    first, last = (where[0], where[-1]) if len(where) else (0, B)
-    f["before best"], f["after best"] = index < first, index > last
-    strong = np.flatnonzero((clean > 15) & inside)
-    first, last = (strong[0], strong[-1]) if len(strong) else (0, B)
-    f["before text"], f["after text"] = inside & (index < first), inside & (index > last)
-    above = nodes
-    for level in ("parent", "above", "above2"):
-        f[f"share {level}"] = total[above] / everything
-        f[f"text {level}"] = np.log1p(total[above])
-        above = parents[above]
-    for name, offsets in (("prev", (-1,)), ("next", (1,)), ("prev4", (-2, -3, -4)),
-                          ("next4", (2, 3, 4)), ("prev10", range(-10, -4)),
-                          ("next10", range(5, 11))):
-        f[f"good {name}"] = np.log1p(neighbours(good, offsets))
-        f[f"links {name}"] = neighbours(link > 0.5, offsets) / len(offsets)
-        f[f"words {name}"] = np.log1p(neighbours(words, offsets))
-    h1 = np.flatnonzero(codes == 2)
-    f["before h1"] = index < h1[0] if len(h1) else np.zeros(B)
-    f["no h1"] = np.full(B, not len(h1))
-    place = np.cumsum(words) / words.sum()
-    for limit in (0.02, 0.1, 0.25):
-        f[f"place<{limit}"] = place < limit
-    for limit in (0.75, 0.9, 0.97):
-        f[f"place>{limit}"] = place > limit
-    counts = Counter(texts)
-    f["repeated"] = np.array([counts[t] > 1 for t in texts])
-    paths = [(page.names[n], page.own[n], page.names[page.parents[n]], page.own[page.parents[n]])
+    inside, share = best_element(page, clean)
+    inside = inside[nodes]
+    index, places = np.arange(B), np.cumsum(words) / words.sum()
+    last = np.flatnonzero(inside)[-1:]
+    h1 = tags.index("h1") if "h1" in tags else 0
+    texts_alike = Counter(texts)
+    looks = [(page.names[n], page.own[n], page.names[page.parents[n]], page.own[page.parents[n]])
              for n in page.nodes[:B]]
-    alike = Counter(paths)
-    f["alike"] = np.log(np.array([alike[p] for p in paths]))
-    f["alike,short"] = f["alike"] * (words < 6)
-    f["alike,long"] = f["alike"] * (words > 15)
-    poor = np.exp(-everything / 150)
-    f["poor"] = np.full(B, poor)
-    f["poor,link"], f["poor,short"] = poor * (link > 0.5), poor * (words < 6)
-    f["poor,in"] = poor * inside
-    rich = np.log1p(everything) / 7
-    f["rich"] = np.full(B, rich)
-    f["rich,link"], f["rich,short"] = rich * (link > 0.5), rich * (words < 6)
-    f["digits"] = np.array([sum(map(t[:60].count, "0123456789")) / min(len(t), 60) for t in texts])
-    f["upper"] = np.array([len(t) > 3 and t.isupper() for t in texts])
-    f["body"] = f["no body"] = np.zeros(B)
-    if body:
-        squeezed = "".join(WORD.findall(body.lower()))
-        has = np.array(["".join(WORD.findall(t.lower())) in squeezed for t in texts])
-        f["body"], f["no body"] = has & (words > 1), ~has
-    return {name: np.asarray(value, float) for name, value in f.items()}
+    looks_alike = Counter(looks)
+    alike = np.log(np.array([looks_alike[look] for look in looks]))
+    return features | {
+        "bias": np.ones(B), "words<3": words < 3, "words 41-80": (words > 40) & (words <= 80),
+        "link>.9": link > 0.9, "link<.2": (link > 0) & (link <= 0.2), "ends": ends,
+        "ends,long": ends & (words > 10), "p": [tag == "p" for tag in tags],
+        "h3": [tag == "h3" for tag in tags], "div": [tag == "div" for tag in tags],
+        "heading": [tag in HEADINGS for tag in tags], "unseen": unseen, "bad": bad,
+        "mostly item,out": ~features["in item"] & mostly["item"],
+        "mostly hidden": features["in hidden"] & mostly["hidden"],
+        "in best": inside, "in best,bad": inside & bad,
+        "after best": index > last[0] if len(last) else np.zeros(B),
+        "share above": share[parents[parents[nodes]]],
+        "link before": neighbours(link > 0.5, (-1,)), "good after": np.log1p(neighbours(good, (1,))),
+        "before h1": index < h1, "place>.75": places > 0.75, "place>.9": places > 0.9,
+        "repeated": [texts_alike[text] > 1 for text in texts], "alike": alike,
+        "alike,short": alike * (words < 6), "rich": np.full(B, np.log1p(clean.sum()) / 7),
+    }
 
 
-def best_element(page, text_of):
-    """Returns the element that holds nearly all clean text and little else.
-
-    text_of: list, words of clean text in each element and below
-    """
-    children = {}
-    for n in range(1, len(page.parents)):
-        if text_of[n] > 0:
-            children.setdefault(page.parents[n], []).append(n)
-    node = 0
-    while below := children.get(node):
-        heaviest = max(below, key=text_of.__getitem__)
-        if text_of[heaviest] < 0.7 * text_of[node]:
-            break
-        if page.names[heaviest] in ("p", "pre", "blockquote"):
-            break
-        node = heaviest
-    return node
+IN_ELEMENTS = ("<nav>", "<footer>", "<header>", "<form>", "<main>", "<figure>", "<ul>", "cookie",
+               "hidden", "content", "item", "side", "comment", "share", "related", "ads")
 
 
 # Log odds of a block to be main content, fitted by logistic regression to half the pages of [7]
 # (those with an even place in the development set), without the features that hardly told.
 WEIGHTS = {
-    "bias": 0.68, "words>0": 0.56, "words>40": 0.69, "link>.9": -0.47, "link<.2": -0.64,
-    "ends": 0.47, "ends,long": 0.49, "<p>": -0.35, "<h3>": 0.53, "<div>": -0.55, "heading": 0.71,
-    "in nav": -0.58, "in footer": -0.86, "in header": -0.65, "in cookie": -0.72, "in hidden": -0.96,
-    "in form": -1.27, "in content": 0.48, "in item": -0.48, "in main": 0.34, "in figure": -1.29,
-    "in ul": 0.29, "unseen": 0.84, "bad": -0.44, "mostly item,out": -0.54, "mostly hidden": 0.97,
-    "in best": 0.9, "in best,bad": -0.95, "after best": -1.26, "share above2": 1.07,
-    "links prev": -0.43, "good next": 0.16, "before h1": -1.12, "place>0.75": -0.58,
-    "place>0.9": -0.46, "repeated": 0.38, "alike": 0.38, "alike,short": -0.15, "rich": -1.71,
+    "bias": 0.49, "in <nav>": -0.57, "in <footer>": -0.86, "in <header>": -0.71, "in <form>": -1.22,
+    "in <main>": 0.29, "in <figure>": -1.38, "in <ul>": 0.34, "in cookie": -0.87, "in hidden": -0.9,
+    "in content": 0.53, "in item": -0.46, "in side": -0.36, "in comment": -0.68, "words<3": 0.56,
+    "words 41-80": 0.71, "link>.9": -0.49, "link<.2": -0.66, "ends": 0.46, "ends,long": 0.49,
+    "p": -0.32, "h3": 0.51, "div": -0.46, "heading": 0.72, "unseen": 0.77, "bad": -0.38,
+    "mostly item,out": -0.53, "mostly hidden": 0.99, "in best": 0.84, "in best,bad": -0.92,
+    "after best": -1.28, "share above": 1.05, "link before": -0.42, "good after": 0.17,
+    "before h1": -1.16, "place>.75": -0.58, "place>.9": -0.46, "repeated": 0.35, "alike": 0.4,
+    "alike,short": -0.16, "rich": -1.6,
 }
 THRESHOLD = -0.25  # of the log odds: text that is missed costs more than text too much
 
 
-def main_content(page, body=""):
-    """Returns a bool array: which blocks of a page are main content.
-
-    body: the articleBody of the page's JSON-LD, whose words speak for a block
-    """
+def main_content(page):
+    """Returns a bool array: which blocks of a page are main content."""
     if not page.texts:
         return np.zeros(0, bool)
-    features = block_features(page, body)
-    odds = sum(weight * features[name] for name, weight in WEIGHTS.items())
+    features = block_features(page)
+    odds = np.array(list(WEIGHTS.values())) @ np.array([features[name] for name in WEIGHTS], float)
     keep = odds > THRESHOLD
     if not keep.any():
         keep = odds >= odds.max()
@@ -948,7 +878,7 @@ def extract_text_from_html_bytes(html_bytes, mode="plain", content_type=None):
     if mode == "plain":
         return layout(page)
     body = article_body(html)
-    text = layout(page, main_content(page, body))
+    text = layout(page, main_content(page))
     if len(body) > 400 and len(text) < 0.6 * len(body):  # a page that a script would have filled
         return body
     return text
