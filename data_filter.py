@@ -1344,8 +1344,8 @@ class Judge:
             out, reason = None, "time limit"
         except MemoryError:
             out, reason = None, "memory limit"
-        except RecursionError:
-            out, reason = None, "nesting limit"
+        except Exception as error:  # whatever a page does, it costs that page: named in the report
+            out, reason = None, f"error {type(error).__name__}"
         count[4] += time.perf_counter() - started
         if reason is None:
             count[2] += 1
@@ -1564,10 +1564,8 @@ def work(number, path, options, folder, shared, skipped, errors):
         if fetched and not stop:
             local.unlink()
     except (ValueError, OSError) as error:
-        errors.put((number, f"{error}"))
-        errors.close()
-        errors.join_thread()
-        os._exit(1)
+        errors.put((number, str(error)))
+        sys.exit(1)
 
 
 # ---------------------------------------------------------------- inputs
@@ -1713,10 +1711,7 @@ class Run:
                     active[number] = self.start_worker(context, number, errors)
                 time.sleep(0.02)
                 for number, (process, shared) in list(active.items()):
-                    self.watch(number, process, shared, active, waiting, deaths)
-                if not errors.empty():
-                    number, message = errors.get()
-                    raise OSError(f"{self.inputs[number]}: {message}")
+                    self.watch(number, process, shared, active, waiting, deaths, errors)
                 if self.stop:
                     for process, _ in active.values():
                         process.terminate()
@@ -1739,7 +1734,7 @@ class Run:
         process.start()
         return process, shared
 
-    def watch(self, number, process, shared, active, waiting, deaths):
+    def watch(self, number, process, shared, active, waiting, deaths, errors):
         """Sees to one worker: done, stuck, or dead."""
         place = (number, int(shared[0]), int(shared[2]))
         if process.is_alive():
@@ -1751,8 +1746,14 @@ class Run:
                 return
         process.join()
         del active[number]
-        if process.exitcode in (0, 1) or self.stop:
+        if self.stop or process.exitcode == 0 and Shard(self.parts, number).state["done"]:
             return
+        if process.exitcode == 0:  # someone else stopped it
+            waiting.append(number)
+            return
+        if process.exitcode == 1:
+            number, message = errors.get() if not errors.empty() else (number, "see above")
+            raise OSError(f"{self.inputs[number]}: {message}")
         deaths[place] += 1
         if deaths[place] > 1 and shared[2] >= 0:  # twice at one record: it is the record
             skip = self.parts / f"{number:05d}.skip"

@@ -379,6 +379,17 @@ def test_the_result_does_not_depend_on_the_number_of_workers(warc, tmp_path):
     assert digest(tmp_path / "1") == digest(tmp_path / "3")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo and torchrun, tried on Linux only")
+def test_two_ranks_give_what_one_gives(warc, tmp_path):
+    write_warc(tmp_path / "b.warc.gz", [response(page(n)) for n in (1, 2, 30, 31)])
+    run(tmp_path / "*.warc.gz", tmp_path / "one")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                    "2", str(ROOT / "data_filter.py"), "run", "--input", str(tmp_path / "*.warc.gz"),
+                    "--out_dir", str(tmp_path / "two"), "--num_workers", "1", "--vocab_size", "300"],
+                   check=True, timeout=300, capture_output=True)
+    assert digest(tmp_path / "two") == digest(tmp_path / "one")
+
+
 DRIVER = """
 import sys, time
 import data_filter
@@ -446,6 +457,8 @@ def test_a_page_that_hangs_kills_or_eats_memory_costs_that_page(tmp_path, monkey
                 pass
         if b"Page 3" in data:
             return "x" * (1 << 40)
+        if b"Page 6" in data:
+            raise IndexError
         if b"Page 4" in data:
             os.kill(os.getpid(), signal.SIGKILL)
         if b"Page 5" in data:
@@ -459,8 +472,9 @@ def test_a_page_that_hangs_kills_or_eats_memory_costs_that_page(tmp_path, monkey
     assert run(tmp_path / "a.warc.gz", tmp_path / "out") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     reasons = {r: v["documents"] for stage in report["stages"] for r, v in stage["reasons"].items()}
-    assert reasons == {"time limit": 1, "memory limit": 1, "killed its worker": 2}
-    assert report["stages"][-1]["documents_out"] == 4
+    assert reasons == {"time limit": 1, "memory limit": 1, "killed its worker": 2,
+                       "error IndexError": 1}
+    assert report["stages"][-1]["documents_out"] == 3
 
 
 def test_sigterm_stops_a_run_that_then_goes_on(tmp_path):
