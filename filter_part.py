@@ -52,7 +52,7 @@ MAX_CACHED_IDS = 1 << 23  # n-gram ids of words that a model remembers: 64 MB
 BATCH_BYTES = 1 << 20  # of text that predict looks at together
 # Length of an untrained label row: the larger, the sooner it learns; 1 to 4 end within 0.002 AUC.
 OUTPUT_SCALE = 4
-BLOCK_FLOATS = 1 << 20  # of rows that are gathered at a time
+BLOCK_FLOATS = 1 << 16  # of rows that are gathered at a time
 
 
 class ModelFile:
@@ -101,7 +101,7 @@ class DenseMatrix:
         self.shape = m, n
 
     def rows(self, ids):
-        return self.values[ids]
+        return self.values[ids]  # not np.take, which copies all of what a file has not aligned
 
 
 class QuantMatrix:
@@ -152,6 +152,22 @@ def fnv(data):
     return h
 
 
+def fnv_of_words(words):
+    """Returns `fnv` of each word, (words,) uint32: those of up to 64 bytes a byte at a time of all
+    of them."""
+    lengths = np.fromiter(map(len, words), np.int64, len(words))
+    data = np.frombuffer(b"".join(words), np.int8).astype(np.int32).view(np.uint32)
+    starts = np.cumsum(lengths) - lengths
+    hashes = np.full(len(words), 2166136261, np.uint32)
+    live = np.flatnonzero(lengths <= 64)
+    for k in range(64):
+        live = live[lengths[live] > k]
+        hashes[live] = (hashes[live] ^ data[starts[live] + k]) * np.uint32(16777619)
+    for i in np.flatnonzero(lengths > 64):
+        hashes[i] = fnv(words[i])
+    return hashes
+
+
 def character_ngram_hashes(words, minn, maxn):
     """Returns (hashes, counts): uint32 hashes of the character n-grams of "<word>", all words' in
     a row, and how many each word has. Valid UTF-8 only.
@@ -197,21 +213,31 @@ def expand(starts, lengths):
     return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
 
 
+class WordNumbers(dict):
+    """{word: its number}, in the order in which they are first asked for."""
+
+    def __missing__(self, word):
+        self[word] = number = len(self)
+        return number
+
+
 class FastText:
     """A supervised fastText model in NumPy: what the library answers, without the library.
 
-    args: dict of FASTTEXT_ARGS; words: list of bytes; labels, label_counts: lists by index;
+    args: dict of FASTTEXT_ARGS; words: list of bytes; label_words: list of bytes, labels with
+    their prefix; label_counts: list of int;
     inputs: matrix with `rows`, (words + buckets, dim); output: (labels, dim) float32.
     pruned: None, or (bucket,) int32, the row of each n-gram bucket, -1 where it was dropped.
     """
 
-    def __init__(self, args, words, labels, label_counts, inputs, output, pruned=None):
+    def __init__(self, args, words, label_words, label_counts, inputs, output, pruned=None):
         self.__dict__.update(args)
-        self.args, self.words, self.labels, self.label_counts = args, words, labels, label_counts
+        self.args, self.words, self.label_counts = args, words, label_counts
         self.inputs, self.output, self.pruned = inputs, output, pruned
         self.word_ids = {word: number for number, word in enumerate(words)}
-        self.label_words = {LABEL_PREFIX + label.encode("utf-8", "surrogateescape")
-                            for label in labels}
+        self.label_words = dict.fromkeys(label_words)
+        self.labels = [label.removeprefix(LABEL_PREFIX).decode("utf-8", "surrogateescape")
+                       for label in label_words]
         self.lower = False  # text is to be lower-cased first: of our own models only
         self.forget()
         if self.loss == HS:
@@ -256,10 +282,9 @@ class FastText:
             raise ValueError(f"{path} must end after matrices of {rows} and {n_labels} rows of "
                              f"{args['dim']}, got {inputs.shape}, {output.shape} and "
                              f"{file.size - file.at} bytes more; copy it again")
-        labels = [entry[0].removeprefix(LABEL_PREFIX).decode("utf-8", "surrogateescape")
-                  for entry in entries[n_words:]]
-        model = cls(args, [entry[0] for entry in entries[:n_words]], labels,
-                    [entry[1] for entry in entries[n_words:]], inputs, output, pruned)
+        words, counts = [entry[0] for entry in entries], [entry[1] for entry in entries]
+        model = cls(args, words[:n_words], words[n_words:], counts[n_words:], inputs, output,
+                    pruned)
         notes = Path(f"{path}.json")
         model.lower = notes.exists() and json.loads(notes.read_text("utf-8")).get("lower", False)
         return model
@@ -269,8 +294,8 @@ class FastText:
         args = struct.pack("<2i12id", FASTTEXT_MAGIC, FASTTEXT_VERSION,
                            *(self.args[name] for name in FASTTEXT_ARGS), self.args["t"])
         entries = [(word, count, 0) for word, count in zip(self.words, word_counts, strict=True)]
-        entries += [(LABEL_PREFIX + label.encode("utf-8", "surrogateescape"), count, 1)
-                    for label, count in zip(self.labels, self.label_counts, strict=True)]
+        entries += [(label, count, 1)
+                    for label, count in zip(self.label_words, self.label_counts, strict=True)]
         sizes = struct.pack("<3i2q", len(entries), len(self.words), len(self.labels),
                             self.args["ntokens"], -1)
         temporary = Path(f"{path}.{os.getpid()}.tmp")
@@ -291,7 +316,7 @@ class FastText:
 
     def forget(self):
         """Empties the memory of words: number of each, where its ids lie, its hash."""
-        self.numbers, self.flat = {}, np.empty(1 << 16, np.int64)
+        self.numbers, self.flat = WordNumbers(), np.empty(1 << 16, np.int64)
         self.starts, self.lengths = np.empty(0, np.int64), np.empty(0, np.int64)
         self.hashes, self.is_word = np.empty(0, np.uint64), np.empty(0, bool)
         self.used = 0
@@ -308,11 +333,9 @@ class FastText:
 
     def learn_words(self, words):
         """Remembers the ids of new words: its own, if it has one, then those of its n-grams."""
-        skipped = [word in self.label_words or (word not in self.word_ids
-                                                and word.startswith(LABEL_PREFIX))
-                   for word in words]
-        own = np.array([-1 if skip else self.word_ids.get(word, -1)
-                        for word, skip in zip(words, skipped, strict=True)])
+        own = np.array([self.word_ids.get(word, -1) for word in words])
+        skipped = [word in self.label_words or (word.startswith(LABEL_PREFIX)
+                                                and word not in self.word_ids) for word in words]
         rows, counts = np.empty(0, np.int64), np.zeros(len(words), np.int64)
         whole = [i for i, word in enumerate(words) if not skipped[i] and word != END_OF_LINE]
         if self.maxn > 0 and whole and self.bucket:
@@ -332,10 +355,8 @@ class FastText:
         self.flat[self.used:self.used + len(flat)] = flat
         starts = self.used + np.cumsum(lengths) - lengths
         self.used += len(flat)
-        first = len(self.numbers)
-        self.numbers.update((word, first + i) for i, word in enumerate(words))
-        hashes = np.array([fnv(word) for word in words] if self.word_ngrams > 1 else
-                          [0] * len(words), np.uint32).view(np.int32).astype(np.int64)
+        hashes = (fnv_of_words(words) if self.word_ngrams > 1 else
+                  np.zeros(len(words), np.uint32)).view(np.int32).astype(np.int64)
         self.starts = np.concatenate([self.starts, starts])
         self.lengths = np.concatenate([self.lengths, lengths])
         self.hashes = np.concatenate([self.hashes, hashes.view(np.uint64)])
@@ -366,13 +387,12 @@ class FastText:
         documents = [self.tokens(text) for text in texts]
         if self.used > MAX_CACHED_IDS:
             self.forget()
-        new = list(dict.fromkeys(word for words in documents for word in words
-                                 if word not in self.numbers))
-        if new:
+        numbered = [np.fromiter(map(self.numbers.__getitem__, words), np.int64, len(words))
+                    for words in documents]
+        if new := list(islice(self.numbers, len(self.starts), None)):
             self.learn_words(new)
         found = []
-        for words in documents:
-            numbers = np.fromiter(map(self.numbers.__getitem__, words), np.int64, len(words))
+        for numbers in numbered:
             ids = self.flat[expand(self.starts[numbers], self.lengths[numbers])]
             if self.word_ngrams > 1 and self.bucket:
                 hashes = self.hashes[numbers[self.is_word[numbers]]]
@@ -403,8 +423,8 @@ class FastText:
         if self.loss == HS:
             return self.tree_scores(z, threshold)
         if self.loss == SOFTMAX:
-            p = np.exp(z - z.max(1, keepdims=True))
-            p = p / p.sum(1, keepdims=True, dtype=np.float32)
+            p = np.exp((z - z.max(1, keepdims=True)).astype(np.float64)).astype(np.float32)
+            p = p / np.cumsum(p, axis=1)[:, -1:]  # a sum from left to right
         else:  # a table of 512 steps from -8 to 8, as the library has it
             x = np.arange(513, dtype=np.float64) * 16 / 512 - 8
             table = (1 / (1 + np.exp(-x))).astype(np.float32)
@@ -532,7 +552,8 @@ def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket
                                     bucket if word_ngrams > 1 or maxn else 0, minn, maxn, 100),
                     strict=True)) | {"t": 1e-4, "ntokens": 0}
     names, counts = zip(*label_counts, strict=True)
-    blank = FastText(args, [], names, counts, None, None)
+    label_words = [LABEL_PREFIX + name.encode() for name in names]
+    blank = FastText(args, [], label_words, counts, None, None)
     blank.lower = lower
     words = count_dictionary(map(blank.tokens, texts), min_count)
     args["ntokens"] = sum(n for _, n in words)
@@ -542,7 +563,7 @@ def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket
     # Zero rows and random labels, the reverse of the library: what no text has trained adds no noise.
     inputs.values = np.zeros(inputs.shape, np.float32)
     output = rng.standard_normal((len(names), dim), np.float32) * np.float32(OUTPUT_SCALE / math.sqrt(dim))
-    model = FastText(args, [word for word, _ in words], names, counts, inputs, output)
+    model = FastText(args, [word for word, _ in words], label_words, counts, inputs, output)
     model.lower = lower
     examples = [(*np.unique(ids, return_counts=True), names.index(label))
                 for batch in batches(zip(texts, labels, strict=True), 1024)
