@@ -54,9 +54,9 @@ MAX_BODY = 16 << 20  # bytes of a page after its content encoding is undone
 INFLATE_BYTES = 1 << 16  # of compressed data given to zlib at once: what it leaves over is copied
 WARC_HEAD = re.compile(rb"WARC/\d+\.\d+\r?\n")
 WARC_FIELD = re.compile(rb"^(WARC-Type|WARC-Target-URI|Content-Type|Content-Length)[ \t]*:[ \t]*"
-                        rb"([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
+                        rb"([^\r\n]*)", re.I | re.M)
 HTTP_FIELD = re.compile(rb"^(Content-Type|Content-Encoding|Transfer-Encoding)[ \t]*:[ \t]*"
-                        rb"([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
+                        rb"([^\r\n]*)", re.I | re.M)
 GZIP_MAGIC = b"\x1f\x8b\x08"
 DOCUMENT_KINDS = (b"response", b"conversion", b"resource")
 
@@ -69,7 +69,7 @@ class Record:
     there is no data
     """
 
-    __slots__ = ("content_type", "data", "kind", "place", "problem", "url")
+    __slots__ = ("place", "kind", "url", "content_type", "data", "problem")
 
     def __init__(self, place, kind="", url="", content_type="", data=b"", problem=None):
         self.place, self.kind, self.url = place, kind, url
@@ -336,11 +336,14 @@ ENCODING_NAMES = {
     "iso-8859-8-i": "iso-8859-8", "unicode-1-1-utf-8": "utf-8",
 }
 TEXT_ENCODINGS = frozenset(
-    ["utf-8", "utf-16", "utf-16-le", "utf-16-be", "cp1250", "cp1251", "cp1252", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "cp866", "cp874", "cp932", "cp949", "gb18030", "big5hkscs", "euc_jp", "iso2022_jp", "iso8859-2", "iso8859-3", "iso8859-4", "iso8859-5", "iso8859-6", "iso8859-7", "iso8859-8", "iso8859-10", "iso8859-13", "iso8859-14", "iso8859-15", "iso8859-16", "koi8-r", "koi8-u", "mac-roman", "mac_roman", "mac-cyrillic"])
+    "utf-8 utf-16 utf-16-le utf-16-be cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258"
+    " cp866 cp874 cp932 cp949 gb18030 big5hkscs euc_jp iso2022_jp iso8859-2 iso8859-3 iso8859-4"
+    " iso8859-5 iso8859-6 iso8859-7 iso8859-8 iso8859-10 iso8859-13 iso8859-14 iso8859-15"
+    " iso8859-16 koi8-r koi8-u mac-roman mac_roman mac-cyrillic".split())
 BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
-META_CHARSET = re.compile(rb"<meta[^>]{0,500}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
-XML_CHARSET = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]+)", re.IGNORECASE)
-HEADER_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
+META_CHARSET = re.compile(rb"<meta[^>]{0,500}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
+XML_CHARSET = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]+)", re.I)
+HEADER_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
 META_BYTES = 4096  # where a meta tag is looked for; browsers look at 1,024
 NEARLY = 1e-3  # share of the bytes that may be wrong in what is still taken for UTF-8
 # Letters of each code page's language in order of use: a wrong code page gives other characters.
@@ -448,28 +451,32 @@ def decode_html(data, content_type=None):
 
 # ---------------------------------------------------------------- stage 2: HTML to blocks
 
-MAX_HTML_CHARS = 8 << 20  # of a page; Common Crawl itself cuts pages at 1 MiB, since 2025 5 MiB
+MAX_HTML_CHARS = 4 << 20  # of a page; Common Crawl itself cuts pages at 1 MiB, since 2025 5 MiB
 MAX_DEPTH = 256  # of open elements; deeper ones lie flat in it
-MAX_TAGS = 400_000  # of a page that are read
-PAGE_SECONDS = 1.5  # after which a page is cut where it has been read to
+MAX_TAGS = 200_000  # of a page that are read
+PAGE_SECONDS = 1.2  # after which a page is cut where it has been read to
 UNSEEN = re.compile(r"<!--(?:>|->|.*?(?:-->|\Z))|<(?:script\b.*?(?:</script\s*>|\Z)|style\b.*?"
-                    r"(?:</style\s*>|\Z)|[!?][^>]*>)", re.IGNORECASE | re.DOTALL)
-HELD = {name: re.compile(rf"<{name}\b[^>]*>.*?</{name}\s*>", re.IGNORECASE | re.DOTALL)
+                    r"(?:</style\s*>|\Z)|[!?][^<>]*>)", re.I | re.S)
+HELD = {name: re.compile(rf"<{name}\b[^<>]*+>.*?</{name}\s*>", re.I | re.S)
         for name in ("svg", "noscript", "template", "iframe", "select", "textarea", "head")}
 # No quantifier here can be left by two ways, and none runs on past a `<`, but for a kilobyte in
 # quotes: the time stays linear in the size of the page, whatever is in it.
 TAG = re.compile(r"""<(/?[a-zA-Z][^\s<>/]*+)((?:[^<>"']++|"[^"<>]*+"|'[^'<>]*+'|"[^"]{0,1000}+\""""
                  r"""|'[^']{0,1000}+'|["']){0,400}+)>""")
 ATTRIBUTE = re.compile(r"""(class|id|role|itemprop|style|hidden|aria-hidden)(?:\s*=\s*("[^"]*+"|"""
-                       r"""'[^']*+'|[^\s"'>]++))?""", re.IGNORECASE)
-ALT = re.compile(r"""\balt\s*=\s*("[^"]*"|'[^']*')""", re.IGNORECASE)
+                       r"""'[^']*+'|[^\s"'>]++))?""", re.I)
+ALT = re.compile(r"""\balt\s*=\s*("[^"]*"|'[^']*')""", re.I)
 WORD_PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
 INLINE, BLOCK, PARAGRAPH, SKIP, LINK, BREAK, LIST, ITEM, CELL, ROW, IMAGE, PRE, RULE = range(13)
 KINDS = dict.fromkeys(
-    ["div", "section", "article", "main", "aside", "nav", "header", "footer", "body", "html", "form", "fieldset", "blockquote", "center", "dl", "dt", "dd", "figure", "figcaption", "address", "details", "summary", "table", "thead", "tbody", "tfoot", "caption", "dir", "menu", "hgroup", "label", "legend", "dialog"], BLOCK)
-KINDS |= dict.fromkeys(["p", "h1", "h2", "h3", "h4", "h5", "h6"], PARAGRAPH)
-KINDS |= dict.fromkeys(["script", "style", "select", "option", "textarea", "button", "datalist", "object", "embed", "canvas", "video", "audio", "map", "applet", "noframes", "iframe", "svg", "noscript", "template", "head", "title", "math"], SKIP)
+    "div section article main aside nav header footer body html form fieldset blockquote center dl "
+    "dt dd figure figcaption address details summary table thead tbody tfoot caption dir menu "
+    "hgroup label legend dialog".split(), BLOCK)
+KINDS |= dict.fromkeys("p h1 h2 h3 h4 h5 h6".split(), PARAGRAPH)
+KINDS |= dict.fromkeys("script style select option textarea button datalist object embed canvas "
+                       "video audio map applet noframes iframe svg noscript template head title "
+                       "math".split(), SKIP)
 KINDS |= {"a": LINK, "br": BREAK, "ul": LIST, "ol": LIST, "li": ITEM, "td": CELL, "th": CELL,
           "tr": ROW, "img": IMAGE, "pre": PRE, "hr": RULE}
 CLOSED_BY = {"li": ("li", ("ul", "ol", "menu")), "td": ("td", ("table",)), "th": ("th", ("table",)),
@@ -502,7 +509,7 @@ for group_name, group_words in GROUP_WORDS.items():
     for group_word in group_words.split():
         WORD_GROUPS[group_word] = WORD_GROUPS.get(group_word, 0) | GROUPS[group_name]
 TAG_BITS = {name: 1 << (len(GROUPS) + bit) for bit, name in enumerate(
-    ["nav", "footer", "header", "aside", "form", "main", "article", "figure", "table", "ul", "section", "dl"])}
+    "nav footer header aside form main article figure table ul section dl".split())}
 TAG_BITS["ol"] = TAG_BITS["ul"]
 UNSEEN_BIT = 1 << (len(GROUPS) + len(TAG_BITS))
 
@@ -891,13 +898,13 @@ PHONE = re.compile(
     rf"(?:\([2-9]\d\d\){DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}"
     rf"|[2-9]\d\d(?P<s>{DASH}|[ ]-[ ])\d{{3}}(?:(?P=s)|-)\d{{4}}|(?P<bare>[2-9]\d\d\d{{7}}))"
     rf"(?:(?: ?x| ?ext\.? ?| ?extension ?)\d{{1,6}})?"
-    rf"(?![\w@]|[-=]\w|/[^\W\d]|\.\d|[ ,:]\d{{4}}\b|%)", re.IGNORECASE)
+    rf"(?![\w@]|[-=]\w|/[^\W\d]|\.\d|[ ,:]\d{{4}}\b|%)", re.I)
 MAYBE_PHONE = re.compile(rf"\d\d\d(?:{DASH}| - )?\d\d\d\d")  # every match of the others has one
 AFTER_DIGIT = re.compile(DASH)
 PLUS_PHONE = re.compile(rf"(?<![\w+])\+1{DASH}?(?:\([2-9]\d\d\)|[2-9]\d\d){DASH}?\d{{3}}{DASH}?\d{{4}}"
                         rf"(?!\w|[-.]\d)")
 PHONE_CONTEXT = re.compile(r"\b(?:phone|telephone|tel|call|cell|mobile|fax|contact|text|dial|reach|"
-                           r"whatsapp|sms|ring|toll|desk|office|helpline|hotline)\b[^\n]{0,40}$", re.IGNORECASE)
+                           r"whatsapp|sms|ring|toll|desk|office|helpline|hotline)\b[^\n]{0,40}$", re.I)
 # Before a number: with separators it is a telephone's unless one of the first list says otherwise.
 IDENTIFIER = (r"isbn(?:-1[03])?|issn|order|invoice|ticket|tracking|serial|sku|part|upc|asin|doi|barcode|"
               r"patent|version|build|case|ref|reference|transaction|confirmation|acct|account|routing")
@@ -906,8 +913,8 @@ BARE_IDENTIFIER = IDENTIFIER + (
     r"hash|article|document|record|employee|student|user|passport|licen[sc]e|permit|vin|lot|batch|job|"
     r"seed|population|total|zip|ein|npi|tin|vat|uid|pid|epoch|bytes|size|value|sum")
 AFTER_IDENTIFIER = (r"[ \t]*(?:number|no|id|code|#)?\.?[ \t]*(?:is|was|of)?[ \t]*[:#=-]*[ \t]*$")
-IDENTIFIER_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{IDENTIFIER}){AFTER_IDENTIFIER}", re.IGNORECASE)
-BARE_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{BARE_IDENTIFIER}){AFTER_IDENTIFIER}", re.IGNORECASE)
+IDENTIFIER_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{IDENTIFIER}){AFTER_IDENTIFIER}", re.I)
+BARE_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{BARE_IDENTIFIER}){AFTER_IDENTIFIER}", re.I)
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 IP = re.compile(rf"(?<![\w.])(?<![A-Za-z][-/_])(?<!\d[,:/-])(?:{OCTET}\.){{3}}{OCTET}"
                 rf"(?!\w|\.\w|-[A-Za-z]|,\d)")
@@ -916,7 +923,7 @@ VERSION_CONTEXT = re.compile(
     r"(?<![A-Za-z])(?:version|versions|ver|v|release|released|build|firmware|revision|rev|section|sections|§|chapter|"
     r"clause|paragraph|rule|article|figure|table|appendix|item|oid|driver|update|upgrade[d]?|patch|"
     r"kernel|sdk|api|package|assembly|hotfix|installer|software|app|theorem|lemma|exercise|step)"
-    r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(]*[ \t]*$", re.IGNORECASE)
+    r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(]*[ \t]*$", re.I)
 
 
 def mask_until_stable(text, mask_once):
@@ -1016,7 +1023,7 @@ def mask_ips(text):
 LETTER, LETTER_OR_DIGIT = re.compile(r"[^\W\d_]"), re.compile(r"\w")
 ELLIPSES = ("...", "…", ". . .")
 BULLETS = ("•", "-", "*", "●", "‣", "▪", "◦")
-STOP_WORDS = frozenset(["the", "be", "to", "of", "and", "that", "have", "with"])
+STOP_WORDS = frozenset("the be to of and that have with".split())
 TERMINAL = (".", "?", "!", '"', "”", "’", "'")
 POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies",
           "use cookies")

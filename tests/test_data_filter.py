@@ -32,8 +32,12 @@ from data_filter import (
 )
 
 ROOT = Path(data_filter.__file__).parent
-NOUNS = ["river", "house", "garden", "teacher", "story", "winter", "market", "engine", "village", "letter", "doctor", "music"]
-VERBS = ["finds", "leaves", "watches", "builds", "carries", "remembers", "paints", "follows", "repairs", "describes"]
+NOUNS = (
+    "river house garden teacher story winter market engine village letter doctor music "
+).split()
+VERBS = (
+    "finds leaves watches builds carries remembers paints follows repairs describes "
+).split()
 ENDS = ("before the rain", "in the old town", "with a friend", "for many years", "near the sea")
 
 
@@ -228,7 +232,7 @@ def test_an_article_that_only_json_ld_has_is_found():
     "<div>" * 20_000 + "x", "<a '" * 50_000, "<p \"" * 50_000, '<a "<a" ' * 30_000, "<" * 200_000,
     "<!--" * 50_000, "<svg>" * 50_000 + "</svg>", "<table><tr><td colspan=9007199254740991>x",
     "&#1114112;&#x110000;&lt" * 1000, "</p>" * 100_000, "<ul><li>" * 20_000 + "x", "\0" * 1000,
-    "<select>" * 1000 + "x", "<script " * 50_000, "<td>" * 50_000, "<p>x" * 30_000])
+    "<select>" * 1000 + "x", "<script " * 50_000, "<!" * 50_000, "<svg " * 50_000 + "</svg>", "<td>" * 50_000, "<p>x" * 30_000])
 def test_hostile_pages_end(html, mode):
     assert isinstance(extract_text_from_html_bytes(html.encode(), mode), str)
 
