@@ -395,23 +395,24 @@ def test_two_ranks_give_what_one_gives(warc, tmp_path):
 
 
 DRIVER = """
-import sys, time
+import os, sys, time
 import data_filter
 data_filter.CHECKPOINT_BYTES = 2000
 judge = data_filter.Judge.judge
 def slow(self, record):
-    time.sleep(0.004)
+    time.sleep(float(os.environ.get("SLOW", 0)))
     return judge(self, record)
 data_filter.Judge.judge = slow
 sys.exit(data_filter.main(sys.argv[1:]))
 """
 
 
-def start(inputs, out, driver=DRIVER):
+def start(inputs, out, slow=0.0, driver=DRIVER):
     return subprocess.Popen(
         [sys.executable, "-c", driver, "run", "--input", str(inputs), "--out_dir", str(out),
          "--num_workers", "2", "--vocab_size", "300"], cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"SLOW": str(slow)})
 
 
 def children(pid):
@@ -432,7 +433,7 @@ def test_killed_at_random_times_a_run_goes_on_to_the_same_output(tmp_path):
     assert process.wait(120) == 0, process.stdout.read()
     kills = 0
     for who in ("worker", "parent", "both", "worker", "parent", "both", "parent"):
-        process = start(inputs, tmp_path / "killed")
+        process = start(inputs, tmp_path / "killed", slow=0.05)  # 4.5 s of work, whatever the machine
         time.sleep(rng.uniform(0.4, 0.9))
         workers = children(process.pid)
         for pid in (workers[:1] if who == "worker" else
@@ -483,7 +484,7 @@ def test_a_page_that_hangs_kills_or_eats_memory_costs_that_page(tmp_path, monkey
 
 def test_sigterm_stops_a_run_that_then_goes_on(tmp_path):
     write_warc(tmp_path / "a.warc.gz", [response(page(n, 4)) for n in range(150)])
-    process = start(tmp_path / "a.warc.gz", tmp_path / "out")
+    process = start(tmp_path / "a.warc.gz", tmp_path / "out", slow=0.02)
     while not list((tmp_path / "out").glob("parts/*.journal")) and process.poll() is None:
         time.sleep(0.02)
     process.terminate()
