@@ -43,6 +43,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property, lru_cache
 from html import unescape as html_unescape
@@ -58,29 +59,28 @@ import bpe
 
 MAX_RECORD = 64 << 20  # bytes of a record that are held; larger ones are skipped, and counted
 MAX_BODY = 16 << 20  # bytes of a page after its content encoding is undone
+MAX_HEAD = 1 << 16  # bytes of a record's header
 INFLATE_BYTES = 1 << 16  # of compressed data given to zlib at once: what it leaves over is copied
 WARC_HEAD = re.compile(rb"WARC/\d+\.\d+\r?\n")
 WARC_FIELD = re.compile(rb"^(WARC-Type|WARC-Target-URI|Content-Type|Content-Length)[ \t]*:[ \t]*"
                         rb"([^\r\n]*)", re.I | re.M)
 HTTP_FIELD = re.compile(rb"^(Content-Type|Content-Encoding|Transfer-Encoding)[ \t]*:[ \t]*"
                         rb"([^\r\n]*)", re.I | re.M)
+CONTENT_LENGTH = re.compile(rb"^Content-Length[ \t]*:[ \t]*(\d{1,18})\s*$", re.I | re.M)
 GZIP_MAGIC = b"\x1f\x8b\x08"
 DOCUMENT_KINDS = (b"response", b"conversion", b"resource")
 
 
+@dataclass(slots=True)
 class Record:
-    """One document of an archive, or what is wrong with it.
+    """One document of an archive, or what is wrong with it."""
 
-    place: (offset of the gzip member or of the record, number of the record in it), from which
-    reading goes on after it; kind: "response", "conversion", ...; problem: None or the reason why
-    there is no data
-    """
-
-    __slots__ = ("place", "kind", "url", "content_type", "data", "problem")
-
-    def __init__(self, place, kind="", url="", content_type="", data=b"", problem=None):
-        self.place, self.kind, self.url = place, kind, url
-        self.content_type, self.data, self.problem = content_type, data, problem
+    place: tuple  # (offset of its gzip member or of itself, its number there): to go on after it
+    kind: str = ""  # "response", "conversion", ...
+    url: str = ""
+    content_type: str = ""
+    data: bytes = b""
+    problem: str | None = None  # why there is no data
 
 
 def inflate_member(data, offset, held=b"", inflater=None):
@@ -126,38 +126,36 @@ def split_records(data, at, whole=True):
     """
     size = len(data)
     while at < size:
-        while data[at:at + 1] in (b"\r", b"\n"):
+        if data[at:at + 1] in (b"\r", b"\n"):
             at += 1
-        if at >= size:
+            continue
+        fields, body, length = record_head(data, at)
+        if not length and body == size and not whole and size - at < MAX_HEAD:
+            yield at, None, 0, 0, None
             return
-        head = WARC_HEAD.match(data, at)
-        end = data.find(b"\r\n\r\n", at, at + (1 << 16)) if head else -1
-        gap = 4
-        if head and end < 0:
-            end, gap = data.find(b"\n\n", at, at + (1 << 16)), 2
-        if end < 0:
-            if not whole and size - at < 1 << 16:
-                yield at, None, 0, 0, None
-                return
+        if length is None:
+            yield at, fields, 0, 0, "no content length" if fields else "no record header"
             after = data.find(b"\nWARC/", at + 1)
-            yield at, b"", 0, 0, "no record header"
             at = after + 1 if after >= 0 else size
             continue
-        fields = data[at:end]
-        length = re.search(rb"(?im)^Content-Length[ \t]*:[ \t]*(\d{1,18})\s*$", fields)
-        if not length:
-            after = data.find(b"\nWARC/", end)
-            yield at, fields, 0, 0, "no content length"
-            at = after + 1 if after >= 0 else size
-            continue
-        body, stop = end + gap, end + gap + int(length[1])
+        stop = body + length
         if stop > size and not whole:
             yield at, None, 0, stop - at, None
             return
         yield at, fields, body, stop, "truncated record" if stop > size else None
-        if stop > size and (after := data.find(b"\nWARC/", body)) >= 0:
-            stop = after + 1
-        at = stop
+        after = data.find(b"\nWARC/", body) if stop > size else -1
+        at = after + 1 if after >= 0 else stop
+
+
+def record_head(data, at):
+    """Returns (header, where the body starts, its length) of the record at `at`: (b"", end of the
+    data, None) where no header is whole."""
+    if WARC_HEAD.match(data, at):
+        for gap in (b"\r\n\r\n", b"\n\n"):
+            if (end := data.find(gap, at, at + MAX_HEAD)) >= 0:
+                length = CONTENT_LENGTH.search(data, at, end)
+                return data[at:end], end + len(gap), int(length[1]) if length else None
+    return b"", len(data), None
 
 
 def raw_records(data, place=(0, 0)):
@@ -332,15 +330,11 @@ def make_record(place, kind, fields, body, problem):
 
 # ---------------------------------------------------------------- stage 2: bytes to text
 
-# Labels of the WHATWG Encoding Standard [5] that Python reads otherwise, or not at all.
+# The WHATWG Encoding Standard [5] reads these labels as what includes them, or what they come to.
 ENCODING_NAMES = {
-    "iso-8859-1": "cp1252", "latin1": "cp1252", "latin-1": "cp1252", "us-ascii": "cp1252",
-    "ascii": "cp1252", "iso8859-1": "cp1252", "iso-8859-9": "cp1254", "gb2312": "gb18030",
-    "gbk": "gb18030", "gb_2312-80": "gb18030", "x-gbk": "gb18030", "shift_jis": "cp932",
-    "shift-jis": "cp932", "x-sjis": "cp932", "sjis": "cp932", "ks_c_5601-1987": "cp949",
-    "euc-kr": "cp949", "big5": "big5hkscs", "tis-620": "cp874", "iso-8859-11": "cp874",
-    "x-cp1251": "cp1251", "x-mac-roman": "mac_roman", "macintosh": "mac_roman", "utf8": "utf-8",
-    "iso-8859-8-i": "iso-8859-8", "unicode-1-1-utf-8": "utf-8",
+    "iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "iso8859-11": "cp874",
+    "tis-620": "cp874", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932",
+    "euc_kr": "cp949", "big5": "big5hkscs", "utf-16": "utf-16-le",
 }
 TEXT_ENCODINGS = """utf-8 utf-16 utf-16-le utf-16-be cp1250 cp1251 cp1252 cp1253 cp1254 cp1255
 cp1256 cp1257 cp1258 cp866 cp874 cp932 cp949 gb18030 big5hkscs euc_jp iso2022_jp iso8859-2 iso8859-3
@@ -363,13 +357,12 @@ DETECTED = {
 
 def python_encoding(label):
     """Returns Python's name for a charset label of the web, or None if it is not a text's."""
-    label = label.strip().strip("\"'").lower()
-    label = ENCODING_NAMES.get(label, label)
+    label = label.strip().strip("\"'").lower().removeprefix("x-").removesuffix("-i")
     try:
-        name = codecs.lookup(label).name
+        name = codecs.lookup("utf-8" if label.endswith("utf-8") else label).name
     except (LookupError, ValueError):
         return None
-    name = {"iso8859-1": "cp1252", "ascii": "cp1252", "utf-16": "utf-16-le"}.get(name, name)
+    name = ENCODING_NAMES.get(name, name)
     return name if name in TEXT_ENCODINGS.split() else None
 
 
@@ -1840,131 +1833,92 @@ SCRIPTS = [  # (first, last code point, script)
 SCRIPT_NAMES = ["none"] + sorted({name for *_, name in SCRIPTS})
 SCRIPT_EDGES = np.array([edge for first, last, _ in SCRIPTS for edge in (first, last + 1)])
 SCRIPT_NUMBERS = np.array([0] + [n for *_, name in SCRIPTS for n in (SCRIPT_NAMES.index(name), 0)])
+# In the order of use.
 FUNCTION_WORDS = {
     "en": "the of and to in a is that for it was on with as by be at are this from or have an not "
           "but they his he you which we their has were been can will more all would there its who "
-          "her had if when what so about out up she them than other into some our your my i me do "
-          "no only also one may these after over how most should here because between where new",
-    "de": "der die und in den von zu das mit sich des auf für ist im dem nicht ein eine als auch es "
-          "an werden aus er hat dass daß sie nach wird bei einer um am sind noch wie einem über "
-          "einen so zum war haben nur oder aber vor zur bis mehr durch man sein wurde sei ich wir "
-          "ihr kann wenn hier unter alle gegen ihre uns wieder schon sehr diese dieser eines beim",
-    "fr": "de la le et les des en un du une que est pour qui dans a par plus pas au sur ne se ce il "
-          "sont avec la ou son aux d l qu s c n j mais comme on tout nous sa cette être fait ses "
-          "leur été elle ces ont deux même vous si je peut entre aussi ils bien sans encore très "
-          "où après dont était non leurs notre votre y donc chez vers lors depuis",
-    "es": "de la que el en y a los del se las por un para con no una su al lo como más pero sus le "
-          "ya o este sí porque esta entre cuando muy sin sobre también me hasta hay donde quien "
-          "desde todo nos durante todos uno les ni contra otros ese eso ante ellos e esto antes "
-          "algunos unos yo otro otras es son fue ha ser era está han tiene mi si está puede nuestra",
-    "it": "di e il la che in a per un è del non una le i con si della da sono al dei nel alla come "
-          "lo più gli ha anche delle ma o su l d dell c all nell dal se ci dalla questo questa suo "
-          "sua loro essere stato tra ne mi io quando tutti cui fra dopo molto dove solo sulla nella "
-          "degli alle ai anni prima hanno era fatto ed chi perché ancora già noi sul",
-    "pt": "de a o que e do da em um para com não uma os no se na por mais as dos como mas ao ele das "
-          "à seu sua ou quando muito nos já eu também só pelo pela até isso ela entre depois sem "
-          "mesmo aos seus quem nas me esse eles você essa num nem suas meu às minha numa pelos é são "
-          "foi ser está tem há vai ter este esta onde nós pode sobre ainda",
-    "nl": "de van het een en in is dat op te zijn met voor niet die aan er om ook als door maar bij "
-          "uit dan nog naar of hij ze was worden werd tot wordt heeft over hebben ik je we deze meer "
-          "kan geen wel zich haar al veel onder jaar ook wat dit zo u moet waar na kunnen mijn hun "
-          "men toch tegen waren had zal alle tussen omdat zou daar eerste hem ons via",
-    "pl": "i w na z do nie się że o to jest od po za jak dla co ale czy tak tym jego przez są już być "
-          "tego było oraz a lub przy ich tylko może który która które jej był pod ze u roku też by "
-          "go mu ma bardzo gdy jako kiedy jednak więcej jeszcze bez nad przed była jeśli można mi ja "
-          "ten ta te tej tych sobie gdzie we jestem mnie nas został między",
-    "tr": "ve bir bu da de için ile çok olarak daha en olan gibi ne kadar sonra var o ama ki her ya "
-          "değil ise veya mi mı göre kendi diye şey nasıl hem ancak ben sen biz siz onlar bana onun "
-          "olduğu oldu olduğunu yok önce iki ilk tarafından içinde üzerinde yeni büyük zaman bütün "
-          "ayrıca şekilde arasında ayni aynı böyle fakat hiç çünkü eden etti etmek yapılan edilen",
-    "vi": "và của là có các cho được trong không một người với những này để đã từ khi đến như cũng "
-          "về ra nhiều vào thì sẽ trên tôi làm phải lại hay còn bạn nếu đó sau tại rất theo bị nhưng "
-          "năm mà anh ở chỉ hơn ông việc số đi nên do đây vì hai mình cả trước thể học sự nhất gì "
-          "đang bằng cùng thành qua nào công chúng",
-    "sv": "och i att det som en på är av för med till den inte har de om ett han men var jag sig från "
-          "vi så kan när man år under också efter eller nu sin där vid mot ska skulle kommer ut får "
-          "finns vara hade alla andra mycket här då sedan över bara in blir upp även vad få två vill "
-          "ha många hur mer än detta sina oss dem hon denna varit utan mellan era du",
-    "cs": "a v se na je že s z do to o i jako k po ve pro který jsou by si jeho ale tak však za od "
-          "která nebo které jen byl bylo byla jsem ze už při jsme aby když tento než další být co má "
-          "také až před pouze není tedy této pak této podle mezi kde ještě již ke jak proto nás ani "
-          "být mi může jejich bude velmi jej tím pod svou byly ně vám",
-    "ru": "и в не на что я с он как это по но они мы все из у за так к же от бы для о его только мне "
-          "было вы ее был она то да если уже или ни быть до когда него нет еще при меня может чтобы "
-          "со этого под их ты где есть там были вот этом эти после тоже кто этот потому который "
-          "которые себя том была более также",
-    "uk": "і в не на що я з він як це та до у за й але від про є для по його так було ми вони вона "
-          "все або якщо їх ще щоб був бо то які який яка також при вже може під час цього коли після "
-          "більше була ні мене те їх були лише ви із зі де тільки має себе ж би через цей бути "
-          "дуже нас якого інших її нього",
-    "ar": "في من على أن إلى عن التي الذي هذا هذه ما لا كان ذلك مع أو بعد كل قد هو هي لم ثم بين و كما "
-          "حيث عند غير إن كانت لها له عليه أي قبل منذ تم بها يكون أكثر حتى خلال فيها الله بن به إذا "
-          "لكن نحن يوم وقد فإن أما لن أيضا عام عليها وهو الى",
-    "fa": "و در به از که این را با است برای آن یک خود تا کرد بر هم نیز می شود شده شد ها های ای اما یا "
-          "بود دارد باید هر ما او اگر بین من چه سال وی پس بیش همه اين مي بی دیگر کند کنند هستند نمی "
-          "خواهد روی مورد پیش چند بسیار اند تنها توان کنید شما هیچ",
+          "her had if when what so about out up she them than other",
+    "de": "der die und in den von zu das mit sich des auf für ist im dem nicht ein eine als auch "
+          "es an werden aus er hat dass daß sie nach wird bei einer um am sind noch wie einem "
+          "über einen so zum war haben nur oder aber vor zur bis mehr durch man sein",
+    "fr": "de la le et les des en un du une que est pour qui dans a par plus pas au sur ne se ce "
+          "il sont avec ou son aux d l qu s c n j mais comme on tout nous sa cette être fait ses "
+          "leur été elle ces ont deux même vous si",
+    "es": "de la que el en y a los del se las por un para con no una su al lo como más pero sus "
+          "le ya o este sí porque esta entre cuando muy sin sobre también me hasta hay donde "
+          "quien desde todo nos durante todos uno les ni contra otros ese eso ante ellos",
+    "it": "di e il la che in a per un è del non una le i con si della da sono al dei nel alla "
+          "come lo più gli ha anche delle ma o su l d dell c all nell dal se ci dalla questo "
+          "questa suo sua loro essere stato tra ne mi io quando",
+    "pt": "de a o que e do da em um para com não uma os no se na por mais as dos como mas ao ele "
+          "das à seu sua ou quando muito nos já eu também só pelo pela até isso ela entre depois "
+          "sem mesmo aos seus quem nas me esse eles você essa num",
+    "nl": "de van het een en in is dat op te zijn met voor niet die aan er om ook als door maar "
+          "bij uit dan nog naar of hij ze was worden werd tot wordt heeft over hebben ik je we "
+          "deze meer kan geen wel zich haar al veel onder jaar wat dit zo u",
+    "pl": "i w na z do nie się że o to jest od po za jak dla co ale czy tak tym jego przez są już "
+          "być tego było oraz a lub przy ich tylko może który która które jej był pod ze u roku "
+          "też by go mu ma bardzo gdy jako kiedy jednak więcej jeszcze",
+    "tr": "ve bir bu da de için ile çok olarak daha en olan gibi ne kadar sonra var o ama ki her "
+          "ya değil ise veya mi mı göre kendi diye şey nasıl hem ancak ben sen biz siz onlar bana "
+          "onun olduğu oldu olduğunu yok önce iki ilk tarafından içinde üzerinde yeni büyük zaman "
+          "bütün ayrıca",
+    "vi": "và của là có các cho được trong không một người với những này để đã từ khi đến như "
+          "cũng về ra nhiều vào thì sẽ trên tôi làm phải lại hay còn bạn nếu đó sau tại rất theo "
+          "bị nhưng năm mà anh ở chỉ hơn ông việc số đi nên do đây",
+    "sv": "och i att det som en på är av för med till den inte har de om ett han men var jag sig "
+          "från vi så kan när man år under också efter eller nu sin där vid mot ska skulle kommer "
+          "ut får finns vara hade alla andra mycket här då sedan över bara in",
+    "cs": "a v se na je že s z do to o i jako k po ve pro který jsou by si jeho ale tak však za "
+          "od která nebo které jen byl bylo byla jsem ze už při jsme aby když tento než další být "
+          "co má také až před pouze není tedy této pak podle",
+    "ru": "и в не на что я с он как это по но они мы все из у за так к же от бы для о его только "
+          "мне было вы ее был она то да если уже или ни быть до когда него нет еще при меня может "
+          "чтобы со этого под их ты где есть",
+    "uk": "і в не на що я з він як це та до у за й але від про є для по його так було ми вони "
+          "вона все або якщо їх ще щоб був бо то які який яка також при вже може під час цього "
+          "коли після більше була ні мене те були лише ви",
+    "ar": "في من على أن إلى عن التي الذي هذا هذه ما لا كان ذلك مع أو بعد كل قد هو هي لم ثم بين و "
+          "كما حيث عند غير إن كانت لها له عليه أي قبل منذ تم بها يكون أكثر حتى خلال فيها الله بن "
+          "به إذا لكن نحن يوم وقد فإن أما لن أيضا",
+    "fa": "و در به از که این را با است برای آن یک خود تا کرد بر هم نیز می شود شده شد ها های ای "
+          "اما یا بود دارد باید هر ما او اگر بین من چه سال وی پس بیش همه اين مي بی دیگر کند کنند "
+          "هستند نمی خواهد روی مورد پیش چند بسیار",
 }
-LETTERS_IN_ROW = {  # two and three letters that tell a language from its script's others, "_" at word ends
-    "en": (
-        "the th _th he he_ _t of_ _of f_ d_ of _o s_ ea ed_ re th_ y_ in _a _i _re _to nd_ _in "
-        "ing _an _on on_ ith wit on e_ ou ed tio _w ts_ _r _f t_ it ti fro fo _wi tha and rom "
-        "in_ ion nt ha hat at ear rea ry_ to_ ct"),
-    "de": (
-        "ei en_ en n_ ein ch er die ich _ei sch ie er_ ge be un au ung ie_ r_ und sc _zu _di "
-        "nd_ der zu hr hen nd _d fü _au ch_ che den in eh nen eit di _w uf ic _un ine auf t_ ne "
-        "tz gen ht cht de we _be ben lic bei von"),
-    "fr": (
-        "s_ es_ e_ es _l nt_ t_ _le le ée _d ou les ai ur nt _à_ on le_ _à _l_ ré _de _d_ ur_ "
-        "our qu tio _la oi ent ion ée_ _et ue eu une iq iqu que _ré des ns_ ti dé ne_ re la_ "
-        "on_ té _é _e ér de ati pou au à_ és re_"),
-    "es": (
-        "s_ os_ os a_ _y_ ue o_ as_ do es as _e con ado co qu _de _co _la ad ue_ los _es el_ "
-        "de_ ci _el que _l de ca las la aci dos _qu _q cin _c es_ do_ _lo _y nte ra_ cu nt _a "
-        "ra la_ l_ lo ac ndo ica ta cad _un _en id"),
-    "it": (
-        "i_ o_ a_ di_ io ri zio e_ no_ co no on di re_ l_ la_ _c to_ ti_ ll _di ni_ tt to del "
-        "ta_ ta azi ato è_ al ne _a ell le_ per zi _s io_ _è _è_ lla ne_ ino ggi _ri re _e_ _co "
-        "ion one tto ari gi _i _pe gg tà_ mar _al"),
-    "pt": (
-        "o_ a_ ão ão_ s_ os_ _a os _a_ de_ _d çã ção as_ co do_ m_ do as _e pa ra da_ _p es _e_ "
-        "_de da _o_ _co de com _pa em_ ra_ lh em ca qu ia aç que _em _um e_ nt nto ue_ ss _ao "
-        "açã ma _qu _q ma_ par ad to_ ue to"),
-    "nl": (
-        "ij aa n_ en_ ee en de van de_ oo _ee oor ge _va het _he t_ een er _de et_ _v an_ aan "
-        "we va aar ij_ _d eer e_ he oe _aa el _we ijk jk et an naa _h _ge _w erd ijd rd te lij "
-        "doo zij cht _op voo _is _ui rij wer ke ver"),
-    "pl": (
-        "cz ow ie zy dz rz nie _w ni w_ wy _w_ _z ę_ ał ć_ ł_ sz ą_ dzi wa wi ze prz ie_ ej ię "
-        "rze yc ej_ ła owa aw ych ki _wy za y_ ów cj kie _p ym_ pr ał_ ty ski oś ów_ ło j_ ny "
-        "_z_ go_ _za czy rzy się ym _na"),
-    "tr": (
-        "ı_ ya ın _y ler lar nı _ya ay ir bir lı _b _ç la iy ak nl rı ýn ün k_ _bi aş le ka ıl "
-        "bi ir_ ar il sı ır _ol _ka eri ve_ ek ý_ i_ arı dı ye _ve iş ını _ö _k ile ası tı ýl "
-        "ış ey ği ür _ü ma nı_ şt"),
-    "vi": (
-        "_đ ng_ ng nh g_ nh_ _t _c c_ _nh _ch _th _kh i_ kh th _n _ng h_ ác ó_ àn _cá ác_ hư cá "
-        "các _h _ph ên_ _và và hà iệ ất ất_ à_ ch ườ n_ ôn _tr và_ ạn ới ới_ p_ _có có_ ên ông "
-        "ượ ph có _v ể_ _gi hàn ết ết_"),
-    "sv": (
-        "fö r_ ör för är _fö tt_ ör_ är_ _oc _f _ä tt å_ och sk av_ _är ån att på et er_ t_ _på "
-        "rå ing på_ en_ _av vä ll år _i_ oc än nin ar_ _at n_ er om_ v_ det äl til ka lä frå "
-        "_sk år_ ska ll_ av nä at rån ån_ ill ns"),
-    "cs": (
-        "í_ ní ní_ ov je př _j _př ně ře ě_ ná _z _v _p že é_ _v_ _je vý vy _n _po y_ rá _č vě "
-        "če po u_ je_ mě že_ ko _vy ho _ne od ké ší ů_ by ím ení ně_ ého ho_ vá cí ří né _k éh "
-        "dn v_ pře _js _vý _ž byl"),
-    "ru": (
-        "_и _и_ ы_ ие е_ бы ны _бы от _он ел _н ой ие_ как ия_ ь_ ать ой_ л_ _э был мы ры ыл ых "
-        "эт т_ _о _е"),
-    "uk": (
-        "і_ ні _і ві ін ід ні_ ці ї_ ів лі ння _і_ _ві рі _з_ від мі що є_ _як ськ ів_ _з бі іл "
-        "іс ий ті ува"),
-    "ar": (
-        "ة_ _ال ال ي_ _أ ى_ من_ ية ية_ لم الم لي في ين _ل في_ لى لى_ _في _ا _ي لأ عل لع _ك أن "
-        "الأ ين_ لا _إ"),
-    "fa": (
-        "ی_ ای _ک _در ین _ای ه_ _د در_ ین_ ای_ می _آ این ری در ر_ _از می_ نی های _ب _می یا از "
-        "_و_ دی ست_ ده_ _گ"),
+# Two and three letters that tell a language from its script's others, "_" at the ends of words.
+LETTERS_IN_ROW = {
+    "en": "the th _th he he_ _t of_ _of f_ d_ of _o s_ ea ed_ re th_ y_ in _a _i _re _to nd_ _in "
+          "ing _an _on on_ ith wit on e_ ou ed tio _w ts_ _r _f t_ it ti fro",
+    "de": "ei en_ en n_ ein ch er die ich _ei sch ie er_ ge be un au ung ie_ r_ und sc _zu _di "
+          "nd_ der zu hr hen nd _d fü _au ch_ che den in eh nen eit di _w uf ic",
+    "fr": "s_ es_ e_ es _l nt_ t_ _le le ée _d ou les ai ur nt _à_ on le_ _à _l_ ré _de _d_ ur_ "
+          "our qu tio _la oi ent ion ée_ _et ue eu une iq iqu que _ré des ns_ ti",
+    "es": "s_ os_ os a_ _y_ ue o_ as_ do es as _e con ado co qu _de _co _la ad ue_ los _es el_ "
+          "de_ ci _el que _l de ca las la aci dos _qu _q cin _c es_ do_ _lo _y nte",
+    "it": "i_ o_ a_ di_ io ri zio e_ no_ co no on di re_ l_ la_ _c to_ ti_ ll _di ni_ tt to del "
+          "ta_ ta azi ato è_ al ne _a ell le_ per zi _s io_ _è _è_ lla ne_ ino",
+    "pt": "o_ a_ ão ão_ s_ os_ _a os _a_ de_ _d çã ção as_ co do_ m_ do as _e pa ra da_ _p es _e_ "
+          "_de da _o_ _co de com _pa em_ ra_ lh em ca qu ia aç que _em _um",
+    "nl": "ij aa n_ en_ ee en de van de_ oo _ee oor ge _va het _he t_ een er _de et_ _v an_ aan "
+          "we va aar ij_ _d eer e_ he oe _aa el _we ijk jk et an naa _h _ge _w",
+    "pl": "cz ow ie zy dz rz nie _w ni w_ wy _w_ _z ę_ ał ć_ ł_ sz ą_ dzi wa wi ze prz ie_ ej ię "
+          "rze yc ej_ ła owa aw ych ki _wy za y_ ów cj kie _p ym_ pr",
+    "tr": "ı_ ya ın _y ler lar nı _ya ay ir bir lı _b _ç la iy ak nl rı ýn ün k_ _bi aş le ka ıl "
+          "bi ir_ ar il sı ır _ol _ka eri ve_ ek ý_ i_ arı dı ye _ve",
+    "vi": "_đ ng_ ng nh g_ nh_ _t _c c_ _nh _ch _th _kh i_ kh th _n _ng h_ ác ó_ àn _cá ác_ hư cá "
+          "các _h _ph ên_ _và và hà iệ ất ất_ à_ ch ườ n_ ôn _tr và_ ạn",
+    "sv": "fö r_ ör för är _fö tt_ ör_ är_ _oc _f _ä tt å_ och sk av_ _är ån att på et er_ t_ _på "
+          "rå ing på_ en_ _av vä ll år _i_ oc än nin ar_ _at n_ er om_ v_ det",
+    "cs": "í_ ní ní_ ov je př _j _př ně ře ě_ ná _z _v _p že é_ _v_ _je vý vy _n _po y_ rá _č vě "
+          "če po u_ je_ mě že_ ko _vy ho _ne od ké ší ů_ by ím ení",
+    "ru": "_и _и_ ы_ ие е_ бы ны _бы от _он ел _н ой ие_ как ия_ ь_ ать ой_ л_ _э был мы ры ыл ых "
+          "эт т_ _о _е",
+    "uk": "і_ ні _і ві ін ід ні_ ці ї_ ів лі ння _і_ _ві рі _з_ від мі що є_ _як ськ ів_ _з бі іл "
+          "іс ий ті ува",
+    "ar": "ة_ _ال ال ي_ _أ ى_ من_ ية ية_ لم الم لي في ين _ل في_ لى لى_ _في _ا _ي لأ عل لع _ك أن "
+          "الأ ين_ لا _إ",
+    "fa": "ی_ ای _ک _در ین _ای ه_ _د در_ ین_ ای_ می _آ این ری در ر_ _از می_ نی های _ب _می یا از "
+          "_و_ دی ست_ ده_ _گ",
 }
 SCRIPT_OF = {"ru": "cyrillic", "uk": "cyrillic", "ar": "arabic", "fa": "arabic"}  # the rest: latin
 ACCENTED = {  # letters beyond a to z, or beyond the script's shared ones
