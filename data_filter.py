@@ -266,7 +266,7 @@ def is_text(record):
     """Returns whether a record is a page or plain text, by its type or else its first bytes."""
     kind = record.content_type.split(";")[0].strip().lower()
     if kind in ("text/html", "application/xhtml+xml", "text/plain"):
-        return not record.data[:8].startswith((b"%PDF", b"\x89PNG", b"GIF8", b"\xff\xd8\xff", b"PK"))
+        return not record.data[:8].startswith((b"%PDF", b"\x89PNG", b"GIF8", b"\xff\xd8", b"PK"))
     start = record.data[:1024].lstrip().lower()
     return kind in ("", "unk", "application/octet-stream") and (
         start.startswith((b"<!doctype html", b"<html")) or b"<body" in start or b"<head" in start)
@@ -351,7 +351,8 @@ DETECTED = {
     "cp1251": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфё", "koi8-r": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфё",
     "cp1250": "áéíóúěščřžýůąęłńśźżőűöüă", "cp1253": "αοιετσνηυρπκμλωςγδθάέήίόύώ",
     "cp1255": "יוהלאתרבמשנכדעחקפגטזסצםןךףץ", "cp1256": "اليمونرتبةعدسفهكقحجشطصخأإ",
-    "cp1254": "ıışğüöçİŞĞÜÖÇ", "cp874": "านรอกเงมยลวดทสตะปบคหแจพชขใไโผ", "cp1252": "éàèäöüçñáíóúêâîôûåøæßëï’“”–",
+    "cp1254": "ıışğüöçİŞĞÜÖÇ", "cp874": "านรอกเงมยลวดทสตะปบคหแจพชขใไโผ",
+    "cp1252": "éàèäöüçñáíóúêâîôûåøæßëï’“”–",
 }
 
 
@@ -412,10 +413,10 @@ def detect_encoding(data):
 # Characters that are common in the script that an encoding is for, and rare in what it misreads.
 EAST_ASIAN = {
     "euc_jp": re.compile("[ぁ-んァ-ヶー、。]"), "cp932": re.compile("[ぁ-んァ-ヶー、。]"),
-    "gb18030": re.compile("[的一是不了在人有我他这中大来上国个到说们为子和你地出道也时年得就那要下，。、]"),
+    "gb18030": re.compile("[的一是不了在人有我他这中大来上国个到说们为子和你地出道也时，。、]"),
     "cp949": re.compile("[이다의는에을가를한고지로하사은도기으서어자대시인리해있스아나그정수보일부"
                         "라것상전제구장만과주니들마면여와게습기유성원했]"),
-    "big5hkscs": re.compile("[的一是不了在人有我他這中大來上國個到說們為子和你地出道也時年得就那要下，。、]"),
+    "big5hkscs": re.compile("[的一是不了在人有我他這中大來上國個到說們為子和你地出道也時，。、]"),
 }
 
 
@@ -601,7 +602,7 @@ class Page:
             self.row_has_text = self.cell = False
 
     def close_before(self, name):
-        """Closes what a start tag closes: the item before it, the paragraph that it cannot be in."""
+        """Closes what a start tag closes: the item before it, a paragraph that cannot hold it."""
         if name not in CLOSED_BY:
             if self.stack[-1][0] == "p":
                 self.leave(len(self.stack) - 1)
@@ -735,13 +736,14 @@ LABELS = ("label", "legend", "summary", "figcaption", "caption")
 # A line that starts so heads what follows an article: other articles, comments, subscriptions.
 AFTER_ARTICLE = re.compile(
     r"you (?:may|might|could) (?:also )?(?:like|enjoy|be interested)|related|recommended|popular|"
-    r"more (?:from|in|on|stories|articles|news|posts|great)\b|trending|most (?:read|popular|viewed)|"
-    r"(?:recent|latest) (?:posts|articles|comments|news|stories|from)|leave a (?:reply|comment)|"
+    r"more (?:from|in|on|stories|articles|news|posts|great)\b|most (?:read|popular|viewed)|"
+    r"trending|(?:recent|latest) (?:posts|articles|comments|news|stories|from)|"
+    r"leave a (?:reply|comment)|"
     r"(?:post|add) a comment|join the (?:discussion|conversation)|\d* ?comments?\W*$|tags?:|"
     r"\d+ (?:comments|responses|replies|thoughts)|about the author|subscribe|sign up|"
     r"(?:our )?newsletter|filed under|posted in|categories|testimonials?|follow (?:us|me)|"
     r"read (?:next|more)|up next|(?:next|previous) (?:post|article|up)|what[’']s next|"
-    r"(?:other|similar) (?:articles|posts|stories)|don[’']t miss|editor[’']?s[’']? (?:picks|choice)|"
+    r"(?:other|similar) (?:articles|posts|stories)|don[’']t miss|editor[’']?s? (?:picks|choice)|"
     r"keep reading|explore more|join (?:our|us)|stay (?:in touch|connected|informed|up)", re.I)
 # What a short block with such words is for is seldom to tell something.
 NO_PROSE = re.compile(
@@ -798,46 +800,55 @@ def block_features(page):
     mostly = {name: good @ inside[name] > 0.5 * max(good.sum(), 1)
               for name in ("hidden", "comment", "related", "side")}
     unseen = (bits & UNSEEN_BIT) > 0
-    # where nearly all text is, there is the content, whatever it is called
-    bad = np.logical_or.reduce([unseen, *(inside[name] for name in NOT_CONTENT
-                                          if not mostly.get(name))])
-    clean = good * ~bad
+    bad = np.logical_or.reduce([unseen, *(inside[name] for name in NOT_CONTENT)])
+    for name in ("comment", "related", "side"):  # where nearly all text is, there is the content
+        bad &= ~(inside[name] & mostly[name])
+    prose = (words > 12) & (link < 0.3) & np.array([text[-1] in ".!?" for text in texts])
+    # what heads other articles or comments does so after most of the text, or under a title and
+    # some paragraphs; the text that counts is above it
+    h1, clean = tags.index("h1") if "h1" in tags else 0, good * ~bad
+    told = np.cumsum(clean * prose)
+    late = np.cumsum(clean) > 0.4 * clean.sum()
+    if h1:
+        late |= (told - told[h1] > 40) & (index > h1)
+    heads = next((i for i in np.flatnonzero((words < 10) & late) if AFTER_ARTICLE.match(texts[i])),
+                 B)
+    clean *= index <= heads
     in_best = best_element(page, clean)[nodes]
     best_end = np.flatnonzero(in_best)[-1] if in_best.any() else B
-    h1 = tags.index("h1") if "h1" in tags else 0
-    heads = [i for i in np.flatnonzero((words < 10) & (np.cumsum(clean) > 0.4 * clean.sum()))
-             if AFTER_ARTICLE.match(texts[i])][:1]
     looks = [(page.names[n], page.own[n], page.names[page.parents[n]], page.own[page.parents[n]])
              for n in page.nodes[:B]]
     looks_alike = Counter(looks)
     alike = np.log(np.array([looks_alike[look] for look in looks]))
     return {f"in {name}": inside[name] for name in IN_ELEMENTS} | {
         "bias": np.ones(B), "words<3": words < 3, "ends": ends,
-        "prose": (words > 12) & (link < 0.3) & np.array([text[-1] in ".!?" for text in texts]),
+        "prose": prose,
         "p": [tag == "p" for tag in tags], "h3": [tag == "h3" for tag in tags],
         "heading": [tag in HEADINGS for tag in tags], "cell": [tag in CELLS for tag in tags],
         "label": [tag in LABELS for tag in tags], "unseen": unseen,
         "mostly hidden": inside["hidden"] & mostly["hidden"],
         "in best": in_best, "in best,bad": in_best & bad, "after best": index > best_end,
+        "in best,link": in_best & (link > 0.9) & (words > 4),
         "link before": np.append(False, link[:-1] > 0.5),
         "good after": np.log1p(np.append(good[1:], 0)), "before h1": index < h1,
         "place>.75": np.cumsum(words) > 0.75 * words.sum(), "alike": alike,
         "alike,short": alike * (words < 6), "rich": np.full(B, np.log1p(clean.sum()) / 7),
-        "after heads": index > heads[0] if heads else np.zeros(B),
+        "after heads": index > heads, "after heads,link": (index > heads) & (link > 0.9),
         "no prose": [len(text) < 400 and bool(NO_PROSE.search(text)) for text in texts],
     }
 
 
-# Log odds of a block to be main content, fitted to the development pages of [7] with these features
-# alone, which were the ones that told something in five-fold cross-validation.
+# Log odds of a block to be main content, fitted to the development pages of [7] with the features
+# that told something in five-fold cross-validation; the last is set by hand.
 WEIGHTS = {
-    "bias": 0.32, "in <nav>": -1.01, "in <footer>": -2.92, "in <header>": -0.85, "in <form>": -2.15,
-    "in <figure>": -1.8, "in cookie": -1.03, "in hidden": -1.04, "in side": 0.09,
-    "in comment": -1.08, "words<3": 0.59, "ends": 0.45, "p": 0.38, "h3": 0.69, "heading": 0.47,
-    "unseen": 0.64, "mostly hidden": 0.6, "in best": 1.4, "in best,bad": -1.56, "after best": -1.24,
-    "link before": -0.71, "good after": 0.26, "before h1": -1.15, "place>.75": -0.65, "alike": 0.31,
-    "alike,short": -0.1, "rich": -1.26, "after heads": -0.77, "no prose": -1.14, "prose": 0.57,
-    "cell": 0.48, "label": -1.04,
+    "bias": -0.2, "in <nav>": -1.27, "in <footer>": -2.54, "in <header>": -0.91, "in <form>": -1.65,
+    "in <figure>": -1.75, "in cookie": -1.2, "in hidden": -0.69, "in side": -0.01,
+    "in comment": -1.04, "words<3": 0.62, "ends": 0.29, "p": 0.53, "h3": 0.73, "heading": 0.54,
+    "unseen": 0.5, "mostly hidden": 0.37, "in best": 1.66, "in best,bad": -1.42,
+    "after best": -1.04, "link before": -0.65, "good after": 0.24, "before h1": -1.2,
+    "place>.75": -0.78, "alike": 0.44, "alike,short": -0.16, "rich": -0.91, "after heads": -0.52,
+    "no prose": -1.24, "prose": 0.47, "cell": 0.57, "label": -1.22, "in best,link": -1.39,
+    "after heads,link": -9.0,
 }
 THRESHOLD = 0.0  # of the log odds: lower keeps more of the text, and more of what is around it
 
@@ -877,7 +888,8 @@ def extract_text_from_html_bytes(html_bytes, mode="plain", content_type=None):
 
 EMAIL_MASK, PHONE_MASK, IP_MASK = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
 EMAIL = re.compile(r"(?<![\w.+%@/|-])\w[\w.+%&'-]{0,63}@(?!\dx\.)"
-                   r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}(?![\w@]|[-.]\w*@|:[\w~]+/)")
+                   r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}"
+                   r"(?![\w@]|[-.]\w*@|:[\w~]+/)")
 FILE_ENDINGS = ("png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "json", "xml", "html")
 DASH = r"[-.\u2010-\u2013\u00a0 ]"
 # US and Canada: three, three and four digits; an area code starts with 2 to 9. A number without
@@ -890,29 +902,37 @@ PHONE = re.compile(
     rf"(?![\w@]|[-=]\w|/[^\W\d]|\.\d|[ ,:]\d{{4}}\b|%)", re.I)
 MAYBE_PHONE = re.compile(rf"\d\d\d(?:{DASH}| - )?\d\d\d\d")  # every match of the others has one
 AFTER_DIGIT = re.compile(DASH)
-PLUS_PHONE = re.compile(rf"(?<![\w+])\+1{DASH}?(?:\([2-9]\d\d\)|[2-9]\d\d){DASH}?\d{{3}}{DASH}?\d{{4}}"
-                        rf"(?!\w|[-.]\d)")
-PHONE_CONTEXT = re.compile(r"\b(?:phone|telephone|tel|call|cell|mobile|fax|contact|text|dial|reach|"
-                           r"whatsapp|sms|ring|toll|desk|office|helpline|hotline)\b[^\n]{0,40}$", re.I)
-# Before a number: with separators it is a telephone's unless one of the first list says otherwise.
-IDENTIFIER = (r"isbn(?:-1[03])?|issn|order|invoice|ticket|tracking|serial|sku|part|upc|asin|doi|barcode|"
-              r"patent|version|build|case|ref|reference|transaction|confirmation|acct|account|routing")
-BARE_IDENTIFIER = IDENTIFIER + (
-    r"|id|item|product|model|member|policy|customer|number|no|nr|pmid|timestamp|iban|card|ssn|code|key|"
-    r"hash|article|document|record|employee|student|user|passport|licen[sc]e|permit|vin|lot|batch|job|"
-    r"seed|population|total|zip|ein|npi|tin|vat|uid|pid|epoch|bytes|size|value|sum")
-AFTER_IDENTIFIER = (r"[ \t]*(?:number|no|id|code|#)?\.?[ \t]*(?:is|was|of)?[ \t]*[:#=-]*[ \t]*$")
-IDENTIFIER_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{IDENTIFIER}){AFTER_IDENTIFIER}", re.I)
-BARE_CONTEXT = re.compile(rf"(?<![A-Za-z])(?:{BARE_IDENTIFIER}){AFTER_IDENTIFIER}", re.I)
+PLUS_PHONE = re.compile(rf"(?<![\w+])\+1{DASH}?(?:\([2-9]\d\d\)|[2-9]\d\d){DASH}?\d{{3}}{DASH}?"
+                        rf"\d{{4}}(?!\w|[-.]\d)")
+# Before a number: with separators it is a telephone's unless one of IDENTIFIERS says otherwise.
+PHONE_WORDS = """phone telephone tel call cell mobile fax contact text dial reach whatsapp sms ring
+toll desk office helpline hotline"""
+IDENTIFIERS = """isbn isbn-1[03] issn order invoice ticket tracking serial sku part upc asin doi barcode
+patent version build case ref reference transaction confirmation acct account routing"""
+BARE_IDENTIFIERS = IDENTIFIERS + """ id item product model member policy customer number no nr pmid
+timestamp iban card ssn code key hash article document record employee student user passport
+licen[sc]e permit vin lot batch job seed population total zip ein npi tin vat uid pid epoch bytes
+size value sum"""
+VERSIONS = """versions? ver v released? build firmware revision rev sections? § chapter clause paragraph
+rule article figure table appendix item oid driver update upgraded? patch kernel sdk api package
+assembly hotfix installer software app theorem lemma exercise step"""
+
+
+def said_before(words, gap):
+    """Returns the pattern of one of some words just before the end of a text, but for a gap."""
+    return re.compile(rf"(?<![A-Za-z])(?:{'|'.join(words.split())}){gap}$", re.I)
+
+
+AFTER_IDENTIFIER = r"[ \t]*(?:number|no|id|code|#)?\.?[ \t]*(?:is|was|of)?[ \t]*[:#=-]*[ \t]*"
+PHONE_CONTEXT = said_before(PHONE_WORDS, r"\b[^\n]{0,40}")
+IDENTIFIER_CONTEXT = said_before(IDENTIFIERS, AFTER_IDENTIFIER)
+BARE_CONTEXT = said_before(BARE_IDENTIFIERS, AFTER_IDENTIFIER)
+VERSION_CONTEXT = said_before(
+    VERSIONS, r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(]*[ \t]*")
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 IP = re.compile(rf"(?<![\w.])(?<![A-Za-z][-/_])(?<!\d[,:/-])(?:{OCTET}\.){{3}}{OCTET}"
                 rf"(?!\w|\.\w|-[A-Za-z]|,\d)")
 MAYBE_IP = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
-VERSION_CONTEXT = re.compile(
-    r"(?<![A-Za-z])(?:version|versions|ver|v|release|released|build|firmware|revision|rev|section|sections|§|chapter|"
-    r"clause|paragraph|rule|article|figure|table|appendix|item|oid|driver|update|upgrade[d]?|patch|"
-    r"kernel|sdk|api|package|assembly|hotfix|installer|software|app|theorem|lemma|exercise|step)"
-    r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(]*[ \t]*$", re.I)
 
 
 def mask_until_stable(text, mask_once):
@@ -1763,9 +1783,10 @@ def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket
     rng = np.random.default_rng(seed)
     inputs = object.__new__(DenseMatrix)
     inputs.shape = len(words) + args["bucket"], dim
-    # Zero rows and random labels, the reverse of the library: what no text has trained adds no noise.
+    # Zero rows, random labels, the reverse of the library: what no text has trained adds no noise.
     inputs.values = np.zeros(inputs.shape, np.float32)
-    output = rng.standard_normal((len(names), dim), np.float32) * np.float32(OUTPUT_SCALE / math.sqrt(dim))
+    output = rng.standard_normal((len(names), dim), np.float32)
+    output *= np.float32(OUTPUT_SCALE / math.sqrt(dim))
     model = FastText(args, [word for word, _ in words], label_words, counts, inputs, output)
     model.lower = lower
     examples = [(*np.unique(ids, return_counts=True), names.index(label))
@@ -2028,7 +2049,7 @@ TOXIC_WORDS = """fuck* fuk* motherfuck* shit* bullshit ass asses asshole* arse* 
 cunt* dick dickhead* prick cock cocksuck* suck sucks sucking whore* slut* fag* homo nigg* retard*
 moron* idiot* stupid* dumb* imbecile* loser* jerk* pathetic scum* crap* piss* damn* hell hate*
 kill die dumbass wanker* twat* bollocks douche* pussy gay* nazi* racist* ugly filthy disgusting
-coward* liar* pig pigs trash garbage shut freak* troll* vandal* u ur noob* faggot* balls penis"""
+coward* liar* pig pigs trash garbage shut freak* troll* vandal* noob* faggot* balls penis"""
 WORDS_TO_HALF = 0.02  # share of listed words in a text that makes a score of one half
 
 
@@ -2057,7 +2078,7 @@ def prose_score(text):
     words = text.split()
     if not words:
         return 0.0
-    ended = sum(len(line) for line in lines if line.rstrip().endswith((".", "!", "?", '"', "\u201d")))
+    ended = sum(len(line) for line in lines if line.rstrip().endswith(TERMINAL[:5]))
     listed = english_function_words()
     common = sum(word.lower().strip(string.punctuation) in listed for word in words) / len(words)
     letters = sum(map(str.isalpha, text)) / max(1, sum(not c.isspace() for c in text))
@@ -2092,7 +2113,7 @@ class Classifier:
 
     def __init__(self, kind, model=None):
         if kind not in CLASSIFIERS:
-            raise ValueError(f"kind must be one of {', '.join(CLASSIFIERS)}, got {kind!r}; choose one")
+            raise ValueError(f"kind must be of {', '.join(CLASSIFIERS)}, got {kind!r}; choose one")
         self.kind, self.model = kind, FastText.load(model) if model else None
         if self.model:
             self.method = f"fastText model {Path(model).name}"
@@ -2819,7 +2840,8 @@ class Funnel:
             for key in stage.keys() - {"reasons"}:
                 stage[key] += other[key]
             for reason, entry in other["reasons"].items():
-                mine = stage["reasons"].setdefault(reason, entry | {"documents": 0, "characters": 0})
+                mine = stage["reasons"].setdefault(
+                    reason, entry | {"documents": 0, "characters": 0})
                 mine["documents"] += entry["documents"]
                 mine["characters"] += entry["characters"]
 
@@ -3034,7 +3056,13 @@ def filter_file(number, path, judge, folder, shared, skipped=(), stop=(), carefu
         shared[2] = time.monotonic()
 
     def watched():
-        for record in read_records(path, shard.state["place"], others):
+        records = read_records(path, shard.state["place"], others)
+        while True:
+            started = time.perf_counter()
+            record = next(records, None)
+            judge.funnel.stage("records")["seconds"] += time.perf_counter() - started
+            if record is None:
+                return
             shared[:2] = record.place
             shared[3] += 1
             if list(record.place) in skipped:
@@ -3104,7 +3132,8 @@ def list_inputs(inputs):
         if re.match(r"https?://", item):
             found.append(item)
         elif item.endswith((".paths", ".paths.gz")) and os.path.exists(item):
-            with (gzip.open if item.endswith(".gz") else open)(item, "rt", encoding="utf-8") as file:
+            opener = gzip.open if item.endswith(".gz") else open
+            with opener(item, "rt", encoding="utf-8") as file:
                 for line in filter(None, map(str.strip, file)):
                     beside = [Path(line), Path(item).parent / line,
                               Path(item).parent / Path(line).name]
@@ -3437,7 +3466,7 @@ class Run:
                 "other_records": sum((Counter(s.state["others"]) for s in shards), Counter()),
                 "stages": stages, "tokens": None, "methods": self.judge.methods,
                 "wall_seconds": round(time.monotonic() - self.started, 2),
-                "hours": {f"{files} WET files": round(files * per_file_h, 1)
+                "hours": {f"{files} files of 70 MB": round(files * per_file_h, 1)
                           for files in (5000, 100_000)}}
 
 

@@ -37,12 +37,10 @@ from data_filter import (
 )
 
 ROOT = Path(data_filter.__file__).parent
-NOUNS = (
-    "river house garden teacher story winter market engine village letter doctor music "
-).split()
-VERBS = (
-    "finds leaves watches builds carries remembers paints follows repairs describes "
-).split()
+NOUNS = ["river", "house", "garden", "teacher", "story", "winter", "market", "engine", "village",
+         "letter", "doctor", "music"]
+VERBS = ["finds", "leaves", "watches", "builds", "carries", "remembers", "paints", "follows",
+         "repairs", "describes"]
 ENDS = ("before the rain", "in the old town", "with a friend", "for many years", "near the sea")
 
 
@@ -224,6 +222,32 @@ def test_main_text_is_without_menus_banners_and_footers():
     assert prose("a") in text and prose("b") in text
     for other in ("cookies", "Home", "Another story", "Copyright"):
         assert other not in text
+
+
+def test_the_whole_article_is_taken_and_nothing_around_it():
+    """A news page as they are: kicker, share bar, inline teasers, lists, quote, table, comments."""
+    parts = [prose(n, 2) for n in range(6)]
+    teaser = "<article class=card><a href=/x><h3>Storm warning issued for the coast</h3></a></article>"
+    share = "<ul class=share-bar><li><a href=#>Share on Facebook</a><li><a href=#>Copy link</a></ul>"
+    html = f"""<header><nav><ul><li><a href=/n>News</a><li><a href=/w>Weather</a></ul></nav></header>
+        <main><article><h1>City approves bridge</h1>{share}<div class=body><p>{parts[0]}</p>
+        <aside class=related><h4>Read more</h4><a href=/1>What the toll means for drivers</a></aside>
+        <h2>What happens next</h2><p>{parts[1]}</p><blockquote><p>{parts[2]}</p></blockquote>
+        <ul><li>{parts[3]}<li>{parts[4]}</ul><table><tr><th>Year<th>Vehicles<tr><td>2019<td>7130
+        </table><p>{parts[5]}</p></div>{share}</article>
+        <section><h2>Most read</h2>{teaser * 6}</section>
+        <section class=comments><h2>Comments (2)</h2><p>I do not agree with any of this at all.</p>
+        </section></main><footer>© 2024 The Post. All rights reserved.</footer>"""
+    text = extract_text_from_html_bytes(html.encode(), "main")
+    for wanted in (*parts, "What happens next", "Vehicles", "7130"):
+        assert wanted in text
+    for other in ("Weather", "Share", "toll", "Most read", "Storm", "Comments", "agree", "rights"):
+        assert other not in text
+
+
+def test_a_page_that_only_noscript_holds_is_found():
+    html = f"<div id=app></div><noscript><h1>Topic</h1><p>{prose('a')}</p></noscript>"
+    assert prose("a") in extract_text_from_html_bytes(html.encode(), "main")
 
 
 def test_an_article_that_only_json_ld_has_is_found():
