@@ -907,15 +907,15 @@ PLUS_PHONE = re.compile(rf"(?<![\w+])\+1{DASH}?(?:\([2-9]\d\d\)|[2-9]\d\d){DASH}
 # Before a number: with separators it is a telephone's unless one of IDENTIFIERS says otherwise.
 PHONE_WORDS = """phone telephone tel call cell mobile fax contact text dial reach whatsapp sms ring
 toll desk office helpline hotline"""
-IDENTIFIERS = """isbn isbn-1[03] issn order invoice ticket tracking serial sku part upc asin doi barcode
-patent version build case ref reference transaction confirmation acct account routing"""
+IDENTIFIERS = """isbn isbn-1[03] issn order invoice ticket tracking serial sku part upc asin doi
+barcode patent version build case ref reference transaction confirmation acct account routing"""
 BARE_IDENTIFIERS = IDENTIFIERS + """ id item product model member policy customer number no nr pmid
 timestamp iban card ssn code key hash article document record employee student user passport
 licen[sc]e permit vin lot batch job seed population total zip ein npi tin vat uid pid epoch bytes
 size value sum"""
-VERSIONS = """versions? ver v released? build firmware revision rev sections? § chapter clause paragraph
-rule article figure table appendix item oid driver update upgraded? patch kernel sdk api package
-assembly hotfix installer software app theorem lemma exercise step"""
+VERSIONS = """versions? ver v released? build firmware revision rev sections? § chapter clause
+paragraph rule article figure table appendix item oid driver update upgraded? patch kernel sdk api
+package assembly hotfix installer software app theorem lemma exercise step"""
 
 
 def said_before(words, gap):
