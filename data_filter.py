@@ -1,23 +1,32 @@
 """Common Crawl to training tokens: WARC or WET files in, clean text and token files out.
 
     python data_filter.py run --input 'CC-*.warc.gz' --out_dir clean  # clean/clean.txt, tokens.bin
-    python data_filter.py extract --input page.html --mode main       # the text of one page
     python data_filter.py inspect --out_dir clean                     # kept and dropped, and why
+    python data_filter.py extract --input page.html --mode main       # the text of one page
+    python data_filter.py classify --kind language --text "Wo ist der Bahnhof?"  # de 0.99
+    python data_filter.py classify --train good.jsonl bad.jsonl --model quality.bin  # its AUC
+    python data_filter.py dedup --input texts/ --out_dir unique       # one of near duplicates stays
 
 A run reads records, makes text of pages, judges each document (address, language, rules, harm,
 quality), masks personal data, then over all documents drops repeated lines and near copies, and
 writes text, tokens, report.json and a table whose sums close. Killed at any moment, the same
-command goes on; its output is that of an undisturbed run.
+command goes on; its output is that of an undisturbed run. No model file is needed, and no network.
 
 Sources:
     [1] ISO 28500, the WARC format, versions 1.0 and 1.1
-    [2] Stanford CS336, assignment 4
+    [2] Stanford CS336, assignment 4 (data), 2025
     [3] Rae et al. 2021, Scaling Language Models (Gopher), appendix A1.1
     [4] Raffel et al. 2020, Exploring the Limits of Transfer Learning (C4), section 2.2, and the
         thresholds of its code, tensorflow_datasets/text/c4_utils.py
     [5] WHATWG Encoding Standard and HTML Standard
     [6] Penedo et al. 2024, The FineWeb Datasets, section 3.6
     [7] Foley 2025, WCXB, web content extraction pages with labels, CC-BY-4.0
+    [8] Joulin et al. 2016, Bag of Tricks for Efficient Text Classification; the files and hashes
+        of fastText 1142dc4
+    [9] Broder 1997, On the resemblance and containment of documents
+    [10] Dietzfelbinger et al. 1997, A reliable randomized algorithm for the closest-pair problem:
+        multiply-shift hashing
+    [11] Soldaini et al. 2024, Dolma: labels and thresholds of its classifiers
 """
 
 import argparse
@@ -26,8 +35,8 @@ import glob
 import gzip
 import hashlib
 import json
-import mmap
 import math
+import mmap
 import multiprocessing
 import os
 import random
@@ -1364,7 +1373,7 @@ def read_matrix(file, quantised):
 
 
 def fnv(data):
-    """Returns fastText's 32-bit FNV-1a hash of bytes, each sign-extended. Source: [1] Dictionary
+    """Returns fastText's 32-bit FNV-1a hash of bytes, each sign-extended. source: [8] Dictionary
 
     >>> fnv(b"a")
     3826002220
@@ -1638,7 +1647,7 @@ class FastText:
         """Returns (log probabilities, kept), each (texts, labels). hidden: (texts, dim) float32.
 
         The library adds 1e-5 to a probability before the logarithm, so that it may report 1.00001.
-        Source: [1] loss.cc
+        source: [8] loss.cc
         """
         z = np.zeros((len(hidden), len(self.output)), np.float32)
         for h, column in zip(hidden.T, self.output.T, strict=True):
@@ -1715,7 +1724,7 @@ def huffman_paths(counts):
     matrix that decides there (-1: the path has ended) and 1 for the right-hand side.
 
     counts: of labels, descending. Two queues, leaves from the end and nodes as they are made; each
-    takes the smaller, of equals the node. Source: [1] HierarchicalSoftmaxLoss::buildTree
+    takes the smaller, of equals the node. source: [8] HierarchicalSoftmaxLoss::buildTree
     """
     n = len(counts)
     weight = list(counts) + [10 ** 15] * (n - 1)
@@ -1758,7 +1767,7 @@ def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket
 
     texts: list of str; labels: list of str, one a text. The settings are fastText's, its defaults
     dim 100, word_ngrams 1, bucket 2,000,000, not lower-cased. Memory: the input matrix, (words +
-    bucket) * dim * 4 bytes, and 16 bytes an id of the texts. Source: [1], section 2
+    bucket) * dim * 4 bytes, and 16 bytes an id of the texts. source: [8], section 2
     """
     for name, value, least in (("dim", dim, 1), ("epoch", epoch, 1), ("min_count", min_count, 1),
                                ("word_ngrams", word_ngrams, 1), ("bucket", bucket, 1)):
@@ -1808,7 +1817,7 @@ def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket
 def train_step(inputs, output, ids, counts, label, lr):
     """One step of gradient descent on one text, in place: softmax over the mean of its rows.
 
-    ids: (rows,) distinct, each counted `counts` times. Source: [1] SoftmaxLoss::forward
+    ids: (rows,) distinct, each counted `counts` times. source: [8] SoftmaxLoss::forward
     """
     rows, share = inputs[ids], (counts / counts.sum()).astype(np.float32)
     hidden = share @ rows
@@ -2146,12 +2155,12 @@ def identify_language(text, model=None):
 
 
 def classify_nsfw(text, model=None):
-    """Returns ("nsfw" or "non-nsfw", score of that label). model: a path, such as Dolma's [5]."""
+    """Returns ("nsfw" or "non-nsfw", score of that label). model: a path, such as Dolma's [11]."""
     return load_classifier("nsfw", model).predict([text])[0]
 
 
 def classify_toxic_speech(text, model=None):
-    """Returns ("toxic" or "non-toxic", score of that label). model: a path, such as Dolma's [5]."""
+    """Returns ("toxic" or "non-toxic", score of it). model: a path, such as Dolma's [11]."""
     return load_classifier("toxic", model).predict([text])[0]
 
 
@@ -2240,7 +2249,7 @@ def exact_line_deduplication(input_files, output_directory, memory_mb=1024, keep
     Every occurrence goes, the first too, and blank lines like any other, unless keep_blank says
     that they are ends of paragraphs. "\\n" alone ends a line and is no part of it. Lines are
     told apart by 64 bits: of n lines, a line is taken for another with probability n / 2**64. The
-    hashes are on disk, 8 bytes a line, and sorted in memory_mb. Source: [3] 3.1
+    hashes are on disk, 8 bytes a line, and sorted in memory_mb. source: [2] 3.1
     """
     inputs, outputs = output_paths(input_files, output_directory)
     with tempfile.TemporaryDirectory(prefix=".lines-", dir=output_directory) as folder:
@@ -2316,7 +2325,7 @@ SIGNATURE_BLOCK = 2048  # shingles at a time: 128 hashes of them are 1 MB
 
 def normalize_for_dedup(text):
     """Returns a text lower-cased, in NFD without accents, without punctuation and symbols, its
-    words one space apart. Source: [3] 3.2
+    words one space apart. source: [2] 3.2
 
     >>> normalize_for_dedup("  Café,  déjà-vu!")
     'cafe dejavu'
@@ -2351,7 +2360,7 @@ class WordHashes(dict):
 class MinHash:
     """Shingles and signatures by multiply-shift, in uint32 whose wrap-around is the definition.
 
-    A mod-prime hash of 64 bits overflows in 64 bits and is then no such hash. Source: [2], [4]
+    A mod-prime hash of 64 bits overflows in 64 bits and is then no such hash. source: [9], [10]
     """
 
     def __init__(self, num_hashes=128, num_bands=16, ngrams=5):
@@ -2630,7 +2639,7 @@ def find_near_duplicates(files, work_dir, num_hashes=128, num_bands=16, ngrams=5
     result is the same for any number of workers, ranks and order of files. Of ranks (machines with
     one shared work_dir), each signs every Nth chunk and compares its share of each band's groups;
     `barrier` waits for all. Finished signatures in work_dir are used again while the files and
-    settings stay. Source: [2]; [3] 3.3
+    settings stay. source: [9]; [2] 3.3
     """
     settings = num_hashes, num_bands, ngrams
     MinHash(*settings)
@@ -2850,7 +2859,7 @@ class Judge:
     """What happens to documents, one stage after the other; the funnel counts it."""
 
     def __init__(self, options):
-        self.options, self.funnel, self.heartbeat = options, Funnel(), lambda: None
+        self.options, self.funnel, self.shared = options, Funnel(), [0] * 4
         self.rules = choose_rules(options.rules, options.threshold)
         self.blocked = set(Path(options.blocklist).read_text("utf-8").lower().split()) \
             if options.blocklist else set()
@@ -2868,6 +2877,9 @@ class Judge:
             ("quality", self.check_quality, options.quality_model),
             ("pii", self.mask, not options.no_pii)) if on]
 
+    def __reduce__(self):
+        return Judge, (self.options,)  # a worker that is spawned, not forked, reads models anew
+
     def judge(self, records):
         """Yields (record, {url, text, language, ...} or None, sample of what fell or None)."""
         opened = [(record, self.read(record), self.funnel.sample) for record in records]
@@ -2883,8 +2895,7 @@ class Judge:
 
     def stage(self, name, url, text, function, *arguments):
         """Returns what function(text, ...), of (text, None) or (None, reason), leaves of it."""
-        started = time.perf_counter()
-        self.heartbeat()
+        started, self.shared[2] = time.perf_counter(), time.monotonic()
         try:
             with time_limit(PAGE_LIMIT_S):
                 out, reason = function(text, *arguments)
@@ -3049,11 +3060,9 @@ def filter_file(number, path, judge, folder, shared, skipped=(), stop=(), carefu
     shard = Shard(folder, number)
     if shard.state["done"]:
         return
-    judge.funnel, others = Funnel(shard.state["stages"]), Counter(shard.state["others"])
+    judge.funnel, judge.shared = Funnel(shard.state["stages"]), shared
+    others = Counter(shard.state["others"])
     saved_at, saved_s = shard.state["place"][0], time.monotonic()
-
-    def alive():
-        shared[2] = time.monotonic()
 
     def watched():
         records = read_records(path, shard.state["place"], others)
@@ -3069,7 +3078,6 @@ def filter_file(number, path, judge, folder, shared, skipped=(), stop=(), carefu
                 record.problem = record.problem or "killed its worker"
             yield record
 
-    judge.heartbeat = alive
     state = {"bytes": os.path.getsize(path)}
     with shard:
         for batch in batches(watched(), 1 if careful else BATCH_BYTES,

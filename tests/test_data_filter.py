@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import random
 import signal
 import struct
@@ -480,6 +481,14 @@ def test_killed_at_random_times_a_run_goes_on_to_the_same_output(tmp_path):
     assert process.wait(120) == 0, process.stdout.read()
     assert kills > 3
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
+
+
+def test_a_judge_reaches_workers_that_are_not_forked(tmp_path):
+    args = data_filter.build_parser().parse_args(["run", "--input", "x"])
+    args.languages, args.rules = ["en"], ["gopher"]
+    judge = pickle.loads(pickle.dumps(data_filter.Judge(args)))
+    records = [data_filter.Record((0, 1), "conversion", "http://x/", "text/plain", prose(1).encode())]
+    assert [kept["text"] for _, kept, _ in judge.judge(records)] == [prose(1)]
 
 
 def test_a_page_that_hangs_kills_or_eats_memory_costs_that_page(tmp_path, monkeypatch, capsys):
