@@ -4,6 +4,7 @@ import contextlib
 import doctest
 import gzip
 import hashlib
+import http.server
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
@@ -596,6 +598,51 @@ def test_a_list_of_paths_takes_local_copies(warc, tmp_path):
     paths.write_bytes(gzip.compress(f"crawl-data/x/{warc.name}\ncrawl-data/y.wet.gz\n".encode()))
     assert data_filter.list_inputs([str(paths)]) == [
         str(warc), "https://data.commoncrawl.org/crawl-data/y.wet.gz"]
+
+
+def test_an_address_is_fetched_with_patience_and_once(tmp_path, monkeypatch):
+    asked, slept, data = [], [], random.Random(0).randbytes(300_000)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.headers.get("Range"))
+            start = int(asked[-1][6:-1]) if asked[-1] else 0
+            self.send_response(503 if len(asked) == 1 else 206 if start else 200)
+            self.send_header("Content-Length", 0 if len(asked) == 1 else len(data) - start)
+            self.end_headers()
+            if len(asked) == 2:  # breaks off
+                self.wfile.write(data[:150_000])
+            elif len(asked) > 2:
+                self.wfile.write(data[start:])
+
+        def log_message(self, *arguments):
+            pass
+
+    monkeypatch.setattr(data_filter.time, "sleep", slept.append)
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.warc.gz"
+        local = data_filter.fetch_input(url, tmp_path, 4)
+        assert data_filter.fetch_input(url, tmp_path, 4) == local
+        server.shutdown()
+    assert local.read_bytes() == data and slept == [4, 8]  # of 4 workers, one a second at most
+    assert asked[:2] == [None, None] and asked[2].startswith("bytes=") and len(asked) == 3
+
+
+def test_models_that_are_named_judge_and_are_named_in_the_report(warc, tmp_path):
+    model, counts = toy_model(minn=2, maxn=3)
+    model.save(tmp_path / "m.bin", counts)
+    path = str(tmp_path / "m.bin")
+    assert run(warc, tmp_path / "out", "--language_model", path, "--languages", "up,down",
+               "--language_score", "0", "--quality_model", path, "--quality_label", "up",
+               "--quality_score", "0") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["methods"]["language"] == report["methods"]["quality"] == "fastText model m.bin"
+    text = (tmp_path / "out" / "clean.txt").read_bytes()
+    for line in (tmp_path / "out" / "kept.jsonl").read_text().splitlines():
+        notes = json.loads(line)
+        assert notes["language"] in ("up", "down") and 0 <= notes["quality"] <= 1
+        assert text[notes["start"] + notes["bytes"]:].startswith(bpe.END_OF_TEXT.encode())
 
 
 def test_wet_records_are_taken_as_they_are(tmp_path):
