@@ -2615,19 +2615,6 @@ def candidate_groups(signed, row, parent, same, memory_bytes, share):
                 yield [(int(d), int(parent[d]), *signed.locate(d)) for d in group]
 
 
-def predict_needs(files, num_bands):
-    """Returns (documents, bytes of disk, bytes of memory) that find_near_duplicates will need,
-    documents of .jsonl files judged by the first megabyte of each."""
-    documents = 0
-    for path in files:
-        documents += 1
-        if str(path).endswith(".jsonl"):
-            with open(path, "rb") as file:
-                start = file.read(1 << 20)
-            documents += int(start.count(b"\n") / max(1, len(start)) * os.path.getsize(path))
-    return documents, documents * 8 * (2 + num_bands), documents * 32
-
-
 def find_near_duplicates(files, work_dir, num_hashes=128, num_bands=16, ngrams=5,
                          jaccard_threshold=0.8, num_workers=None, memory_mb=1024, rank=0, ranks=1,
                          barrier=None, progress=False):
@@ -2688,8 +2675,16 @@ def find_near_duplicates(files, work_dir, num_hashes=128, num_bands=16, ngrams=5
 
 
 def check_needs(files, num_bands, work_dir, memory_mb, progress):
-    """Says what the run will need; raises ValueError where the disk has less."""
-    documents, disk, memory = predict_needs(files, num_bands)
+    """Says what the run will need, documents of .jsonl files judged by the first megabyte of each;
+    raises ValueError where the disk has less."""
+    documents = 0
+    for path in files:
+        documents += 1
+        if str(path).endswith(".jsonl"):
+            with open(path, "rb") as file:
+                start = file.read(1 << 20)
+            documents += int(start.count(b"\n") / max(1, len(start)) * os.path.getsize(path))
+    disk, memory = documents * 8 * (2 + num_bands), documents * 32
     Path(work_dir).mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(work_dir).free
     if progress:
@@ -3078,14 +3073,13 @@ def filter_file(number, path, judge, folder, shared, skipped=(), stop=(), carefu
                 record.problem = record.problem or "killed its worker"
             yield record
 
-    state = {"bytes": os.path.getsize(path)}
+    state = {"bytes": os.path.getsize(path), "stages": judge.funnel.stages, "others": others}
     with shard:
         for batch in batches(watched(), 1 if careful else BATCH_BYTES,
                              lambda record: len(record.data) + 1000):
             for record, kept, sample in judge.judge(batch):
                 shard.write(record.place, kept, sample)
-            state |= {"place": list(record.place), "stages": judge.funnel.stages, "others": others}
-            now = time.monotonic()
+            state["place"], now = list(record.place), time.monotonic()
             if stop or record.place[0] - saved_at >= CHECKPOINT_BYTES or (
                     now - saved_s > CHECKPOINT_S):
                 shard.checkpoint(**state)

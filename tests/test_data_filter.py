@@ -565,6 +565,8 @@ def test_bad_input_is_refused_in_one_line(warc, tmp_path, capsys):
     assert "WARC" in refused(capsys, "run", "--input", tmp_path / "folder", *out)
     assert "--rules" in refused(capsys, "run", "--input", warc, "--rules", "golfer", *out)
     assert "--threshold" in refused(capsys, "run", "--input", warc, "--threshold", "a.b=1", *out)
+    info = write_warc(tmp_path / "i.warc.gz", [record("warcinfo", b"x"), record("request", b"x")])
+    assert "'warcinfo': 1" in refused(capsys, "run", "--input", info, "--out_dir", tmp_path / "i")
     assert "65,536" in refused(capsys, "run", "--input", warc, "--vocab_size", "70000", *out)
     assert "write into" in refused(capsys, "run", "--input", warc, "--out_dir", empty)
     foreign = tmp_path / "model.bin"
