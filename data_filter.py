@@ -1847,22 +1847,14 @@ def area_under_curve(scores, positive):
 
 # ---------------------------------------------------------------- language without a model
 
-# Where scripts begin, and the language of those that have only one, or one by far.
-SCRIPTS = [  # (first, last code point, script)
-    (0x41, 0x5A, "latin"), (0x61, 0x7A, "latin"), (0xC0, 0x24F, "latin"), (0x1E00, 0x1EFF, "latin"),
-    (0x370, 0x3FF, "el"), (0x1F00, 0x1FFF, "el"), (0x400, 0x52F, "cyrillic"), (0x531, 0x58F, "hy"),
-    (0x5D0, 0x5EA, "he"), (0x620, 0x6FF, "arabic"), (0x750, 0x77F, "arabic"), (0x900, 0x963, "hi"),
-    (0x980, 0x9FE, "bn"), (0xA00, 0xA7F, "pa"), (0xA80, 0xAFF, "gu"), (0xB80, 0xBFF, "ta"),
-    (0xC00, 0xC7F, "te"), (0xC80, 0xCFF, "kn"), (0xD00, 0xD7F, "ml"), (0xD80, 0xDFF, "si"),
-    (0xE00, 0xE4E, "th"), (0xE80, 0xEDF, "lo"), (0x1000, 0x109F, "my"), (0x10A0, 0x10FF, "ka"),
-    (0x1100, 0x11FF, "ko"), (0x1200, 0x137F, "am"), (0x1780, 0x17D3, "km"), (0x3041, 0x309F, "ja"),
-    (0x30A1, 0x30FA, "ja"), (0x3400, 0x4DBF, "han"), (0x4E00, 0x9FFF, "han"),
-    (0xAC00, 0xD7AF, "ko"), (0xF900, 0xFAFF, "han"), (0xFB50, 0xFDFF, "arabic"),
-    (0xFE70, 0xFEFC, "arabic"), (0xFF66, 0xFF9D, "ja"), (0x20000, 0x3134F, "han"),
-]
-SCRIPT_NAMES = ["none"] + sorted({name for *_, name in SCRIPTS})
-SCRIPT_EDGES = np.array([edge for first, last, _ in SCRIPTS for edge in (first, last + 1)])
-SCRIPT_NUMBERS = np.array([0] + [n for *_, name in SCRIPTS for n in (SCRIPT_NAMES.index(name), 0)])
+# First words of Unicode's names of letters: the script, or the language that is alone in it.
+SCRIPTS = {
+    "LATIN": "latin", "CYRILLIC": "cyrillic", "ARABIC": "arabic", "CJK": "han", "HIRAGANA": "ja",
+    "KATAKANA": "ja", "HALFWIDTH": "ja", "HANGUL": "ko", "GREEK": "el", "ARMENIAN": "hy",
+    "HEBREW": "he", "DEVANAGARI": "hi", "BENGALI": "bn", "GURMUKHI": "pa", "GUJARATI": "gu",
+    "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn", "MALAYALAM": "ml", "SINHALA": "si",
+    "THAI": "th", "LAO": "lo", "MYANMAR": "my", "GEORGIAN": "ka", "ETHIOPIC": "am", "KHMER": "km",
+}
 # In the order of use.
 FUNCTION_WORDS = {
     "en": "the of and to in a is that for it was on with as by be at are this from or have an not "
@@ -1966,16 +1958,25 @@ FALL = 0.3  # of the odds, from the first of a list to its last
 USUAL_EVIDENCE = {"latin": 0.45, "cyrillic": 0.2, "arabic": 0.5}
 
 
-def script_counts(text):
-    """Returns {script or language: letters} of a text, scripts as in SCRIPTS.
+@lru_cache(1 << 16)
+def script_of(character):
+    """Returns the script of a letter or of a mark of one, as in SCRIPTS, or None."""
+    if unicodedata.category(character)[0] not in "LM":
+        return None
+    return SCRIPTS.get(unicodedata.name(character, "").split(" ")[0])
 
-    >>> script_counts("Straße 5, 東京")
-    {'han': 2, 'latin': 6}
+
+def script_counts(text):
+    """Returns {script or language: letters} of a text.
+
+    >>> dict(script_counts("Straße 5, 東京"))
+    {'latin': 6, 'han': 2}
     """
-    points = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
-    numbers = SCRIPT_NUMBERS[np.searchsorted(SCRIPT_EDGES, points, side="right")]
-    counts = np.bincount(numbers, minlength=len(SCRIPT_NAMES))
-    return {name: int(n) for name, n in zip(SCRIPT_NAMES[1:], counts[1:], strict=True) if n}
+    counts = Counter()
+    for character, n in Counter(text).items():
+        if script := script_of(character):
+            counts[script] += n
+    return counts
 
 
 @lru_cache(1)
