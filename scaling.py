@@ -29,7 +29,6 @@ import itertools
 import json
 import math
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -279,53 +278,59 @@ class IsoflopFit(Fit):
         return {n: np.exp(v) if n[0] in "kK" else v for n, v in zip(names, values, strict=True)}
 
 
-def profile_laws(profiles, losses, method, jitter=None):
-    """theta (S, 7) of IsoflopFit for losses [(S, n) a profile], and the minima (x (S, K), log D,
-    loss, inside). jitter: a generator that moves a lowest run by up to half a step of the grid."""
-    x, log_d, lowest, inside = [], [], [], []
+def profile_minima(profiles, losses, method, jitter=None):
+    """(log N, log D, loss, inside), each (S, K): where profiles are lowest, for losses [(S, n)].
+    jitter: a generator that moves a lowest run by up to half a step of its grid."""
+    found = []
     for (_, log_n, _, log_tokens), y in zip(profiles, losses, strict=True):
-        place, value, ok = PROFILE_METHODS[method](log_n, y)
+        place, value, inside = PROFILE_METHODS[method](log_n, y)
         if jitter is not None and method.startswith("minimum"):
-            half = np.interp(place, log_n, np.gradient(log_n)) / 2
-            place = place + half * jitter.uniform(-1, 1, len(place))
-        slope = np.polyfit(log_n, log_tokens, 1)
+            place = place + np.interp(place, log_n, np.gradient(log_n)) * jitter.uniform(
+                -0.5, 0.5, len(place))
         tokens = np.interp(place, log_n, log_tokens)
-        outside = place - place.clip(log_n[0], log_n[-1])
-        x, log_d = x + [place], log_d + [tokens + slope[0] * outside]
-        lowest, inside = lowest + [value], inside + [ok]
-    x, log_d, lowest, inside = (np.stack(v, 1) for v in (x, log_d, lowest, inside))
-    c = np.log([p[0] for p in profiles])
-    if method == "minimum_linear":
-        laws = []
-        for v in (x, log_d):
+        found.append((place, tokens, value, inside))
+    return [np.stack(values, 1) for values in zip(*found, strict=True)]
+
+
+def laws_through(budgets, log_n, log_d, loss, method):
+    """theta (S, 7) of IsoflopFit for minima (S, K) at `budgets` (K,)."""
+    c, laws = np.log(budgets), []
+    for v in (log_n, log_d):
+        if method == "minimum_linear":
             scale = v.mean(1)
             _, k, exponent = fit_power(c, np.exp(v - scale[:, None]), offset=False)
             laws += [k + scale, exponent]
-    else:
-        laws = [*fit_line(c, x), *fit_line(c, log_d)]
-    e, k, exponent = fit_power(c, lowest, offset=True)
+        else:
+            laws += fit_line(c, v)
     if len(c) < 4:
-        k, exponent = fit_line(c, np.log(lowest))
+        k, exponent = fit_line(c, np.log(loss))
         e = np.zeros_like(k)
-    return np.stack([*laws, e, k, -exponent], 1), (x, log_d, lowest, inside)
+    else:
+        e, k, exponent = fit_power(c, loss, offset=True)
+    return np.stack([*laws, e, k, -exponent], 1)
 
 
-def noisy_profiles(profiles, samples, rng):
-    """[(S, n)] losses: a smooth curve through each profile times e^r, r drawn from the residuals of
-    all profiles, widened for the constants that the curves took. None without such residuals."""
-    curves, residuals, freedom = [], [], 0
+def bootstrap_minima(profiles, method, samples, seed):
+    """(shifts of log N, log D and log loss of the minima, each (S, K); share of them at an end).
+
+    Noise is drawn from the residuals of a smooth curve through each profile, widened for the
+    constants that the curves took, and added to these curves. None where the runs leave no residual.
+    """
+    rng, curves, residuals, freedom = np.random.default_rng(seed), [], [], 0
     for _, log_n, loss, _ in profiles:
         degree = 3 if len(loss) >= 6 else 2
         z = (log_n - log_n.mean()) / np.ptp(log_n)
-        curve = np.polyval(np.polyfit(z, np.log(loss), degree), z)
-        curves.append(curve)
-        residuals.append(np.log(loss) - curve)
+        curves.append(np.polyval(np.polyfit(z, np.log(loss), degree), z))
+        residuals.append(np.log(loss) - curves[-1])
         freedom += len(loss) - degree - 1
-    residuals = np.concatenate(residuals)
     if freedom < 1:
         return None
+    residuals = np.concatenate(residuals)
     residuals = residuals * math.sqrt(len(residuals) / freedom)
-    return [np.exp(curve + rng.choice(residuals, (samples, len(curve)))) for curve in curves]
+    noisy = [np.exp(curve + rng.choice(residuals, (samples, len(curve)))) for curve in curves]
+    x, d, loss, inside = profile_minima(profiles, noisy, method, rng)
+    x0, d0, loss0, _ = profile_minima(profiles, [np.exp(curve)[None] for curve in curves], method)
+    return x - x0, d - d0, np.log(loss / loss0), float(1 - inside.mean())
 
 
 def fit_isoflop(runs, method="minimum", bootstrap=0, seed=42):
@@ -343,23 +348,21 @@ def fit_isoflop(runs, method="minimum", bootstrap=0, seed=42):
                          "choose one of these")
     runs = run_arrays(runs)
     profiles = isoflop_profiles(runs)
-    theta, minima = profile_laws(profiles, [p[2][None] for p in profiles], method)
-    for (flops, log_n, _, _), inside in zip(profiles, minima[3][0], strict=True):
-        if not inside:
+    budgets = [p[0] for p in profiles]
+    x, d, loss, inside = profile_minima(profiles, [p[2][None] for p in profiles], method)
+    for (flops, log_n, _, _), ok in zip(profiles, inside[0], strict=True):
+        if not ok:
             raise ValueError(f"a profile must have its minimum inside, got none by {method} at "
                              f"{flops:.3g} FLOPs, N {math.exp(log_n[0]):.3g} to "
                              f"{math.exp(log_n[-1]):.3g}; add smaller or larger models there")
-    samples, clipped = None, 0.0
-    if bootstrap:
-        rng = np.random.default_rng(seed)
-        losses = noisy_profiles(profiles, bootstrap, rng)
-        if losses is not None:
-            samples, drawn = profile_laws(profiles, losses, method, rng)
-            clipped = float(1 - drawn[3].mean())
-    optima = [{"flops": p[0], "parameters": math.exp(x), "tokens": math.exp(d), "loss": float(y)}
-              for p, x, d, y in zip(profiles, *(m[0] for m in minima[:3]), strict=True)]
-    return IsoflopFit(theta[0], samples, runs, {"method": method, "minima": optima,
-                                                "profiles": profiles, "at_an_end": clipped})
+    theta, samples, at_an_end = laws_through(budgets, x, d, loss, method)[0], None, 0.0
+    if bootstrap and (shifts := bootstrap_minima(profiles, method, bootstrap, seed)):
+        dx, dd, dloss, at_an_end = shifts
+        samples = laws_through(budgets, x + dx, d + dd, loss * np.exp(dloss), method)
+    minima = [{"flops": c, "parameters": math.exp(n), "tokens": math.exp(t), "loss": float(y)}
+              for c, n, t, y in zip(budgets, x[0], d[0], loss[0], strict=True)]
+    return IsoflopFit(theta, samples, runs, {"method": method, "minima": minima,
+                                             "profiles": profiles, "at_an_end": at_an_end})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -511,7 +514,7 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
     [2], or "projection", 16 of variable projection. bootstrap: that many resamples of the runs, each
     fitted from the best fit. details: objective, residuals of log L. source: [2] [3]
     """
-    arrays = run_arrays([dict(parameters=n, tokens=d, loss=y) for n, d, y in
+    arrays = run_arrays([{"parameters": n, "tokens": d, "loss": y} for n, d, y in
                          zip(parameters, tokens, losses, strict=True)])
     log_n, log_d, target = (torch.from_numpy(np.log(arrays[k])) for k in
                             ("parameters", "tokens", "loss"))
@@ -557,3 +560,507 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
     fit.details = {"method": "chinchilla", "objective": float(values.min()),
                    "residuals": residuals - np.log(arrays["loss"])}
     return fit
+# -------------------------------------------------------------------------------------------------
+# laws for learning rate, batch size and width
+
+
+def step_law(parameters, tokens):
+    """(peak learning rate, batch in tokens) for N parameters without embeddings on D tokens.
+    source: [6]"""
+    return 1.79 * parameters**-0.713 * tokens**0.307, 0.58 * tokens**0.571
+
+
+def deepseek_law(flops):
+    """{lr, batch_tokens, flops_per_token, tokens} for C FLOPs = flops_per_token * tokens, where
+    flops_per_token leaves the embeddings out and counts attention. source: [5] equations (1), (4)"""
+    return {"lr": 0.3118 * flops**-0.1250, "batch_tokens": 0.2920 * flops**0.3271,
+            "flops_per_token": 0.1715 * flops**0.5243, "tokens": 5.8316 * flops**0.4757}
+
+
+def power_lines_batch(tokens, reference_batch, reference_tokens):
+    """Best batch for D tokens, in the reference's unit, from the best one of another D: B ~ D^0.383,
+    whatever N is. source: [7]"""
+    return reference_batch * (tokens / reference_tokens) ** 0.383
+
+
+def mup_rules(width, base_width, d_head):
+    """What muP changes, with Adam, from a model of base_width to one of width: factors on learning
+    rates, initial standard deviations and outputs, and the scale of attention scores.
+    source: [8] table 8"""
+    m = width / base_width
+    return {"hidden_lr": 1 / m, "embedding_lr": 1.0, "norm_lr": 1.0, "hidden_std": m**-0.5,
+            "embedding_std": 1.0, "output_multiplier": 1 / m, "attention_scale": 1 / d_head}
+
+
+# -------------------------------------------------------------------------------------------------
+# the planner
+
+SEQUENCE, EVAL_TOKENS = 512, 2**18  # tokens: of a sequence, and of one evaluation by the API
+MOST_S, MOST_TOKENS = 43_200, 500_000_000_000  # what the API accepts for a run
+
+
+def body_parameters(config):
+    """N: the weights of the blocks and norms, without embeddings and head."""
+    parts = lm.count_parameters(config)
+    return parts["attention"] + parts["feed-forward"] + parts["norms"]
+
+
+def training_flops(config, rule):
+    """FLOPs a token: "exact" all matrix products, so also the head and causal attention, or "6N"."""
+    return lm.flops_per_token(config) if rule == "exact" else 6 * body_parameters(config)
+
+
+def ladder(vocab_size):
+    """ModelConfigs from 10 thousand to 10 billion weights: a block for 64 of width, at least two,
+    heads of 64 where they fit, d_ff 8/3 of the width to a multiple of 16."""
+    widths = (*range(16, 128, 16), *range(128, 256, 32), *range(256, 1024, 64),
+              *range(1024, 2048, 128), *range(2048, 4097, 256))
+    configs = []
+    for width in widths:
+        d_head = next(d for d in (64, 32, 16) if width % d == 0)
+        configs.append(lm.ModelConfig(
+            vocab_size=vocab_size, context_length=SEQUENCE, d_model=width, num_heads=width // d_head,
+            num_layers=max(2, round(width / 64)), d_ff=-(-8 * width // 48) * 16, qk_norm=True))
+    return configs
+
+
+def measure_speed(vocab_size, device, dtype, seconds=2.0):
+    """[(FLOPs a token, FLOP/s)] of training steps of three shapes, uncompiled, on `device`. A shape
+    whose steps would take longer than `seconds` is left out: the one before it stands for it."""
+    device, table = lm.resolve_device(device), []
+    batch = 4 if device.type == "cpu" else 32
+    for config in (c for c in ladder(vocab_size) if c.d_model in (64, 256, 768)):
+        step_flops = lm.flops_per_token(config) * batch * SEQUENCE
+        if table and step_flops / table[-1][1] > seconds:
+            break
+        model = lm.TransformerLM(config).to(device)
+        optimizer = lm.AdamW(model.parameters(), 1e-4)
+        tokens = torch.randint(vocab_size, (batch, SEQUENCE + 1), device=device)
+        times = []
+        while len(times) < 3 or (sum(times) < seconds and len(times) < 20):
+            start = lm.time_mark(device)
+            with lm.compute_context(device, dtype):
+                loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            times.append(lm.seconds_between(start, lm.time_mark(device)))
+        table.append((lm.flops_per_token(config), step_flops / float(np.median(times[1:]))))
+    return table
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How long a run takes: speed is [(FLOPs a token, FLOP/s)], interpolated in logs."""
+
+    speed: tuple
+    overhead_s: float  # of a run, beside steps and evaluations
+    margin: float  # a run may take that many times its estimate before it is cut off
+    eval_tokens: int
+    rule: str  # how FLOPs are counted, see training_flops
+
+    def rate(self, config):
+        """Tokens a second in training."""
+        x, y = np.log(self.speed).T
+        flops = training_flops(config, self.rule)
+        return float(np.exp(np.interp(np.log(flops), x, y))) / flops
+
+    def seconds(self, config, tokens, evals=1):
+        return (tokens + evals * self.eval_tokens / 3) / self.rate(config) + self.overhead_s
+
+    def tokens_in(self, config, seconds, evals=1):
+        return (seconds - self.overhead_s) * self.rate(config) - evals * self.eval_tokens / 3
+
+
+def plan_run(config, tokens, machine, evals=1):
+    """{config, parameters, tokens, flops, seconds, body} of a run on about `tokens`: batch and
+    learning rate by the Step Law, tokens rounded to whole steps; body is what POST /submit takes."""
+    lr, batch_tokens = step_law(body_parameters(config), tokens)
+    sequences = 2 ** max(0, round(math.log2(batch_tokens / SEQUENCE)))
+    while sequences > 1 and tokens < 20 * evals * sequences * SEQUENCE:  # at least 20 steps each
+        sequences //= 2
+    unit = sequences * SEQUENCE * evals
+    tokens = max(1, round(tokens / unit)) * unit
+    seconds = machine.seconds(config, tokens, evals)
+    c, limit = config, max(1.0, math.ceil(10 * (machine.margin * seconds + 0.5)) / 10)
+    body = {
+        "architecture_config": {
+            "attention_bias": False, "head_dim": c.d_head, "hidden_size": c.d_model,
+            "intermediate_size": c.d_ff, "num_attention_heads": c.num_heads,
+            "num_hidden_layers": c.num_layers, "num_key_value_heads": c.num_heads,
+            "rms_norm_eps": c.norm_eps, "rope_theta": int(c.rope_theta),
+            "tie_word_embeddings": False, "dtype": "bfloat16", "vocab_size": c.vocab_size},
+        "optimizer_config": {  # eps_root: its default 1e-8 outweighs gradients below 1e-4
+            "lr_scheduler": {"peak_value": float(f"{lr:.3g}")}, "weight_decay": 0.1,
+            "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "eps_root": 0.0, "grad_clip_norm": 1.0},
+        "train_batch_size": sequences, "val_batch_size": 64, "n_evals": evals,
+        "total_train_tokens": tokens, "max_runtime_seconds": limit, "model_seed": 0}
+    return {"config": config, "parameters": body_parameters(config), "tokens": tokens,
+            "flops": tokens * training_flops(config, machine.rule), "seconds": seconds, "body": body}
+
+
+def plan_profile(configs, flops, sizes, machine):
+    """`sizes` runs of `flops` each, from a quarter of to four times the size that 20 tokens a
+    weight suggest [2], or None where `configs` do not reach as far on both sides."""
+    tokens = [flops / training_flops(c, machine.rule) for c in configs]
+    weights = np.log([body_parameters(c) + c.vocab_size * c.d_model for c in configs])
+    middle = int(np.abs(np.log(tokens) - weights - math.log(20)).argmin())
+    wanted = np.linspace(weights[middle] - math.log(4), weights[middle] + math.log(4), sizes)
+    if wanted[0] < weights[0] - 0.2 or wanted[-1] > weights[-1]:
+        return None
+    chosen = sorted({int(np.abs(weights - w).argmin()) for w in wanted})
+    if len(chosen) < 4:
+        return None
+    return [plan_run(configs[i], tokens[i], machine) for i in chosen]
+
+
+def plan_sweep(budget, unit, vocab_size, machine):
+    """(runs, cost) of IsoFLOP profiles that cost at most `budget` in `unit`, "s" or "FLOPs".
+
+    Cost in seconds is the sum of the runs' time limits, which the API reserves: no run, however
+    slow, can pass it. The widest design that fits: most of the money is in the largest profile,
+    which has the fewest sizes. raises ValueError when the smallest design costs more.
+    """
+    configs, cheapest = ladder(vocab_size), math.inf
+
+    def design(top, spacing, sizes):
+        runs = []
+        for k, count in enumerate(sizes):
+            profile = plan_profile(configs, top / spacing**k, count, machine)
+            if profile is None:
+                return None, math.inf
+            runs += profile
+        if any(r["body"]["max_runtime_seconds"] > MOST_S or r["tokens"] > MOST_TOKENS for r in runs):
+            return None, math.inf
+        cost = (r["body"]["max_runtime_seconds"] if unit == "s" else r["flops"] for r in runs)
+        return runs, sum(cost)
+
+    for spacing, sizes in ((4.0, (5, 6, 7, 7, 7)), (3.0, (5, 6, 7, 7)), (2.0, (5, 6, 7))):
+        for top in np.geomspace(1e26, 1e9, 681):  # 6% apart
+            runs, cost = design(top, spacing, sizes)
+            if cost <= budget:
+                return runs, cost
+            cheapest = min(cheapest, cost)
+    raise ValueError(f"the budget must pay for three profiles of four runs, got {budget:.4g} {unit}; "
+                     f"give at least {cheapest:.4g}, or a smaller --vocab_size")
+
+
+def plan_target(fit, vocab_size, machine, flops=None, seconds=None, evals=16):
+    """The run of lowest predicted loss for `flops` or `seconds`, from plan_run, with `loss` and
+    `loss_interval`: 95% of what the bootstrap's fits and the runs' own scatter let one run reach."""
+    best = None
+    for config in ladder(vocab_size):
+        if flops is not None:
+            tokens = flops / training_flops(config, machine.rule)
+        else:
+            tokens = machine.tokens_in(config, seconds, evals)
+        if not 20 * evals * SEQUENCE <= tokens <= MOST_TOKENS:
+            continue
+        loss = float(fit.predict(fit.theta, body_parameters(config), tokens))
+        if best is None or loss < best[0]:
+            best = loss, config, tokens
+    if best is None:
+        raise ValueError("the target must pay for 20 steps between evaluations of some model, got "
+                         f"{f'{flops:.3g} FLOPs' if flops else f'{seconds:.4g} s'}; raise it")
+    run = plan_run(best[1], best[2], machine, evals)
+    run["body"]["max_runtime_seconds"] = min(run["body"]["max_runtime_seconds"], float(MOST_S))
+    run["loss"] = float(fit.predict(fit.theta, run["parameters"], run["tokens"]))
+    residuals = fit.details["residuals"]
+    residuals = residuals * math.sqrt(len(residuals) / (len(residuals) - 5))
+    scatter = np.random.default_rng(0).choice(residuals, len(fit.samples))
+    draws = fit.predict(fit.samples, run["parameters"], run["tokens"]) * np.exp(scatter)
+    run["loss_interval"] = np.percentile(draws, LEVEL).tolist()
+    return run
+
+
+# -------------------------------------------------------------------------------------------------
+# plots
+
+
+def new_figure(title):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib, got none; pip install matplotlib") from None
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    figure.suptitle(title)
+    return figure, figure.subplots(2, 2).ravel()
+
+
+def draw_law(axis, fit, name, label, flops, points=None):
+    """The line of N_opt, D_opt or loss over `flops`, with its 95% band."""
+    rows = [fit.at(c) for c in flops]
+    axis.plot(flops, [r[name] for r in rows], color="C0")
+    if fit.samples is not None:
+        low, high = np.array([r[f"{name}_interval"] for r in rows]).T
+        axis.fill_between(flops, low, high, color="C0", alpha=0.2, label="95%")
+        axis.legend()
+    if points:
+        axis.plot(*zip(*((p["flops"], p[name]) for p in points), strict=True), "k.")
+    axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel=label)
+
+
+def plot_fit(fit, budgets, path):
+    """Four panels: IsoFLOP curves, N_opt, D_opt and loss; of a parametric fit its contours and
+    residuals instead of D_opt and curves."""
+    runs, method = fit.runs, fit.details["method"]
+    flops = np.geomspace(runs["flops"].min(), max([runs["flops"].max(), *budgets]), 40)
+    figure, axes = new_figure(f"{method}, {len(runs['loss'])} runs")
+    if isinstance(fit, IsoflopFit):
+        minima = fit.details["minima"]
+        for i, (c, log_n, loss, _) in enumerate(fit.details["profiles"]):
+            axes[0].plot(np.exp(log_n), loss, ".-", color=f"C{i % 10}", label=f"{c:.2g} FLOPs")
+        axes[0].plot(*zip(*((m["parameters"], m["loss"]) for m in minima), strict=True), "k*")
+        axes[0].set(xscale="log", xlabel="parameters", ylabel="loss, nats a token")
+        axes[0].legend(fontsize=8)
+        draw_law(axes[2], fit, "tokens", "best tokens", flops, minima)
+    else:
+        minima, n, d = None, runs["parameters"], runs["tokens"]
+        grid_n, grid_d = np.geomspace(n.min(), n.max(), 60), np.geomspace(d.min(), d.max(), 60)
+        surface = fit.predict(fit.theta, *np.meshgrid(grid_n, grid_d))
+        lines = axes[0].contour(grid_n, grid_d, surface, 15, linewidths=0.8)
+        axes[0].clabel(lines, fontsize=7)
+        axes[0].plot(n, d, "k.", markersize=3)
+        best = [fit.at(c) for c in flops]
+        axes[0].plot([b["parameters"] for b in best], [b["tokens"] for b in best], "r--")
+        axes[0].set(xscale="log", yscale="log", xlabel="parameters", ylabel="tokens",
+                    title="loss, runs and the best N and D", xlim=(n.min(), n.max()),
+                    ylim=(d.min(), d.max()))
+        axes[2].plot(runs["flops"], fit.details["residuals"], "k.", markersize=3)
+        axes[2].axhline(0, linewidth=0.5)
+        axes[2].set(xscale="log", xlabel="FLOPs", ylabel="log loss, predicted - measured")
+    draw_law(axes[1], fit, "parameters", "best parameters", flops, minima)
+    draw_law(axes[3], fit, "loss", "loss, nats a token", flops, minima)
+    figure.savefig(path, dpi=120)
+
+
+# -------------------------------------------------------------------------------------------------
+# the verbs fit and plan
+
+
+def drop_highest(runs, count):
+    """The runs whose loss lies strictly below the count-th highest one, as [3] drops five."""
+    if not count:
+        return runs
+    losses = run_arrays(runs)
+    if count >= len(losses["loss"]):
+        raise ValueError(f"--drop_worst must leave runs, got {count} of {len(losses['loss'])}; "
+                         "lower it")
+    limit = np.sort(losses["loss"])[-count]
+    return [r for r, loss in zip(losses["rows"], losses["loss"], strict=True) if loss < limit]
+
+
+def compare_methods(runs, budgets):
+    """{method: {a, parameters: [N_opt at each budget]} or {refused: reason}} for all profile
+    methods."""
+    result = {}
+    for method in PROFILE_METHODS:
+        try:
+            fit = fit_isoflop(runs, method)
+        except ValueError as reason:
+            result[method] = {"refused": str(reason)}
+            continue
+        result[method] = {"a": fit.exponents()["a"],
+                          "parameters": [fit.at(c)["parameters"] for c in budgets]}
+    return result
+
+
+def disagreement(methods, budgets):
+    """[the largest N_opt over the smallest, a budget] of what compare_methods gave."""
+    rows = [m["parameters"] for m in methods.values() if "parameters" in m]
+    return [float(max(column) / min(column)) for column in zip(*rows, strict=True)]
+
+
+def fit_runs(args):
+    """The verb fit: one table of runs in, exponents and optima out."""
+    runs = drop_highest(load_runs(args.runs), args.drop_worst)
+    if args.method == "chinchilla":
+        arrays = run_arrays(runs)
+        fit = fit_chinchilla(arrays["parameters"], arrays["tokens"], arrays["loss"],
+                             args.bootstrap, args.seed, args.starts)
+        fit.runs = arrays
+    else:
+        fit = fit_isoflop(runs, args.profile, args.bootstrap, args.seed)
+    result = {"method": args.method, "runs": len(fit.runs["loss"]), **fit.exponents()}
+    if args.method == "isoflop":
+        result["profile"], result["minima"] = args.profile, fit.details["minima"]
+        result["methods"] = compare_methods(runs, args.budget)
+        result["disagreement"] = disagreement(result["methods"], args.budget)
+    else:
+        result["objective"] = fit.details["objective"]
+    result["optima"] = [fit.at(c) for c in args.budget]
+    if args.plot:
+        plot_fit(fit, args.budget, args.plot)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print_fit(result, fit, args)
+
+
+def interval_text(row, name, form):
+    """"value (low to high)" of row[name]."""
+    bounds = row.get(f"{name}_interval")
+    text = f" ({bounds[0]:{form}} to {bounds[1]:{form}})" if bounds else ""
+    return f"{row[name]:{form}}{text}"
+
+
+def print_fit(result, fit, args):
+    n, skipped = result["runs"], ""
+    print(f"{n} runs, {args.method}{skipped}; intervals are 95%"
+          f"{'' if fit.samples is not None else ': none, no bootstrap or no residuals'}")
+    if args.method == "isoflop":
+        print("minimum of each profile:")
+        for m in result["minima"]:
+            print(f"  {m['flops']:.3g} FLOPs | N {m['parameters']:.4g} | D {m['tokens']:.4g} | loss "
+                  f"{m['loss']:.4f}")
+        print(f"N_opt ~ C^a, a = {interval_text(result, 'a', '.5f')}; D_opt ~ C^b, b = "
+              f"{interval_text(result, 'b', '.5f')}")
+        print(f"loss = {interval_text(result, 'E', '.4f')} + {result['K']:.4g} C^-{result['gamma']:.4f}")
+    else:
+        print(f"L = E + A / N^alpha + B / D^beta, sum of Huber losses {result['objective']:.8f}")
+        for name, form in (("E", ".4f"), ("A", ".2f"), ("B", ".1f"), ("alpha", ".4f"),
+                           ("beta", ".4f"), ("a", ".4f"), ("b", ".4f")):
+            print(f"  {name} = {interval_text(result, name, form)}")
+    for row in result["optima"]:
+        print(f"at {row['flops']:.3g} FLOPs: N {interval_text(row, 'parameters', '.4g')} | D "
+              f"{interval_text(row, 'tokens', '.4g')} | D/N {row['tokens'] / row['parameters']:.1f} "
+              f"| loss {interval_text(row, 'loss', '.4f')}")
+    for method, row in result.get("methods", {}).items():
+        numbers = row.get("refused") or ", ".join(
+            [f"a {row['a']:.5f}", *(f"N_opt({c:.3g}) {n:.4g}"
+                                    for c, n in zip(args.budget, row["parameters"], strict=True))])
+        print(f"by {method}: {numbers}")
+    for flops, ratio in zip(args.budget, result.get("disagreement", ())):
+        print(f"the methods disagree {ratio:.2f} times about N_opt at {flops:.3g} FLOPs")
+
+
+def make_machine(args):
+    """The Machine of the flags; its speed measured here unless --speed says it."""
+    if args.speed is not None:
+        table = [(1.0, args.speed)]
+    else:
+        device = lm.resolve_device(args.device)
+        dtype, _ = lm.resolve_dtype("auto", device)
+        table = measure_speed(args.vocab_size, args.device, dtype)
+        shown = ", ".join(f"{speed:.3g} at {flops:.3g} a token" for flops, speed in table)
+        print(f"FLOP/s on {device}: {shown}", file=sys.stderr)
+    return Machine(tuple(table), args.overhead_s, args.margin, args.eval_tokens, args.flops)
+
+
+def plan(args):
+    """The verb plan: without runs a sweep that the budget pays, with them what to train."""
+    if (args.runs is None) == (args.target_flops is None and args.target_s is None):
+        raise ValueError("plan needs a budget for a sweep, or a run table and a target, got "
+                         f"{'a table alone' if args.runs else 'a target alone'}; give both or --budget_s")
+    if args.runs is None:
+        return plan_new_sweep(args)
+    runs = load_runs(args.runs)
+    arrays = run_arrays(runs)
+    fit = fit_chinchilla(arrays["parameters"], arrays["tokens"], arrays["loss"], args.bootstrap,
+                         starts="projection")
+    machine = make_machine(args)
+    run = plan_target(fit, args.vocab_size, machine, args.target_flops, args.target_s)
+    schedule = run["body"]["optimizer_config"]["lr_scheduler"]
+    result = {"training_config": run["body"], "predicted_final_loss": run["loss"],
+              "loss_interval": run["loss_interval"], "fit": fit.exponents(),
+              **{k: run[k] for k in ("parameters", "tokens", "flops", "seconds")},
+              "methods": compare_methods(runs, [run["flops"]])}
+    if args.out:
+        final = {k: result[k] for k in ("training_config", "predicted_final_loss")}
+        Path(args.out).write_text(json.dumps(final, indent=1) + "\n", encoding="utf-8")
+    if args.json:
+        print(json.dumps(result))
+        return
+    c, (low, high) = run["config"], run["loss_interval"]
+    print(f"fit of {len(arrays['loss'])} runs: "
+          + ", ".join(f"{k} {interval_text(result['fit'], k, '.4g')}" for k in ("alpha", "beta", "E")))
+    print(f"train: width {c.d_model}, {c.num_layers} layers, {c.num_heads} heads, d_ff {c.d_ff}: "
+          f"{run['parameters']:,} weights without embeddings, on {run['tokens']:,} tokens")
+    print(f"batch {run['body']['train_batch_size']} sequences of {SEQUENCE}, learning rate "
+          f"{schedule['peak_value']:g}, {run['flops']:.3g} FLOPs, about {run['seconds']:,.0f} s")
+    print(f"predicted loss {run['loss']:.4f} ({low:.4f} to {high:.4f}), "
+          f"{run['flops'] / arrays['flops'].max():.1f} times the FLOPs of the largest run in the table")
+    for method, row in result["methods"].items():
+        print(f"by {method}: {row.get('refused') or 'N_opt {:.4g}'.format(row['parameters'][0])}")
+
+
+def plan_new_sweep(args):
+    """Writes --out: {"experiments": [submit bodies, cheapest first], "budget_s": ...}."""
+    if (args.budget_s is None) == (args.budget_flops is None):
+        raise ValueError("plan needs one budget, got "
+                         f"{'none' if args.budget_s is None else 'two'}; give --budget_s or "
+                         "--budget_flops")
+    budget, unit = ((args.budget_s, "s") if args.budget_s is not None else
+                    (args.budget_flops, "FLOPs"))
+    runs, cost = plan_sweep(budget, unit, args.vocab_size, make_machine(args))
+    runs.sort(key=lambda r: r["seconds"])
+    limits = sum(r["body"]["max_runtime_seconds"] for r in runs)
+    result = {"experiments": [r["body"] for r in runs],
+              "budget_s": args.budget_s if args.budget_s is not None else limits}
+    Path(args.out or "plan.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.json:
+        print(json.dumps({"cost": cost, "unit": unit, **result}))
+        return
+    for r in runs:
+        print(f"{r['flops']:.3g} FLOPs | width {r['config'].d_model} | {r['config'].num_layers} layers "
+              f"| N {r['parameters']:,} | D {r['tokens']:,} | about {r['seconds']:.1f} s")
+    print(f"{len(runs)} runs cost at most {cost:.5g} of {budget:.5g} {unit}, about "
+          f"{sum(r['seconds'] for r in runs):,.0f} s; written to {args.out or 'plan.json'}")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(prog="scaling.py", description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    positive, count = lm.positive(float), lm.positive(int, zero=True)
+
+    p = verbs.add_parser("fit", help="exponents and optima from a table of runs")
+    p.set_defaults(run=fit_runs)
+    p.add_argument("runs", help=".json, .jsonl or .csv")
+    p.add_argument("--method", default="isoflop", choices=("isoflop", "chinchilla"))
+    p.add_argument("--profile", default="minimum", choices=PROFILE_METHODS,
+                   help="isoflop: what the best run of a budget is (default: minimum)")
+    p.add_argument("--starts", default="grid", choices=("grid", "projection"),
+                   help="chinchilla: 4,500 starts or 16 of variable projection (default: grid)")
+    p.add_argument("--budget", type=positive, nargs="+", action="extend", default=[], metavar="C",
+                   help="FLOPs to extrapolate to")
+    p.add_argument("--bootstrap", type=count, default=4000, help="samples (default: 4000)")
+    p.add_argument("--drop_worst", type=count, default=0, metavar="K",
+                   help="leave out the K highest losses")
+    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--plot", metavar="PNG")
+    p.add_argument("--json", action="store_true", help="one JSON object")
+
+    p = verbs.add_parser("plan", help="a sweep for a budget, or what to train after it")
+    p.set_defaults(run=plan)
+    p.add_argument("runs", nargs="?", help="results of a sweep (default: propose the sweep)")
+    p.add_argument("--budget_s", type=positive, help="of the sweep, seconds of one device")
+    p.add_argument("--budget_flops", type=positive)
+    target = p.add_mutually_exclusive_group()
+    target.add_argument("--target_s", type=positive, help="of the final run")
+    target.add_argument("--target_flops", type=positive)
+    p.add_argument("--speed", type=positive, help="FLOP/s (default: measured here)")
+    p.add_argument("--flops", default="exact", choices=("exact", "6N"),
+                   help="FLOPs a token: all matrix products, or 6 N as the handout counts")
+    p.add_argument("--vocab_size", type=lm.positive(int), default=32_000)
+    p.add_argument("--eval_tokens", type=count, default=EVAL_TOKENS, help="of one evaluation")
+    p.add_argument("--overhead_s", type=lm.positive(float, zero=True), default=0.0, help="of a run")
+    p.add_argument("--margin", type=positive, default=1.3, help="time limit over the estimate")
+    p.add_argument("--bootstrap", type=lm.positive(int), default=1000, help="samples")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--out", help="file to write (default for a sweep: plan.json)")
+    p.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    lm.print_any_text()
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"scaling.py: error: {str(error).splitlines()[0]}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
