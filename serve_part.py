@@ -439,6 +439,7 @@ class TrainingAPIStore:
                              f"{error}; give another --db") from None
         self.waiting, self.readers = queue.SimpleQueue(), queue.LifoQueue()
         self.queued = threading.Event()  # wakes a back end
+        self.version, self.budgets = None, {}  # no other process writes: see the guard
         self.writer = threading.Thread(target=self.write_all, daemon=True)
         self.writer.start()
 
@@ -472,6 +473,7 @@ class TrainingAPIStore:
                 self.connection.execute("BEGIN IMMEDIATE")
                 results = [self.in_savepoint(job) for job, _ in jobs]
                 self.connection.execute("COMMIT")
+                self.version = self.connection.total_changes
             except sqlite3.Error as error:  # a full disk, a lock held too long: nobody is told "ok"
                 if self.connection.in_transaction:
                     self.connection.execute("ROLLBACK")
@@ -486,6 +488,8 @@ class TrainingAPIStore:
         try:
             result = (job(), None)
         except Exception as error:  # this request's alone; it is handed to who asked
+            if not self.connection.in_transaction:  # a full disk: SQLite dropped the whole batch
+                raise
             self.connection.execute("ROLLBACK TO job")
             result = (None, error)
         self.connection.execute("RELEASE job")
@@ -525,8 +529,13 @@ class TrainingAPIStore:
         """{"used_seconds", "remaining_seconds", "total_budget_seconds"}: a queued or running
         experiment counts with all it may use, an ended one with what it used, 1 s at least."""
         if connection is None:
-            with self.reading() as connection:
-                return self.budget(user, connection)
+            before = self.version  # read first: a commit meanwhile makes what is kept stale
+            kept, budget = self.budgets.get(user, (None, None))
+            if kept != before:
+                with self.reading() as connection:
+                    budget = self.budget(user, connection)
+                self.budgets[user] = (before, budget)
+            return budget
         (used,), = connection.execute(
             "SELECT COALESCE(SUM(CASE WHEN state IN ('queued', 'running') THEN max_runtime "
             f"ELSE {CHARGED} END), 0.0) FROM experiments WHERE user = ?", (user,))
@@ -1733,6 +1742,10 @@ def make_back_ends(args, store):
             for device in devices]
 
 
+def stop_serving(number, frame):
+    raise KeyboardInterrupt
+
+
 def serve(args):
     """Serves until Ctrl-C or SIGTERM."""
     users = read_users(args.users) if args.users else None
@@ -1748,7 +1761,8 @@ def serve(args):
                   f"{MAX_ATTEMPTS} attempts")
     for back_end in back_ends:
         back_end.start()
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's & leaves SIGINT ignored
+        signal.signal(number, stop_serving)
     host, port = server.server_address[:2]
     keys = f"key {API_KEY}" if server.users[0][2] == API_KEY else f"{len(server.users)} users"
     print(f"training API on http://{host}:{port}, dashboard at /dashboard, {keys}, {args.backend} "
