@@ -199,7 +199,7 @@ def test_the_minimiser_ends_every_row_of_a_batch_where_it_would_end_alone():
 
     x = torch.tensor([[-1.2, 1.0], [3.0, -2.0], [0.5, 0.5]], dtype=torch.float64)
     scale = torch.tensor([100.0, 10.0, 1.0], dtype=torch.float64)
-    ends, values = scaling.minimise(rosenbrock, x, (scale,))
+    ends, _ = scaling.minimise(rosenbrock, x, (scale,))
     torch.testing.assert_close(ends, torch.ones_like(ends), rtol=0, atol=1e-6)
     alone = [scaling.minimise(rosenbrock, x[i : i + 1], (scale[i : i + 1],))[0] for i in range(3)]
     torch.testing.assert_close(torch.cat(alone), ends, rtol=0, atol=1e-9)
@@ -313,8 +313,8 @@ def random_law(seed):
     e, (alpha, beta) = rng.uniform(1.5, 2.2), rng.uniform(0.28, 0.42, 2)
     ratio, part = math.exp(rng.uniform(math.log(8), math.log(40))), rng.uniform(0.4, 0.9)
     n = math.sqrt(1e18 / (6 * ratio))
-    return np.log([part * n**alpha, part * alpha / beta * (ratio * n) ** beta, e, 0, 0]) * [1, 1, 1, 0, 0] + [
-        0, 0, 0, alpha, beta]  # fmt: skip
+    b = part * alpha / beta * (ratio * n) ** beta  # at the optimum alpha A / N^alpha = beta B / D^beta
+    return np.array([math.log(part * n**alpha), math.log(b), math.log(e), alpha, beta])
 
 
 def test_twelve_hours_of_sweep_on_random_surfaces_predict_a_run_of_48_hours():
@@ -434,8 +434,8 @@ CASES = [
     (surface(1), "at least 3 compute budgets, got 1"),
     (surface(2), "at least 3 compute budgets, got 2"),
     (surface(3, 2), "at least 3 model sizes, got 2 at 1e\\+18 FLOPs"),
-    ([r for r in surface(3, 9) if r["flops"] < 2e19 or r["parameters"] > 4e9],
-     "minimum inside, got none by minimum at 3.16e\\+19|minimum inside, got none by minimum at 1e\\+21"),
+    (surface(3, 9)[:9] + surface(3, 9)[13:],  # from the best size of the second profile on
+     "minimum inside, got none by minimum at 3.16e\\+19 FLOPs, N .* add smaller or larger"),
 ]  # fmt: skip
 
 
