@@ -132,7 +132,7 @@ class Fit:
     def at(self, flops):
         """{flops, parameters, tokens, loss} of the best run for `flops`, and *_interval, 95%."""
         return {"flops": float(flops)} | self.summary(lambda theta: dict(
-            zip(("parameters", "tokens", "loss"), self.optimum(theta, flops), strict=True)))
+            zip(("parameters", "tokens", "loss"), self.optimum(theta, float(flops)), strict=True)))
 
     def exponents(self):
         """{name: value} of the law's exponents and constants; with samples {name_interval: ...}."""
@@ -691,6 +691,7 @@ class Machine:
     margin: float  # a run may take that many times its estimate before it is cut off
     eval_tokens: int
     rule: str  # how FLOPs are counted, see training_flops
+    max_lr: float = 0.02  # the Step Law was measured on larger models, and asks 0.3 of small ones
 
     def rate(self, config):
         """Tokens a second in training."""
@@ -710,6 +711,7 @@ def plan_run(config, tokens, machine, evals=1):
     learning rate by the Step Law, tokens rounded to whole steps; body is for POST /submit."""
     parameters = body_parameters(config)
     lr, batch_tokens = step_law(parameters, tokens)
+    lr = min(lr, machine.max_lr)
     sequences = 2 ** max(0, round(math.log2(batch_tokens / SEQUENCE)))
     while sequences > 1 and tokens < 20 * evals * sequences * SEQUENCE:  # at least 20 steps each
         sequences //= 2
@@ -735,13 +737,12 @@ def plan_run(config, tokens, machine, evals=1):
 
 def plan_profile(configs, flops, sizes, reach, machine):
     """`sizes` runs of `flops` each, from 1 / reach of to reach times the size that 20 tokens a
-    weight, head included, suggest [2]; None where `configs` end before that."""
-    tokens = [flops / training_flops(c, machine.rule) for c in configs]
-    weights = np.log([body_parameters(c) + c.vocab_size * c.d_model for c in configs])
-    middle = int(np.abs(np.log(tokens) - weights - math.log(20)).argmin())
-    reach = math.log(reach)
-    wanted = np.linspace(weights[middle] - reach, weights[middle] + reach, sizes)
-    if wanted[0] < weights[0] - 0.2 or wanted[-1] > weights[-1]:
+    weight suggest [2], where a weight is 6 FLOPs; None where `configs` end before that."""
+    per_token = np.array([training_flops(c, machine.rule) for c in configs])
+    tokens, weights = flops / per_token, np.log(per_token / 6)
+    middle, reach = math.log(flops / 6 / 20) / 2, math.log(reach)
+    wanted = np.linspace(middle - reach, middle + reach, sizes)
+    if wanted[0] < weights[0] - 0.2 or wanted[-1] > weights[-1] + 0.2:
         return None
     chosen = sorted({int(np.abs(weights - w).argmin()) for w in wanted})
     if len(chosen) < 4:
@@ -977,7 +978,8 @@ def make_machine(args):
         table = measure_speed(args.vocab_size, args.device, dtype)
         shown = ", ".join(f"{speed:.3g} at {flops:.3g} a token" for flops, speed in table)
         print(f"FLOP/s on {device}: {shown}", file=sys.stderr)
-    return Machine(tuple(table), args.overhead_s, args.margin, args.eval_tokens, args.flops)
+    return Machine(tuple(table), args.overhead_s, args.margin, args.eval_tokens, args.flops,
+                   args.max_lr)
 
 
 def plan(args):
@@ -1082,6 +1084,8 @@ def build_parser():
     p.add_argument("--vocab_size", type=lm.positive(int), default=32_000)
     p.add_argument("--eval_tokens", type=count, default=EVAL_TOKENS, help="of one evaluation")
     p.add_argument("--overhead_s", type=lm.positive(float, zero=True), default=0.0, help="of a run")
+    p.add_argument("--max_lr", type=positive, default=Machine.max_lr, help="where the Step Law asks "
+                   "for more (default: %(default)s)")
     p.add_argument("--margin", type=positive, default=1.3, help="time limit over the estimate")
     p.add_argument("--bootstrap", type=lm.positive(int), default=1000, help="samples")
     p.add_argument("--device", default="auto")
