@@ -1372,19 +1372,24 @@ aria-label="status"><option value="">all states<option>queued<option>running<opt
 </div></dialog><script>
 "use strict";const $=i=>document.getElementById(i),S="http://www.w3.org/2000/svg";let all=[],timer,busy=0;
 const saved=["apiUrl","apiKey","autoRefresh","search","status","sort"];let logScale=false;
-const EXAMPLE={architecture_config:{attention_bias:false,head_dim:64,hidden_size:448,intermediate_size:
-1280,num_attention_heads:7,num_hidden_layers:9,num_key_value_heads:7,rms_norm_eps:1e-6,rope_theta:1000000,
+const EXAMPLE={architecture_config:{attention_bias:false,head_dim:64,hidden_size:448,
+intermediate_size:
+1280,num_attention_heads:7,num_hidden_layers:9,num_key_value_heads:7,rms_norm_eps:1e-6,
+rope_theta:1000000,
 tie_word_embeddings:false,dtype:"bfloat16",vocab_size:32000},optimizer_config:{weight_decay:0.01},
-train_batch_size:128,val_batch_size:32,n_evals:16,total_train_tokens:8388608,max_runtime_seconds:60,
+train_batch_size:128,val_batch_size:32,n_evals:16,total_train_tokens:8388608,
+max_runtime_seconds:60,
 model_seed:0};
-function el(tag,text,cls,ns){const e=ns?document.createElementNS(ns,tag):document.createElement(tag);
+function el(tag,text,cls,ns){const e=ns?document.createElementNS(ns,tag):document.createElement(
+tag);
 if(text!=null)e.textContent=text;if(cls)e.setAttribute("class",cls);return e}
 function load(){for(const k of saved){const v=localStorage.getItem("expdash."+k);if(v!==null){
 if($(k).type=="checkbox")$(k).checked=v=="true";else $(k).value=v}}
 logScale=localStorage.getItem("expdash.logScale")=="true"}
 function save(){for(const k of saved)localStorage.setItem("expdash."+k,$(k).type=="checkbox"?
 $(k).checked:$(k).value)}
-async function call(path,body){const r=await fetch(($("apiUrl").value.trim().replace(/\/+$/,""))+path,{
+async function call(path,body){const r=await fetch(($("apiUrl").value.trim().replace(/\/+$/,
+""))+path,{
 method:body?"POST":"GET",headers:{"X-API-Key":$("apiKey").value.trim(),...(body?{"Content-Type":
 "application/json"}:{})},body});const text=await r.text();if(!r.ok)throw Error(r.status+" "+text);
 return text?JSON.parse(text):null}
@@ -1392,42 +1397,61 @@ const losses=e=>(e.status.val_losses||e.status.reason?.partial_val_losses||[]),
 last=e=>losses(e).at(-1)??null,done=e=>e.status.status_type=="completed",
 fix=(x,d=4)=>x==null?"-":x.toFixed(d),time=s=>s==null?"-":s<100?s.toFixed(1)+" s":s<7200?
 (s/60).toFixed(1)+" min":(s/3600).toFixed(2)+" h",big=n=>n>=1e9?(n/1e9).toFixed(2)+"B":n>=1e6?
-(n/1e6).toFixed(1)+"M":n>=1e3?(n/1e3).toFixed(0)+"K":n,model=e=>{const a=e.training_config.architecture_config;
+(n/1e6).toFixed(1)+"M":n>=1e3?(n/1e3).toFixed(0)+"K":n,model=e=>{
+const a=e.training_config.architecture_config;
 return a.hidden_size+"h · "+a.num_hidden_layers+"L · "+a.num_attention_heads+"H"};
 function card(name,value,more,bar,colour){const c=el("div",null,"card");c.append(el("small",name),
 el("b",value),el("small",more));if(bar!=null){const b=el("div",null,"bar"),i=el("i");
-i.style.width=Math.max(0,Math.min(100,bar*100))+"%";i.style.background="var(--"+colour+")";b.append(i);
+i.style.width=Math.max(0,Math.min(100,bar*100))+"%";i.style.background="var(--"+colour+")";
+b.append(i);
 c.append(b)}$("cards").append(c);return c}
 function cards(budget,final){const by=s=>all.filter(e=>e.status.status_type==s).length;$("cards")
-.replaceChildren();card("Experiments",all.length,by("queued")+by("running")+" active, "+by("completed")+
-" done, "+by("failed")+" failed");const best=all.filter(e=>done(e)&&last(e)!=null).sort((a,b)=>last(a)-
-last(b))[0],c=card("Best final loss",best?fix(last(best)):"-",best?"experiment "+best.experiment_id:
+.replaceChildren();card("Experiments",all.length,by("queued")+by("running")+" active, "+by(
+"completed")+
+" done, "+by("failed")+" failed");const best=all.filter(e=>done(e)&&last(e)!=null).sort((a,
+b)=>last(a)-
+last(b))[0],c=card("Best final loss",best?fix(last(best)):"-",
+best?"experiment "+best.experiment_id:
 "no run is complete");if(best){c.style.cursor="pointer";c.onclick=()=>detail(best)}
 const left=budget.remaining_seconds/budget.total_budget_seconds;card("Runtime used",
-time(budget.used_seconds),"with reservations");card("Budget remaining",time(budget.remaining_seconds),
-(left*100).toFixed(1)+"% of "+time(budget.total_budget_seconds),left,left<.1?"red":left<.3?"amber":"green");
+time(budget.used_seconds),"with reservations");card("Budget remaining",time(
+budget.remaining_seconds),
+(left*100).toFixed(1)+"% of "+time(budget.total_budget_seconds),left,
+left<.1?"red":left<.3?"amber":"green");
 card("Final submission",final?fix(final.predicted_final_loss):"-",final?"predicted loss, "+
 final.submitted_at.slice(0,16):"none yet")}
-function line(points,w,h,cls){const s=el("svg",null,cls,S);s.setAttribute("viewBox","0 0 "+w+" "+h);
-s.setAttribute("preserveAspectRatio","none");const p=el("polyline",null,null,S);p.setAttribute("fill","none");
-p.setAttribute("stroke","var(--blue)");p.setAttribute("stroke-width","2");p.setAttribute("vector-effect",
+function line(points,w,h,cls){const s=el("svg",null,cls,S);s.setAttribute("viewBox",
+"0 0 "+w+" "+h);
+s.setAttribute("preserveAspectRatio","none");const p=el("polyline",null,null,S);p.setAttribute(
+"fill","none");
+p.setAttribute("stroke","var(--blue)");p.setAttribute("stroke-width","2");p.setAttribute(
+"vector-effect",
 "non-scaling-stroke");const y=points.filter(Number.isFinite),lo=Math.min(...y),hi=Math.max(...y);
-p.setAttribute("points",points.map((v,i)=>Number.isFinite(v)?(points.length<2?w/2:i/(points.length-1)*
+p.setAttribute("points",points.map((v,i)=>Number.isFinite(v)?(points.length<2?w/2:i/(
+points.length-1)*
 (w-4)+2)+","+(h-2-(v-lo)/((hi-lo)||1)*(h-4)):"").join(" "));s.append(p);return s}
 function rows(){const q=$("search").value.toLowerCase(),st=$("status").value,key={"id-desc":e=>
 -e.experiment_id,"id-asc":e=>e.experiment_id,"loss-asc":e=>last(e)??1e9,"runtime-desc":e=>
 -(e.status.used_runtime_seconds??-1)}[$("sort").value];const list=all.filter(e=>(!st||
-e.status.status_type==st)&&(!q||(JSON.stringify(e)+model(e)).toLowerCase().includes(q))).sort((a,b)=>
-key(a)-key(b));$("rows").replaceChildren(...list.slice(0,500).map(e=>{const tr=el("tr"),l=losses(e),
+e.status.status_type==st)&&(!q||(JSON.stringify(e)+model(e)).toLowerCase().includes(q))).sort((a,
+b)=>
+key(a)-key(b));$("rows").replaceChildren(...list.slice(0,500).map(e=>{const tr=el("tr"),l=losses(
+e),
 n=e.training_config.n_evals,s=e.status.status_type;tr.tabIndex=0;const pill=el("td");pill.append(
-el("span",s,"pill "+s));const p=el("td",l.length+"/"+n),b=el("div",null,"bar"),i=el("i");i.style.width=
-l.length/n*100+"%";i.style.background="var(--blue)";b.append(i);p.append(b);const t=el("td",null,"far");
-if(l.length)t.append(line(l,90,22,"spark"));tr.append(el("td",e.experiment_id),pill,el("td",model(e),"far"),
+el("span",s,"pill "+s));const p=el("td",l.length+"/"+n),b=el("div",null,"bar"),i=el("i");
+i.style.width=
+l.length/n*100+"%";i.style.background="var(--blue)";b.append(i);p.append(b);const t=el("td",null,
+"far");
+if(l.length)t.append(line(l,90,22,"spark"));tr.append(el("td",e.experiment_id),pill,el("td",model(
+e),"far"),
 el("td",big(e.training_config.total_train_tokens),"far"),p,el("td",fix(last(e))),el("td",
-time(e.status.used_runtime_seconds),"far"),t);tr.onclick=()=>detail(e);tr.onkeydown=k=>{if(k.key=="Enter")
+time(e.status.used_runtime_seconds),"far"),t);tr.onclick=()=>detail(e);tr.onkeydown=k=>{if(
+k.key=="Enter")
 detail(e)};return tr}));if(!list.length){const td=el("td",all.length?"nothing matches":
-"no experiments yet: Submit starts one");td.colSpan=8;const tr=el("tr");tr.append(td);$("rows").append(tr)}}
-function detail(e){const d=$("detail"),l=losses(e),dl=el("dl"),put=(k,v)=>dl.append(el("dt",k),el("dd",v));
+"no experiments yet: Submit starts one");td.colSpan=8;const tr=el("tr");tr.append(td);$(
+"rows").append(tr)}}
+function detail(e){const d=$("detail"),l=losses(e),dl=el("dl"),put=(k,v)=>dl.append(el("dt",k),el(
+"dd",v));
 put("status",e.status.status_type);put("model",model(e));put("tokens",big(e.training_config
 .total_train_tokens));put("queued",e.status.queued_at);if(e.status.dispatched_at)put("started",
 e.status.dispatched_at);if(e.status.used_runtime_seconds!=null)put("runtime",
@@ -1435,31 +1459,43 @@ time(e.status.used_runtime_seconds)+" of "+time(e.training_config.max_runtime_se
 if(e.status.reason)put("reason",e.status.reason.failure||e.status.reason.reason);
 const chart=el("div"),at=el("p"," ");function draw(){chart.replaceChildren();if(!l.length)return;
 const s=line(logScale?l.map(Math.log):l,600,180);s.style.height="180px";s.onmousemove=m=>{
-const i=Math.round((m.offsetX/s.clientWidth)*(l.length-1));if(l[i]!=null)at.textContent="evaluation "+(i+1)+
+const i=Math.round((m.offsetX/s.clientWidth)*(l.length-1));if(
+l[i]!=null)at.textContent="evaluation "+(i+1)+
 " of "+e.training_config.n_evals+": "+l[i].toFixed(4)};chart.append(s);at.textContent="last "+
-fix(last(e))+", lowest "+fix(Math.min(...l.filter(Number.isFinite)))}draw();const r=el("div",null,"row"),
+fix(last(e))+", lowest "+fix(Math.min(...l.filter(Number.isFinite)))}draw();const r=el("div",null,
+"row"),
 add=(t,f)=>{const b=el("button",t);b.onclick=f;r.append(b)};add("Log y",()=>{logScale=!logScale;
 localStorage.setItem("expdash.logScale",logScale);draw()});add("Use config",()=>{d.close();
-$("json").value=JSON.stringify(e.training_config,null,1);$("submit").showModal()});add("Set as final",
+$("json").value=JSON.stringify(e.training_config,null,1);$("submit").showModal()});add(
+"Set as final",
 async()=>{const x=parseFloat(prompt("Predicted final loss?",fix(last(e))));if(x>0)try{await call(
-"/final_submission",JSON.stringify({training_config:e.training_config,predicted_final_loss:x}));d.close();
-refresh()}catch(err){at.textContent=err.message;at.className="bad"}});add("Close (Esc)",()=>d.close());
-d.replaceChildren(el("h3","Experiment "+e.experiment_id),dl,chart,at,r,el("pre",JSON.stringify(e,null,1)));
+"/final_submission",JSON.stringify({training_config:e.training_config,predicted_final_loss:x}));
+d.close();
+refresh()}catch(err){at.textContent=err.message;at.className="bad"}});add("Close (Esc)",(
+)=>d.close());
+d.replaceChildren(el("h3","Experiment "+e.experiment_id),dl,chart,at,r,el("pre",JSON.stringify(e,
+null,1)));
 d.showModal()}
-async function refresh(){if(busy)return;busy=1;save();try{const[b,l,f]=await Promise.all([call("/budget"),
+async function refresh(){if(busy)return;busy=1;save();try{const[b,l,f]=await Promise.all([call(
+"/budget"),
 call("/experiments"),call("/final_submission")]);all=l;cards(b,f);rows();$("note").className="";
-$("note").textContent="refreshed "+new Date().toLocaleTimeString()}catch(err){$("note").className="bad";
+$("note").textContent="refreshed "+new Date().toLocaleTimeString()}catch(err){$(
+"note").className="bad";
 $("note").textContent=$("apiKey").value?err.message:"give your API key above"}busy=0}
 function tick(){clearInterval(timer);timer=setInterval(()=>{if($("autoRefresh").checked&&
-!document.hidden)refresh()},all.some(e=>["queued","running"].includes(e.status.status_type))?2000:10000)}
+!document.hidden)refresh()},all.some(e=>["queued","running"].includes(
+e.status.status_type))?2000:10000)}
 for(const k of["search","status","sort"])$(k).oninput=()=>{save();rows()};
 for(const k of["apiUrl","apiKey","autoRefresh"])$(k).onchange=()=>refresh().then(tick);
 $("refresh").onclick=refresh;$("new").onclick=()=>$("submit").showModal();
 $("example").onclick=()=>$("json").value=JSON.stringify(EXAMPLE,null,1);
-$("format").onclick=()=>{try{$("json").value=JSON.stringify(JSON.parse($("json").value),null,1)}catch(e){
+$("format").onclick=()=>{try{$("json").value=JSON.stringify(JSON.parse($("json").value),null,
+1)}catch(e){
 $("answer").textContent=e.message}};
-$("send").onclick=async()=>{try{const a=await call("/submit",$("json").value);$("answer").className="";
-$("answer").textContent="experiment "+a.experiment_id;refresh().then(tick)}catch(e){$("answer").className=
+$("send").onclick=async()=>{try{const a=await call("/submit",$("json").value);$(
+"answer").className="";
+$("answer").textContent="experiment "+a.experiment_id;refresh().then(tick)}catch(e){$(
+"answer").className=
 "bad";$("answer").textContent=e.message}};
 document.onkeydown=e=>{if(e.key=="r"&&!e.ctrlKey&&!e.metaKey&&!/INPUT|TEXTAREA|SELECT/.test(
 e.target.tagName))refresh()};
