@@ -1084,8 +1084,8 @@ def build_parser():
     p.add_argument("--vocab_size", type=lm.positive(int), default=32_000)
     p.add_argument("--eval_tokens", type=count, default=EVAL_TOKENS, help="of one evaluation")
     p.add_argument("--overhead_s", type=lm.positive(float, zero=True), default=0.0, help="of a run")
-    p.add_argument("--max_lr", type=positive, default=Machine.max_lr, help="where the Step Law asks "
-                   "for more (default: %(default)s)")
+    p.add_argument("--max_lr", type=positive, default=Machine.max_lr,
+                   help="where the Step Law asks for more (default: %(default)s)")
     p.add_argument("--margin", type=positive, default=1.3, help="time limit over the estimate")
     p.add_argument("--bootstrap", type=lm.positive(int), default=1000, help="samples")
     p.add_argument("--device", default="auto")
