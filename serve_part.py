@@ -1,9 +1,9 @@
 """The training API of CS336 assignment 3, served anywhere, and its client.
 
-    python serve_part.py serve --backend law                  # answers at once, from a stated law
-    python serve_part.py serve --backend train                # trains model.py's model, key 12345678
-    python serve_part.py submit config.json                   # one experiment
-    python serve_part.py sweep --plan plan.json               # many; results.jsonl, goes on after a kill
+    python serve_part.py serve --backend law         # answers at once, from a stated law
+    python serve_part.py serve --backend train       # trains; the key is 12345678
+    python serve_part.py submit config.json          # one experiment
+    python serve_part.py sweep --plan plan.json      # many; results.jsonl; survives kills
 
 Sources
 [1] CS336 assignment 3 handout and its server, Stanford 2026: routes, bodies, budget, scheduling
@@ -687,6 +687,8 @@ class TrainingAPIServer(http.server.ThreadingHTTPServer):
     def __init__(self, address, store, users=None, internal_key=None):
         self.store, self.internal_key = store, internal_key
         self.users = store.seed_users(users)
+        self.digests = [(user, hashlib.sha256(key.encode()).digest())
+                        for user, _, key in self.users]
         try:
             super().__init__(address, TrainingAPIHandler)
         except OSError as error:
@@ -696,8 +698,8 @@ class TrainingAPIServer(http.server.ThreadingHTTPServer):
     def user_of(self, key):
         """The user with this key, compared in constant time with every key there is."""
         found, digest = None, hashlib.sha256(key.encode("latin-1", "replace")).digest()
-        for user, _, known in self.users:
-            if hmac.compare_digest(hashlib.sha256(known.encode()).digest(), digest):
+        for user, known in self.digests:
+            if hmac.compare_digest(known, digest):
                 found = user
         return found
 
@@ -737,6 +739,9 @@ class TrainingAPIHandler(http.server.BaseHTTPRequestHandler):
             status, content_type, text = error.status, JSON_TYPE, error.body
             extra += error.headers
             text = "" if text is None else self.error_text(text)
+        except (ConnectionError, TimeoutError):  # the client went away or sends nothing
+            self.close_connection = True
+            return
         except Exception:
             traceback.print_exc()
             text = None
@@ -979,9 +984,14 @@ def api_parameters(config):
     return parts["attention"] + parts["feed-forward"] + parts["norms"], sum(parts.values())
 
 
+def api_hard_limit(max_runtime_s):
+    """Seconds after which a run is ended in the middle of a chunk too. source: [1]"""
+    return 1.05 * max_runtime_s + 10
+
+
 class TrainingAPILaw:
-    """A loss surface L = E + (A / N^alpha + B / D^beta) (1 + 0.05 ln^2(lr / lr*) + 0.02 ln^2(b / b*))
-    with N the non-embedding parameters and D the training tokens.
+    """A loss surface: N non-embedding parameters, D training tokens, b tokens a step,
+    L = E + (A / N^alpha + B / D^beta) (1 + 0.05 ln^2(lr / lr*) + 0.02 ln^2(b / b*)).
 
     lr* = 1.79 N^-0.713 D^0.307 and b* = 0.58 D^0.571 tokens a step [3]. Seed 0 has the refitted
     Chinchilla constants [2], any other seed a random surface whose best D / N at 1e18 FLOPs lies
@@ -1022,11 +1032,13 @@ class TrainingAPILaw:
         lr = config["optimizer_config"]["lr_scheduler"]["peak_value"]
         batch_tokens = SEQ_LEN * config["train_batch_size"]
         z = np.random.default_rng([self.seed, int(config_id(config), 16)]).standard_normal(n)
-        chunk_s, limit, losses = 6 * N * tokens / self.flops_per_s / n, None, []
+        chunk_s, losses = 6 * N * tokens / self.flops_per_s / n, []
         limit = config["max_runtime_seconds"]
         for i in range(n):
             if i * chunk_s > limit:
                 return failed(i * chunk_s, losses)
+            if (i + 1) * chunk_s > api_hard_limit(limit):
+                return failed(api_hard_limit(limit), losses)
             loss = self.loss(N, tokens * (i + 1) / n, lr, batch_tokens)
             losses.append(float(loss * math.exp(self.noise * z[i])))
         if n * chunk_s > limit:
@@ -1096,7 +1108,8 @@ class TrainingAPIRun:
     def sequences(self, step):
         """The token windows (B, SEQ_LEN + 1) of a step: the data in order, SEQ_LEN at a time,
         shuffled within chunks of 2,048 sequences by the chunk's number. source: [1]"""
-        whole, batch, size = (len(self.train_ids) - 1) // SEQ_LEN, self.config["train_batch_size"], 2048
+        whole, size = (len(self.train_ids) - 1) // SEQ_LEN, 2048
+        batch = self.config["train_batch_size"]
         place = np.arange(step * batch, (step + 1) * batch)
         starts = np.empty_like(place)
         for chunk in np.unique(place // size):
@@ -1166,14 +1179,15 @@ def api_worker(link, data, device_name, val_tokens):
     threading.Thread(target=end_with_the_server, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's business
     device = lm.resolve_device(device_name)
-    with contextlib.redirect_stdout(sys.stderr if os.environ.get("VERBOSE") else open(os.devnull, "w")):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # said before
         train_ids, valid_ids, tokenizer, _ = bpe.prepare_data(**data)
     vocab_size = tokenizer.vocab_size if tokenizer else data["vocab_size"]
     report(kind="ready")
     while True:
         config = json.loads(link.recv_bytes())
         try:
-            run = TrainingAPIRun(config, train_ids, valid_ids, vocab_size, device, val_tokens, report)
+            run = TrainingAPIRun(config, train_ids, valid_ids, vocab_size, device, val_tokens,
+                                 report)
             result = run.run()
         except Exception as error:  # whatever it is, it is this run's and is reported
             text = " ".join(str(error).split())[:500]
@@ -1247,7 +1261,8 @@ class TrainingAPITrainBackEnd(TrainingAPIBackEnd):
     def start_worker(self):
         context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
         self.link, theirs = context.Pipe()
-        self.process = context.Process(target=api_worker, args=(theirs, *self.settings), daemon=True)
+        self.process = context.Process(target=api_worker, args=(theirs, *self.settings),
+                                       daemon=True)
         self.process.start()
         theirs.close()
         while not self.link.poll(0.5):
@@ -1288,7 +1303,7 @@ class TrainingAPITrainBackEnd(TrainingAPIBackEnd):
                 told = now
                 self.write(self.store.event, number, {
                     "log_type": "run_heartbeat", "run_id": run_id, "elapsed_seconds": used})
-            if used > 1.05 * limit + 10 or (not began and now - setup > 1800):
+            if used > api_hard_limit(limit) or (not began and now - setup > 1800):
                 self.process.kill()
                 self.process.join()
                 return failed(used, partial) if began else failed(
@@ -1334,18 +1349,21 @@ DASHBOARD = r"""<!doctype html><html lang="en"><meta charset="utf-8">
 *{box-sizing:border-box}body{margin:0 auto;max-width:1200px;padding:16px;background:var(--bg);
 color:var(--ink);font:15px/1.45 system-ui,sans-serif}h1{font-size:20px;margin:0}
 header,.row{display:flex;flex-wrap:wrap;gap:8px;align-items:center;margin-bottom:12px}
-header h1{flex:1 1 auto}input,select,button,textarea{font:inherit;color:inherit;background:var(--card);
-border:1px solid var(--line);border-radius:6px;padding:6px 9px;min-width:0}button{cursor:pointer}
+header h1{flex:1 1 auto}input,select,button,textarea{font:inherit;color:inherit;
+background:var(--card);border:1px solid var(--line);border-radius:6px;padding:6px 9px;min-width:0}button{cursor:pointer}
 button.main{background:var(--blue);border-color:var(--blue);color:var(--bg)}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px}
 .card small{color:var(--dim);display:block}.card b{font-size:20px}
 .bar{height:8px;background:var(--line);border-radius:4px;overflow:hidden;margin-top:6px}
-.bar i{display:block;height:100%}#note{min-height:1.5em;color:var(--dim)}.bad{color:var(--red)!important}
-.wide{overflow-x:auto;margin:12px 0}table{border-collapse:collapse;width:100%;background:var(--card)}
+.bar i{display:block;height:100%}#note{min-height:1.5em;color:var(--dim)}
+.bad{color:var(--red)!important}
+.wide{overflow-x:auto;margin:12px 0}
+table{border-collapse:collapse;width:100%;background:var(--card)}
 th,td{text-align:left;padding:7px 10px;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--dim);font-weight:600}tbody tr{cursor:pointer}tbody tr:hover,tbody tr:focus{
-outline:2px solid var(--blue);outline-offset:-2px}.pill{border:1px solid;border-radius:9px;padding:0 8px;
+outline:2px solid var(--blue);outline-offset:-2px}
+.pill{border:1px solid;border-radius:9px;padding:0 8px;
 font-size:13px}.completed{color:var(--green)}.failed{color:var(--red)}.running{color:var(--blue)}
 .queued{color:var(--amber)}svg{display:block;width:100%}.spark{width:90px;height:22px}
 dialog{width:min(760px,94vw);border:1px solid var(--line);border-radius:10px;background:var(--card);
@@ -1364,13 +1382,17 @@ aria-label="status"><option value="">all states<option>queued<option>running<opt
 <option>failed</select><select id="sort" aria-label="sort"><option>id-desc<option>id-asc
 <option>loss-asc<option>runtime-desc</select></div>
 <div class="wide"><table><thead><tr><th>ID<th>Status<th class="far">Model<th class="far">Tokens
-<th>Progress<th>Loss<th class="far">Runtime<th class="far">Trend</thead><tbody id="rows"></tbody></table>
+<th>Progress<th>Loss<th class="far">Runtime<th class="far">Trend</thead>
+<tbody id="rows"></tbody></table>
 </div><dialog id="detail"></dialog><dialog id="submit"><h3>Submit a training config</h3>
-<textarea id="json" spellcheck="false" aria-label="config"></textarea><p id="answer"></p><div class="row">
+<textarea id="json" spellcheck="false" aria-label="config"></textarea>
+<p id="answer"></p><div class="row">
 <button class="main" id="send">Submit</button><button id="example">Load example</button>
-<button id="format">Format</button><button onclick="this.closest('dialog').close()">Close (Esc)</button>
+<button id="format">Format</button>
+<button onclick="this.closest('dialog').close()">Close (Esc)</button>
 </div></dialog><script>
-"use strict";const $=i=>document.getElementById(i),S="http://www.w3.org/2000/svg";let all=[],timer,busy=0;
+"use strict";const $=i=>document.getElementById(i),S="http://www.w3.org/2000/svg";
+let all=[],timer,busy=0;
 const saved=["apiUrl","apiKey","autoRefresh","search","status","sort"];let logScale=false;
 const EXAMPLE={architecture_config:{attention_bias:false,head_dim:64,hidden_size:448,
 intermediate_size:
@@ -1623,7 +1645,8 @@ class TrainingAPISweep:
                              "none; make it with plan")
         self.budget_s = content.get("budget_s", math.inf)
         if not isinstance(self.budget_s, (int, float)) or not self.budget_s > 0:
-            raise ValueError(f"budget_s of {plan} must be above 0, got {self.budget_s!r}; correct it")
+            raise ValueError(f"budget_s of {plan} must be above 0, got {self.budget_s!r}; correct"
+                             " it")
         self.client, self.out, self.waiting, self.rows = client, Path(out), {}, {}
         for i, body in enumerate(bodies, 1):
             config = checked_config(body, f"experiment {i} of {plan}")
