@@ -1350,7 +1350,8 @@ DASHBOARD = r"""<!doctype html><html lang="en"><meta charset="utf-8">
 color:var(--ink);font:15px/1.45 system-ui,sans-serif}h1{font-size:20px;margin:0}
 header,.row{display:flex;flex-wrap:wrap;gap:8px;align-items:center;margin-bottom:12px}
 header h1{flex:1 1 auto}input,select,button,textarea{font:inherit;color:inherit;
-background:var(--card);border:1px solid var(--line);border-radius:6px;padding:6px 9px;min-width:0}button{cursor:pointer}
+background:var(--card);border:1px solid var(--line);border-radius:6px;padding:6px 9px;min-width:0}
+button{cursor:pointer}
 button.main{background:var(--blue);border-color:var(--blue);color:var(--bg)}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px}
@@ -1654,7 +1655,10 @@ class TrainingAPISweep:
                 raise ValueError(f"the experiments of {plan} must differ, got number {i} as before;"
                                  " change its model_seed or leave it out")
             self.waiting[number] = config
-        self.total, self.active, self.left_out = len(self.waiting), {}, []
+        self.total, self.active = len(self.waiting), {}
+        if sgd := sum("beta1" not in c["optimizer_config"] for c in self.waiting.values()):
+            print(f"note: {sgd} of {self.total} experiments train with SGD: the contract takes an "
+                  "optimizer_config with lr_scheduler and no AdamW field, such as weight_decay, so")
         for row in self.read_rows():
             number = config_id(checked_config(row.get("config"), f"a line of {out}"))
             if self.waiting.pop(number, None):

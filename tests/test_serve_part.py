@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -886,6 +887,22 @@ def test_a_run_out_of_time_ends_before_its_next_chunk(monkeypatch):
     assert result["used_runtime_seconds"] == 1.5 and len(result["reason"]["partial_val_losses"]) == 1
 
 
+def test_a_worker_that_hangs_is_ended_and_its_run_failed_as_late(api_server, monkeypatch):
+    monkeypatch.setattr(api, "api_hard_limit", lambda limit: 0.5)
+    api_server.ask("POST", "/submit", body())
+    ((number, run_id, config, _),) = api_server.store.write(api_server.store.dispatch, 1)
+    back_end = api.TrainingAPITrainBackEnd(api_server.store, 1, "cpu", {}, 1)
+    back_end.link, worker = multiprocessing.Pipe()
+    back_end.process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    back_end.process.start()
+    for message in ({"kind": "started"}, {"kind": "val_losses", "val_losses": [4.0]}):
+        worker.send_bytes(json.dumps(message).encode())
+    result = back_end.follow(number, run_id, config)
+    assert result["reason"] == {"partial_val_losses": [4.0], "reason": "timeout"}
+    assert result["used_runtime_seconds"] > 0.5 and not back_end.process.is_alive()
+    assert api_server.ask("GET", "/experiment/1").json()["status"]["val_losses"] == [4.0]
+
+
 @pytest.fixture
 def corpus(tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"line {i} of a text about {i % 7} things\n" for i in range(20_000)))
@@ -1014,6 +1031,14 @@ def test_a_sweep_writes_one_line_a_run_and_does_nothing_twice(tmp_path, serving,
     api.main(argv)
     assert sorted(row["id"] for row in rows_of(tmp_path)) == list(range(1, 7))
     assert len(server.ask("GET", "/experiments").json()) == 6
+
+
+def test_a_sweep_says_when_the_contract_makes_sgd_of_a_config(tmp_path, serving, capsys):
+    server = serving(law=api.TrainingAPILaw())
+    plan = [body(), body(optimizer_config={"lr_scheduler": {"peak_value": 0.01}})]
+    (tmp_path / "plan.json").write_text(json.dumps({"experiments": plan}))
+    api.main(["sweep", "--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "r.jsonl"), "--url", server.url])
+    assert "note: 1 of 2 experiments train with SGD" in capsys.readouterr().out
 
 
 def test_a_sweep_stays_within_the_plans_budget_and_says_what_it_left(tmp_path, serving, capsys):
