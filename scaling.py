@@ -691,7 +691,7 @@ class Machine:
     margin: float  # a run may take that many times its estimate before it is cut off
     eval_tokens: int
     rule: str  # how FLOPs are counted, see training_flops
-    max_lr: float = 0.02  # the Step Law was measured on larger models, and asks 0.3 of small ones
+    max_lr: float = 0.05  # the Step Law is of larger models; it would ask 0.2 of 20,000 weights
 
     def rate(self, config):
         """Tokens a second in training."""
@@ -754,8 +754,9 @@ def plan_sweep(budget, unit, vocab_size, machine):
     """(runs, cost) of IsoFLOP profiles that cost at most `budget` in `unit`, "s" or "FLOPs".
 
     Cost in seconds is the sum of the runs' time limits, which the API reserves: no run, however
-    slow, can pass it. The widest design that fits: most of the money is in the largest profile,
-    which has the fewest sizes. raises ValueError when the smallest design costs more.
+    slow, can pass it. Of the designs below the first that fits: a wide range of budgets makes the
+    extrapolation surer than more runs do, and the largest profile is most of the cost anyway.
+    raises ValueError when the smallest design costs more.
     """
     configs, cheapest = ladder(vocab_size), math.inf
 
@@ -772,8 +773,8 @@ def plan_sweep(budget, unit, vocab_size, machine):
         cost = (r["body"]["max_runtime_seconds"] if unit == "s" else r["flops"] for r in runs)
         return runs, sum(cost)
 
-    for shape in ((4, 4, (5, 6, 7, 7, 7)), (3, 4, (5, 6, 7, 7)), (2, 4, (5, 6, 7)),
-                  (2, 2.5, (4, 5, 5))):
+    for shape in ((8, 8, (5, 6, 7, 7, 7, 7)), (4, 8, (5, 6, 7, 7, 7)), (3, 6, (5, 6, 7, 7)),
+                  (2, 4, (5, 6, 7)), (2, 2.5, (4, 5, 5))):
         for top in np.geomspace(1e26, 1e9, 681):  # 6% apart
             runs, cost = design(top, *shape)
             if cost <= budget:
@@ -991,8 +992,11 @@ def plan(args):
         return plan_new_sweep(args)
     runs = load_runs(args.runs)
     arrays = run_arrays(runs, args.flops)
-    fit = fit_chinchilla(arrays["parameters"], arrays["tokens"], arrays["loss"], args.bootstrap,
-                         starts="projection")
+    table = [arrays[name] for name in ("parameters", "tokens", "loss")]
+    scatter = np.median(np.abs(fit_chinchilla(*table, starts="projection").details["residuals"]))
+    # 1.345 standard deviations: with normal scatter 95% as efficient as least squares
+    fit = fit_chinchilla(*table, args.bootstrap, starts="projection",
+                         delta=max(1e-3, 1.345 * 1.4826 * float(scatter)))
     machine = make_machine(args)
     run = plan_target(fit, args.vocab_size, machine, args.target_flops, args.target_s)
     schedule = run["body"]["optimizer_config"]["lr_scheduler"]
