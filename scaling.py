@@ -911,7 +911,8 @@ def compare_methods(runs, budgets, rule):
 
 def fit_runs(args):
     """The verb fit: one table of runs in, exponents and optima out."""
-    runs = drop_highest(load_runs(args.runs), args.drop_worst, args.flops)
+    table = load_runs(args.runs)
+    runs = drop_highest(table, args.drop_worst, args.flops)
     if args.method == "chinchilla":
         arrays = run_arrays(runs, args.flops)
         fit = fit_chinchilla(arrays["parameters"], arrays["tokens"], arrays["loss"],
@@ -919,7 +920,9 @@ def fit_runs(args):
         fit.runs = arrays
     else:
         fit = fit_isoflop(runs, args.profile, args.bootstrap, args.seed, args.flops)
-    result = {"method": args.method, "runs": len(fit.runs["loss"]), **fit.exponents()}
+    used = len(fit.runs["loss"])
+    result = {"method": args.method, "runs": used, "left_out": len(table) - used,
+              **fit.exponents()}
     if args.method == "isoflop":
         result["profile"], result["minima"] = args.profile, fit.details["minima"]
         result["methods"] = compare_methods(runs, args.budget, args.flops)
@@ -942,7 +945,7 @@ def interval_text(row, name, form):
 
 
 def print_fit(result, fit, args):
-    print(f"{result['runs']} runs, {args.method}; intervals are 95%"
+    print(f"{result['runs']} runs, {result['left_out']} left out, {args.method}; intervals are 95%"
           f"{'' if fit.samples is not None else ': none, no bootstrap or no residuals'}")
     if args.method == "isoflop":
         print("minimum of each profile:")
@@ -971,6 +974,8 @@ def print_fit(result, fit, args):
 
 def make_machine(args):
     """The Machine of the flags; its speed measured here unless --speed says it."""
+    if args.margin < 1:
+        raise ValueError(f"--margin must be at least 1, got {args.margin}; runs would be cut off")
     if args.speed is not None:
         table = [(1.0, args.speed)]
     else:

@@ -366,7 +366,7 @@ def test_fit_reads_json_csv_and_jsonl_alike(tmp_path, capsys):
     assert results[0] == results[1]
     for key in ("a", "b", "E", "gamma"):
         assert results[2][key] == pytest.approx(results[0][key], rel=1e-9)
-    assert results[2]["runs"] == len(runs)
+    assert results[2]["runs"] == len(runs) and results[2]["left_out"] == 1
 
 
 def test_fit_prints_a_table_for_people_and_draws(tmp_path, capsys):
@@ -461,6 +461,7 @@ def test_other_bad_input_is_one_line(tmp_path, capsys):
     fails(capsys, ["plan"], "plan needs one budget, got none")
     fails(capsys, ["plan", "--budget_s", "9", "--budget_flops", "9"], "got two")
     fails(capsys, ["plan", table], "a table alone")
+    fails(capsys, ["plan", "--budget_s", "9", "--margin", "0.5"], "--margin must be at least 1")
     fails(capsys, ["plan", "--target_s", "60"], "a target alone")
     fails(capsys, ["plan", "--budget_s", "1", "--speed", "1e9"], "must pay for three profiles")
     fails(capsys, ["plan", table, "--target_s", "1", "--speed", "1e5"], "must pay for 20 steps")
