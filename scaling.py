@@ -547,9 +547,10 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
     stops at an absolute tolerance stops early, which made [2]'s printed fit [3].
     starts: "grid", the 4,500 of [2], or "projection", 16 of variable projection.
     bootstrap: samples, each fitted from the best fit with other weights of the runs, from a gamma
-      distribution of mean 1 and variance 1/4, deviations doubled to make up for the variance.
-      Drawing runs with replacement, as [3] does, leaves some out, and a fit that is nearly one of
-      least absolute errors rests on few: its 95% intervals held the truth 97 to 100% of the time.
+      distribution of mean 1 and variance 1/4; deviations are doubled to make up for the variance,
+      and widened for the five constants. Drawing runs with replacement, as [3] does, leaves some
+      out, and a fit that is nearly one of least absolute errors rests on few: its 95% intervals
+      held the truth 97 to 100% of the time.
     details: objective, residuals (n,) of log L, predicted - measured.
     raises ValueError below 6 runs or 3 values of N or D, or when the loss does not fall with both.
     source: [2] equation (3), [3]
@@ -586,7 +587,8 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
         if bootstrap:
             weights = np.random.default_rng(seed).gamma(4, 1 / 4, (bootstrap, len(target)))
             ends, _ = minimise(objective, best.repeat(bootstrap, 1), (torch.from_numpy(weights),))
-            samples = best + 2 * (ends - best)
+            factor = 2 * math.sqrt(len(target) / (len(target) - 5))
+            samples = best + factor * (ends - best)
             samples[:, 3:].clamp_(min=1e-3)  # with less no optimum exists
             samples = (samples - samples @ centre).numpy()
     theta = (best - best @ centre).numpy()
@@ -1512,12 +1514,13 @@ def train_all(link, data, device_name, val_tokens):
 
 
 class BackEnd(threading.Thread):
-    """Takes experiments from the store and ends them; `work` does some and says if there were any.
-    A write that fails because the disk is full or busy is tried again: no result is lost to it."""
+    """Takes experiments from the store, `most` at a time while fewer than `workers` run, and writes
+    what `end_of` says. A write that fails because the disk is full or busy is tried again."""
 
-    def __init__(self, store):
+    def __init__(self, store, workers, most):
         super().__init__(daemon=True)
-        self.store, self.stopping = store, threading.Event()
+        self.store, self.workers, self.most = store, workers, most
+        self.stopping = threading.Event()
 
     def write(self, function, *args):
         while not self.stopping.is_set():
@@ -1529,9 +1532,16 @@ class BackEnd(threading.Thread):
 
     def run(self):
         while not self.stopping.is_set():
-            if not self.work():
+            started = self.ready() and self.write(self.store.dispatch, self.workers, self.most)
+            for number, run_id, config in started or ():
+                if end := self.end_of(number, run_id, config):  # None: the server stops first
+                    self.write(self.store.finish, number, run_id, end)
+            if not started:
                 self.store.queued.wait(0.2)
                 self.store.queued.clear()
+
+    def ready(self):
+        return True
 
     def stop(self):
         self.stopping.set()
@@ -1543,60 +1553,45 @@ class LawBackEnd(BackEnd):
     """Ends every queued experiment at once with what the law says."""
 
     def __init__(self, store, law):
-        super().__init__(store)
+        super().__init__(store, 100, 100)
         self.law = law
 
-    def end_of(self, config):
+    def end_of(self, number, run_id, config):
         try:
             return self.law.run(config)
         except (ValueError, OverflowError) as error:
             return failed(f"{type(error).__name__}: {error}")
-
-    def work(self):
-        started = self.write(self.store.dispatch, 100) or []
-        ends = [(number, run_id, self.end_of(config)) for number, run_id, config in started]
-        if ends:
-            self.write(lambda c: [self.store.finish(c, *end) for end in ends])
-        return ends
 
 
 class TrainBackEnd(BackEnd):
     """One device of `devices`: a worker process that trains, started again when it dies."""
 
     def __init__(self, store, devices, device, data, val_tokens):
-        super().__init__(store)
-        self.devices, self.settings, self.process = devices, (data, device, val_tokens), None
+        super().__init__(store, devices, 1)
+        self.settings, self.process = (data, device, val_tokens), None
 
-    def start_worker(self):
+    def ready(self):
+        """Whether the worker is there, which is started if it is not."""
+        if self.process is not None and self.process.is_alive():
+            return True
         context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
         self.link, theirs = context.Pipe()
         self.process = context.Process(target=train_all, args=(theirs, *self.settings), daemon=True)
         self.process.start()
         theirs.close()
-        while not self.stopping.is_set():
-            if self.link.poll(0.5):
-                return self.link.recv_bytes()  # ready; EOFError if it died
+        try:
+            while not self.stopping.is_set():
+                if self.link.poll(0.5):
+                    return self.link.recv_bytes()  # it says that it is ready
+        except (EOFError, OSError):
+            self.process.join()
+            print(f"serve: the worker of {self.settings[1]} ended at its start, exit code "
+                  f"{self.process.exitcode}; trying again in 10 s", file=sys.stderr)
+            self.stopping.wait(10)
 
-    def work(self):
-        if self.process is None or not self.process.is_alive():
-            try:
-                self.start_worker()
-            except (EOFError, OSError):
-                self.process.join()
-                print(f"serve: the worker of {self.settings[1]} ended at its start, exit code "
-                      f"{self.process.exitcode}; trying again in 10 s", file=sys.stderr)
-                self.stopping.wait(10)
-                return True
-        started = self.write(self.store.dispatch, self.devices, 1)
-        for number, run_id, config in started or ():
-            if end := self.follow(number, run_id, config):
-                self.write(self.store.finish, number, run_id, end)
-        return started
-
-    def follow(self, number, run_id, config):
-        """What a run ends with; None when the server stops first. A worker that dies is a failed
-        run; one that runs 10 s and 5% over its time, or has no first step in 30 minutes, is
-        ended."""
+    def end_of(self, number, run_id, config):
+        """What the worker says. One that dies is a failed run; one that runs 10 s and 5% over its
+        time, or has no first step in 30 minutes, is ended."""
         asked, began, losses = time.perf_counter(), None, []
         self.link.send_bytes(json.dumps(config).encode())
         while not self.stopping.is_set():
@@ -1869,8 +1864,10 @@ def read_json(path):
 
 
 def read_plan(path):
-    """({config_id: config}, budget in seconds) of a plan's file."""
+    """({config_id: config}, budget in seconds) of a plan's file: a sweep, or one target's run."""
     plan = read_json(path)
+    if isinstance(plan, dict) and "training_config" in plan:
+        plan = {"experiments": [plan["training_config"]]}
     bodies = plan.get("experiments") if isinstance(plan, dict) else None
     if not isinstance(bodies, list) or not bodies:
         raise ValueError(f'{path} must hold {{"experiments": [...]}} with one at least, got none; '
@@ -2379,16 +2376,11 @@ def plan(args):
     machine = make_machine(args)
     run = plan_target(fit, args.vocab_size, machine, args.target_flops, args.target_s)
     schedule = run["body"]["optimizer_config"]["lr_scheduler"]
+    methods = compare_methods(runs, [run["flops"]], args.flops)
     result = {"training_config": run["body"], "predicted_final_loss": run["loss"],
-              "loss_interval": run["loss_interval"], "fit": fit.exponents(),
-              **{k: run[k] for k in ("parameters", "tokens", "flops", "seconds")},
-              "methods": compare_methods(runs, [run["flops"]], args.flops)}
-    if args.out:
-        final = {k: result[k] for k in ("training_config", "predicted_final_loss")}
-        Path(args.out).write_text(json.dumps(final, indent=1) + "\n", encoding="utf-8")
-    if args.json:
-        print(json.dumps(result))
-        return
+              "loss_interval": run["loss_interval"], "fit": fit.exponents(), "methods": methods,
+              **{k: run[k] for k in ("parameters", "tokens", "flops", "seconds")}}
+    lm.write_json(result, args.out or "final.json")
     c, (low, high) = run["shape"], run["loss_interval"]
     print(f"fit of {len(arrays['loss'])} runs: " + ", ".join(
         f"{k} {interval_text(result['fit'], k, '.4g')}" for k in ("alpha", "beta", "E")))
@@ -2398,7 +2390,7 @@ def plan(args):
           f"{schedule['peak_value']:g}, {run['flops']:.3g} FLOPs, about {run['seconds']:,.0f} s")
     print(f"predicted loss {run['loss']:.4f} ({low:.4f} to {high:.4f}), at "
           f"{run['flops'] / arrays['flops'].max():.1f} times the FLOPs of the largest run")
-    for method, row in result["methods"].items():
+    for method, row in methods.items():
         print(f"by {method}: {row.get('refused') or 'N_opt {:.4g}'.format(row['parameters'][0])}")
 
 
@@ -2413,12 +2405,8 @@ def plan_new_sweep(args):
     runs, cost = plan_sweep(budget, unit, args.vocab_size, make_machine(args))
     runs.sort(key=lambda r: r["seconds"])
     limits = sum(r["body"]["max_runtime_seconds"] for r in runs)
-    result = {"experiments": [r["body"] for r in runs],
-              "budget_s": args.budget_s if args.budget_s is not None else limits}
-    Path(args.out or "plan.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if args.json:
-        print(json.dumps({"cost": cost, "unit": unit, **result}))
-        return
+    lm.write_json({"experiments": [r["body"] for r in runs], "budget_s": args.budget_s or limits},
+                  args.out or "plan.json")
     for r in runs:
         c = r["shape"]
         print(f"{r['flops']:.3g} FLOPs | width {c.d_model} | {c.num_layers} layers | N "
@@ -2501,7 +2489,8 @@ def submit(args):
     """The verb submit: one config, or what plan --out wrote as the final submission."""
     client, content = Client(args.url, args.key), read_json(args.config)
     if isinstance(content, dict) and "training_config" in content:
-        status, body, _ = client.call("POST", "/final_submission", content)
+        final = {k: content.get(k) for k in ("training_config", "predicted_final_loss")}
+        status, body, _ = client.call("POST", "/final_submission", final)
         new = True
     else:
         config = checked_config(content, args.config)
@@ -2521,7 +2510,13 @@ def submit(args):
 
 def sweep(args):
     """The verb sweep: runs a plan; what was done before is not done again."""
-    Sweep(Client(args.url, args.key), args.plan, args.out).run(args.poll_s)
+    runs = Sweep(Client(args.url, args.key), args.plan, args.out)
+    runs.run(args.poll_s)
+    predicted = read_json(args.plan).get("predicted_final_loss")
+    for row in runs.rows.values() if predicted else ():
+        if row["loss"]:
+            print(f"predicted loss {predicted:.4f}, realised {row['loss']:.4f}: "
+                  f"{100 * (row['loss'] / predicted - 1):+.2f}%")
 
 
 def build_parser():
@@ -2568,8 +2563,7 @@ def build_parser():
     p.add_argument("--margin", type=positive, default=1.3, help="time limit over the estimate")
     p.add_argument("--bootstrap", type=lm.positive(int), default=1000, help="samples")
     p.add_argument("--device", default="auto")
-    p.add_argument("--out", help="file to write (default for a sweep: plan.json)")
-    p.add_argument("--json", action="store_true", help="one JSON object")
+    p.add_argument("--out", help="file to write (default: plan.json; of a target, final.json)")
 
     p = verbs.add_parser("serve", help="serve the training API")
     p.set_defaults(function=serve)

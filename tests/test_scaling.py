@@ -180,7 +180,7 @@ def test_isoflop_intervals_cover_the_truth_as_often_as_they_say(method):
 
 
 def test_parametric_intervals_cover_the_truth_as_often_as_they_say():
-    fits = [scaling.fit_chinchilla(*columns(surface(5, 8, noise=0.01, seed=seed)), 100, seed,
+    fits = [scaling.fit_chinchilla(*columns(surface(6, 10, noise=0.01, seed=seed)), 150, seed,
                                    "projection").exponents() for seed in range(100)]  # fmt: skip
     share = covered(fits, {"alpha": ALPHA, "beta": BETA, "a": A_EXPONENT})
     assert all(0.90 <= value <= 0.98 for value in share.values()), share
@@ -400,9 +400,10 @@ def test_fit_prints_a_table_for_people_and_draws(tmp_path, capsys):
 def test_plan_then_fit_then_target(tmp_path, capsys):
     plan = tmp_path / "plan.json"
     flags = ["--speed", "4e14", "--flops", "6N", "--eval_tokens", "0", "--vocab_size", "2048"]
-    out = printed(capsys, ["plan", "--budget_s", "3600", "--out", plan, "--json", *flags])
+    scaling.main(["plan", "--budget_s", "3600", "--out", str(plan), *flags])
     saved = json.loads(plan.read_text())
-    assert saved["experiments"] == out["experiments"] and saved["budget_s"] == 3600
+    assert f"{len(saved['experiments'])} runs cost at most 3" in capsys.readouterr().out
+    assert saved["budget_s"] == 3600
     assert sum(b["max_runtime_seconds"] for b in saved["experiments"]) <= 3600
     rows = []
     for body in saved["experiments"]:
@@ -413,16 +414,15 @@ def test_plan_then_fit_then_target(tmp_path, capsys):
                      "config": body, "loss": float(scaling.ChinchillaFit.predict(THETA, n, d))})  # fmt: skip
     table = write(tmp_path / "results.jsonl", rows)
     final = tmp_path / "final.json"
-    result = printed(capsys, ["plan", table, "--target_s", "14400", "--out", final, "--json", *flags])
-    body = json.loads(final.read_text())
-    assert body["training_config"] == result["training_config"] and allowed(result["training_config"])
+    scaling.main(["plan", str(table), "--target_s", "14400", "--out", str(final), *flags])
+    assert "predicted loss" in capsys.readouterr().out
+    result = json.loads(final.read_text())
+    assert allowed(result["training_config"])
     law = scaling.ChinchillaFit.predict(THETA, result["parameters"], result["tokens"])
-    assert body["predicted_final_loss"] == pytest.approx(law, rel=1e-5)
+    assert result["predicted_final_loss"] == pytest.approx(law, rel=1e-5)
     low, high = result["loss_interval"]
     assert low <= result["predicted_final_loss"] * (1 + 1e-9) and high >= low
     assert result["tokens"] * 6 * result["parameters"] == pytest.approx(14_400 * 4e14, rel=0.01)
-    scaling.main(["plan", str(table), "--target_flops", "1e19", *flags])
-    assert "predicted loss" in capsys.readouterr().out
 
 
 def test_the_plan_measures_this_machine(tmp_path, capsys):
@@ -1161,11 +1161,11 @@ def test_a_worker_that_hangs_is_ended_and_its_run_failed_as_late(api, monkeypatc
     ((number, run_id, config),) = api.start()
     back_end = scaling.TrainBackEnd(api.store, 1, "cpu", {}, 1)
     back_end.link, worker = multiprocessing.Pipe()
-    back_end.process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    back_end.process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
     back_end.process.start()
     for message in ({"kind": "started"}, {"kind": "val_losses", "val_losses": [4.0]}):
         worker.send_bytes(json.dumps(message).encode())
-    end = back_end.follow(number, run_id, config)
+    end = back_end.end_of(number, run_id, config)
     assert end["reason"] == {"partial_val_losses": [4.0], "reason": "timeout"}
     assert end["used"] > 0.5 and not back_end.process.is_alive()
     assert api.ask("GET", "/experiment/1").json()["status"]["val_losses"] == [4.0]
