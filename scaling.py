@@ -124,12 +124,9 @@ def run_arrays(runs, rule="exact"):
                          f"{', '.join(sorted(present)) or 'none'}; rename them")
     arrays = {name: np.array([number_above_zero(row.get(found[name]), found[name], i)
                               for i, row in rows]) for name in (*known, "loss")}
-    if "tokens" not in arrays:
-        arrays["tokens"] = arrays["flops"] / (6 * arrays["parameters"])
-    elif "parameters" not in arrays:
-        arrays["parameters"] = arrays["flops"] / (6 * arrays["tokens"])
-    elif "flops" not in arrays:
-        arrays["flops"] = 6 * arrays["parameters"] * arrays["tokens"]
+    n, d, c = (arrays.get(name) for name in ("parameters", "tokens", "flops"))
+    arrays |= {"parameters": c / (6 * d) if n is None else n,
+               "tokens": c / (6 * n) if d is None else d, "flops": 6 * n * d if c is None else c}
     return {**arrays, "rows": [row for _, row in rows]}
 
 
@@ -1740,6 +1737,7 @@ function row(e) {
 }
 function detail(e) {
   const seen = losses(e), dialog = $("detail"), close = make("button", "Close (Esc)");
+  close.autofocus = true;
   close.onclick = () => dialog.close();
   const facts = {status: state(e), model: model(e), queued: e.status.queued_at,
     started: e.status.dispatched_at, runtime: `${time(e.status.used_runtime_seconds)} of ` +
@@ -2361,9 +2359,12 @@ def make_machine(args):
 
 def plan(args):
     """The verb plan: without runs a sweep that the budget pays, with them what to train."""
-    if (args.runs is None) != (args.target_flops is None and args.target_s is None):
-        raise ValueError("plan needs a budget, or a run table and a target, got a "
-                         f"{'table' if args.runs else 'target'} alone; give both, or --budget_s")
+    of_sweep, of_target = (args.budget_s, args.budget_flops), (args.target_s, args.target_flops)
+    given, unused = (of_target, of_sweep) if args.runs else (of_sweep, of_target)
+    if sum(v is not None for v in given) != 1 or any(v is not None for v in unused):
+        raise ValueError("plan needs one of --budget_s and --budget_flops, or a run table and one "
+                         f"of --target_s and --target_flops, got {args.runs or 'no table'}, "
+                         f"{of_sweep} and {of_target}; give these")
     if args.runs is None:
         return plan_new_sweep(args)
     runs = load_runs(args.runs)
@@ -2396,12 +2397,7 @@ def plan(args):
 
 def plan_new_sweep(args):
     """Writes --out: {"experiments": [submit bodies, cheapest first], "budget_s": ...}."""
-    if (args.budget_s is None) == (args.budget_flops is None):
-        raise ValueError("plan needs one budget, got "
-                         f"{'none' if args.budget_s is None else 'two'}; give --budget_s or "
-                         "--budget_flops")
-    budget, unit = ((args.budget_s, "s") if args.budget_s is not None else
-                    (args.budget_flops, "FLOPs"))
+    budget, unit = (args.budget_s, "s") if args.budget_s else (args.budget_flops, "FLOPs")
     runs, cost = plan_sweep(budget, unit, args.vocab_size, make_machine(args))
     runs.sort(key=lambda r: r["seconds"])
     limits = sum(r["body"]["max_runtime_seconds"] for r in runs)
@@ -2522,79 +2518,77 @@ def sweep(args):
 def build_parser():
     parser = argparse.ArgumentParser(prog="scaling.py", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    positive, count = lm.positive(float), lm.positive(int, zero=True)
+    positive, whole = lm.positive(float), lm.positive(int)
+    zero_or_more, samples = lm.positive(float, zero=True), lm.positive(int, zero=True)
 
-    p = verbs.add_parser("fit", help="exponents and optima from a table of runs")
-    p.set_defaults(function=fit_runs)
-    p.add_argument("runs", help=".json, .jsonl or .csv")
-    p.add_argument("--method", default="isoflop", choices=("isoflop", "chinchilla"))
-    p.add_argument("--profile", default="minimum", choices=PROFILE_METHODS,
-                   help="isoflop: what the best run of a budget is (default: minimum)")
-    p.add_argument("--starts", default="grid", choices=STARTS,
-                   help="chinchilla: 4,500 starts or 16 of variable projection (default: grid)")
-    p.add_argument("--budget", type=positive, nargs="+", action="extend", default=[], metavar="C",
-                   help="FLOPs to extrapolate to")
-    p.add_argument("--bootstrap", type=count, default=4000, help="samples (default: 4000)")
-    p.add_argument("--flops", default="exact", choices=("exact", "6N"),
-                   help="of a sweep's runs: all matrix products, or 6 N D (default: exact)")
-    p.add_argument("--drop_worst", type=count, default=0, metavar="K",
-                   help="leave out the K highest losses")
-    p.add_argument("--seed", type=int, default=42)
-    p.add_argument("--plot", metavar="PNG")
-    p.add_argument("--json", action="store_true", help="one JSON object")
-
-    p = verbs.add_parser("plan", help="a sweep for a budget, or what to train after it")
-    p.set_defaults(function=plan)
-    p.add_argument("runs", nargs="?", help="results of a sweep (default: propose the sweep)")
-    p.add_argument("--budget_s", type=positive, help="of the sweep, seconds of one device")
-    p.add_argument("--budget_flops", type=positive)
-    target = p.add_mutually_exclusive_group()
-    target.add_argument("--target_s", type=positive, help="of the final run")
-    target.add_argument("--target_flops", type=positive)
-    p.add_argument("--speed", type=positive, help="FLOP/s (default: measured here)")
-    p.add_argument("--flops", default="exact", choices=("exact", "6N"),
-                   help="FLOPs a token: all matrix products, or 6 N as the handout counts")
-    p.add_argument("--vocab_size", type=lm.positive(int), default=32_000)
-    p.add_argument("--eval_tokens", type=count, default=EVAL_TOKENS, help="of one evaluation")
-    p.add_argument("--max_tokens", type=lm.positive(int), default=MOST_TOKENS,
-                   help="of a run: what the server's text has")
-    p.add_argument("--max_lr", type=positive, default=Machine.max_lr,
-                   help="where the Step Law asks for more (default: %(default)s)")
-    p.add_argument("--margin", type=positive, default=1.3, help="time limit over the estimate")
-    p.add_argument("--bootstrap", type=lm.positive(int), default=1000, help="samples")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--out", help="file to write (default: plan.json; of a target, final.json)")
-
-    p = verbs.add_parser("serve", help="serve the training API")
-    p.set_defaults(function=serve)
-    p.add_argument("--backend", choices=("train", "law"), default="law",
-                   help="real training, or a stated loss law (default: law)")
-    p.add_argument("--host", default="127.0.0.1")
-    p.add_argument("--port", type=int, default=8000)
-    p.add_argument("--db", default="data/training_api.db", help="all that is kept")
-    p.add_argument("--users", help="CSV with the first row sunet_id,api_key (default: one user, "
-                   f"key {API_KEY})")
-    p.add_argument("--budget_s", type=positive, default=BUDGET_S, help="seconds a user")
-    p.add_argument("--law_seed", type=count, help="0: Chinchilla's law; another: a random one")
-    p.add_argument("--law_noise", type=lm.positive(float, zero=True), help="sd of log loss")
-    p.add_argument("--law_flops", type=positive, help="FLOP/s simulated")
-    p.add_argument("--data", help="text to train on, as for train.py (default: python)")
-    p.add_argument("--data_dir", help="where tokenizer and token files go (default: data)")
-    p.add_argument("--vocab_size", type=lm.positive(int), help="of the tokenizer")
-    p.add_argument("--tokenizer", help="a tokenizer.json (default: train one)")
-    p.add_argument("--device", help="auto (every GPU, else the CPU), or names with commas between")
-    p.add_argument("--val_tokens", type=lm.positive(int), help="an evaluation (default: 2^18)")
-
-    for function, meaning in ((submit, "one experiment, or the final submission"),
-                              (sweep, "run a plan, or go on with it")):
-        p = verbs.add_parser(function.__name__, help=meaning)
+    def verb(function, name, meaning):
+        p = verbs.add_parser(name, help=meaning)
         p.set_defaults(function=function)
-        p.add_argument("--url", default=os.environ.get("A3_API_URL", "http://127.0.0.1:8000"))
-        p.add_argument("--key", default=os.environ.get("A3_API_KEY", API_KEY))
-    p.add_argument("--plan", required=True, help='JSON: {"experiments": [...], "budget_s": ...}')
-    p.add_argument("--out", default="results.jsonl", help="a line a run (default: %(default)s)")
-    p.add_argument("--poll_s", type=positive, default=5.0, help="longest pause")
-    verbs.choices["submit"].add_argument("config", help="JSON: a training config, or plan's --out")
+        return p.add_argument
+
+    add = verb(fit_runs, "fit", "exponents and optima from a table of runs")
+    add("runs", help=".json, .jsonl or .csv")
+    add("--method", default="isoflop", choices=("isoflop", "chinchilla"))
+    add("--profile", default="minimum", choices=PROFILE_METHODS,
+        help="isoflop: what the best run of a budget is (default: minimum)")
+    add("--starts", default="grid", choices=STARTS,
+        help="chinchilla: 4,500 starts or 16 of variable projection (default: grid)")
+    add("--budget", type=positive, nargs="+", action="extend", default=[], metavar="C",
+        help="FLOPs to extrapolate to")
+    add("--bootstrap", type=samples, default=4000, help="samples (default: 4000)")
+    add("--flops", default="exact", choices=("exact", "6N"),
+        help="of a sweep's runs: all matrix products, or 6 N D (default: exact)")
+    add("--drop_worst", type=samples, default=0, metavar="K", help="leave out the K highest losses")
+    add("--seed", type=int, default=42)
+    add("--plot", metavar="PNG")
+    add("--json", action="store_true", help="one JSON object")
+
+    add = verb(plan, "plan", "a sweep for a budget, or what to train after it")
+    add("runs", nargs="?", help="results of a sweep (default: propose the sweep)")
+    add("--budget_s", type=positive, help="of the sweep, seconds of one device")
+    add("--budget_flops", type=positive)
+    add("--target_s", type=positive, help="of the final run, instead of the next")
+    add("--target_flops", type=positive)
+    add("--speed", type=positive, help="FLOP/s (default: measured here)")
+    add("--flops", default="exact", choices=("exact", "6N"),
+        help="FLOPs a token: all matrix products, or 6 N as the handout counts")
+    add("--vocab_size", type=whole, default=32_000)
+    add("--eval_tokens", type=samples, default=EVAL_TOKENS, help="of one evaluation")
+    add("--max_tokens", type=whole, default=MOST_TOKENS, help="of a run: what the server has")
+    add("--max_lr", type=positive, default=Machine.max_lr, help="(default: %(default)s)")
+    add("--margin", type=positive, default=1.3, help="time limit over the estimate")
+    add("--bootstrap", type=whole, default=1000, help="samples (default: 1000)")
+    add("--device", default="auto")
+    add("--out", help="file to write (default: plan.json; of a target, final.json)")
+
+    add = verb(serve, "serve", "serve the training API")
+    add("--backend", choices=BACK_END_FLAGS, default="law",
+        help="real training, or a stated loss law (default: law)")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000)
+    add("--db", default="data/training_api.db", help="all that is kept (default: %(default)s)")
+    add("--users", help=f"CSV, first row sunet_id,api_key (default: one user, key {API_KEY})")
+    add("--budget_s", type=positive, default=BUDGET_S, help="seconds a user")
+    add("--law_seed", type=samples, help="0: Chinchilla's law; another: a random one")
+    add("--law_noise", type=zero_or_more, help="standard deviation of log loss (default: 0.002)")
+    add("--law_flops", type=positive, help="FLOP/s simulated (default: 4e14)")
+    add("--data", help="text to train on, as for train.py (default: python)")
+    add("--data_dir", help="where tokenizer and token files go (default: data)")
+    add("--vocab_size", type=whole, help="of the tokenizer (default: train.py's)")
+    add("--tokenizer", help="a tokenizer.json (default: train one)")
+    add("--device", help="auto (every GPU, else the CPU), or names with commas between")
+    add("--val_tokens", type=whole, help="of an evaluation (default: 2^18)")
+
+    for function, name, meaning in ((submit, "submit", "one experiment, or the final submission"),
+                                    (sweep, "sweep", "run a plan, or go on with it")):
+        add = verb(function, name, meaning)
+        add("--url", default=os.environ.get("A3_API_URL", "http://127.0.0.1:8000"))
+        add("--key", default=os.environ.get("A3_API_KEY", API_KEY))
+        if function is submit:
+            add("config", help="JSON: a training config, or what plan wrote for a target")
+    add("--plan", required=True, help="JSON that plan wrote")
+    add("--out", default="results.jsonl", help="a line a run (default: %(default)s)")
+    add("--poll_s", type=positive, default=5.0, help="longest pause between looks")
     return parser
 
 

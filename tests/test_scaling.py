@@ -470,11 +470,10 @@ def test_other_bad_input_is_one_line(tmp_path, capsys):
     up = [{**r, "loss": 10 / r["loss"]} for r in surface()]  # rises with N and D
     fails(capsys, ["fit", write(tmp_path / "up.jsonl", up), "--method", "chinchilla", "--starts",
                    "projection"], "must fall with N and D")  # fmt: skip
-    fails(capsys, ["plan"], "plan needs one budget, got none")
-    fails(capsys, ["plan", "--budget_s", "9", "--budget_flops", "9"], "got two")
-    fails(capsys, ["plan", table], "a table alone")
+    for argv in ([], [table], ["--target_s", "9"], [table, "--budget_s", "9"], ["--budget_s", "9", "--target_s", "9"],
+                 ["--budget_s", "9", "--budget_flops", "9"], [table, "--target_s", "9", "--target_flops", "9"]):
+        fails(capsys, ["plan", *argv], "plan needs one of --budget_s and --budget_flops, or a run table")
     fails(capsys, ["plan", "--budget_s", "9", "--margin", "0.5"], "--margin must be at least 1")
-    fails(capsys, ["plan", "--target_s", "60"], "a target alone")
     fails(capsys, ["plan", "--budget_s", "1", "--speed", "1e9"], "must pay for three profiles")
     fails(capsys, ["plan", table, "--target_s", "1", "--speed", "1e5"], "must pay for 20 steps")
     with pytest.raises(ValueError, match="method must be one of minimum, .*, got 'best'"):
