@@ -2101,7 +2101,7 @@ def plan_run(shape, tokens, machine, evals=1):
 
 def plan_profile(shapes, flops, sizes, reach, machine):
     """`sizes` runs of `flops` each, from 1 / reach of to reach times the size that 20 tokens a
-    weight suggest [2], where a weight is 6 FLOPs; None where `shapes` end before that."""
+    weight suggest [2], where a weight is 6 FLOPs; None where shapes or text end before that."""
     per_token = np.array([training_flops(shape, machine.rule) for shape in shapes])
     tokens, weights = flops / per_token, np.log(per_token / 6)
     middle, reach = math.log(flops / 6 / 20) / 2, math.log(reach)
@@ -2109,7 +2109,7 @@ def plan_profile(shapes, flops, sizes, reach, machine):
     if wanted[0] < weights[0] - 0.2 or wanted[-1] > weights[-1] + 0.2:
         return None
     chosen = sorted({int(np.abs(weights - w).argmin()) for w in wanted})
-    if len(chosen) < 4:
+    if len(chosen) < 4 or tokens[chosen].max() > machine.max_tokens:
         return None
     return [plan_run(shapes[i], tokens[i], machine) for i in chosen]
 
@@ -2128,8 +2128,7 @@ def plan_sweep(budget, unit, vocab_size, machine):
         runs = []
         for k, count in enumerate(sizes):
             profile = plan_profile(shapes, top / spacing**k, count, reach, machine)
-            if profile is None or any(r["body"]["max_runtime_seconds"] > MOST_S
-                                      or r["tokens"] > machine.max_tokens for r in profile):
+            if profile is None or any(r["body"]["max_runtime_seconds"] > MOST_S for r in profile):
                 return None, math.inf
             runs += profile
         return runs, sum(r["body"]["max_runtime_seconds"] if unit == "s" else r["flops"]
@@ -2144,7 +2143,7 @@ def plan_sweep(budget, unit, vocab_size, machine):
             cheapest = min(cheapest, cost)
     raise ValueError(f"the budget must pay for three profiles of four runs, got {budget:.4g} "
                      f"{unit}; give at least {cheapest:.4g}, or smaller --vocab_size and "
-                     "--eval_tokens")
+                     "--eval_tokens, or more --max_tokens")
 
 
 def tokens_in(shape, seconds, machine, evals):
