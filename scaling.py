@@ -305,8 +305,7 @@ def profile_minima(profiles, losses, method, jitter=None):
         if jitter is not None and method.startswith("minimum"):
             place = place + np.interp(place, log_n, np.gradient(log_n)) * jitter.uniform(
                 -0.5, 0.5, len(place))
-        tokens = np.interp(place, log_n, log_tokens)
-        found.append((place, tokens, value, inside))
+        found.append((place, np.interp(place, log_n, log_tokens), value, inside))
     return [np.stack(values, 1) for values in zip(*found, strict=True)]
 
 
@@ -329,7 +328,7 @@ def laws_through(budgets, log_n, log_d, loss, method):
 
 
 def bootstrap_minima(profiles, method, samples, seed):
-    """(shifts of log N, log D and log loss of the minima, each (S, K); share of them at an end).
+    """Shifts (log N, log D, log loss) of the minima, each (S, K).
 
     Noise is drawn from the residuals of a smooth curve through each profile, widened for the
     constants that the curves took, and added to these curves. None where no residual is left.
@@ -346,9 +345,9 @@ def bootstrap_minima(profiles, method, samples, seed):
     residuals = np.concatenate(residuals)
     residuals = residuals * math.sqrt(len(residuals) / freedom)
     noisy = [np.exp(curve + rng.choice(residuals, (samples, len(curve)))) for curve in curves]
-    x, d, loss, inside = profile_minima(profiles, noisy, method, rng)
+    x, d, loss, _ = profile_minima(profiles, noisy, method, rng)
     x0, d0, loss0, _ = profile_minima(profiles, [np.exp(curve)[None] for curve in curves], method)
-    return x - x0, d - d0, np.log(loss / loss0), float(1 - inside.mean())
+    return x - x0, d - d0, np.log(loss / loss0)
 
 
 def fit_isoflop(runs, method="minimum", bootstrap=0, seed=42, rule="exact"):
@@ -373,14 +372,14 @@ def fit_isoflop(runs, method="minimum", bootstrap=0, seed=42, rule="exact"):
             raise ValueError(f"a profile must have its minimum inside, got none by {method} at "
                              f"{flops:.3g} FLOPs, N {math.exp(log_n[0]):.3g} to "
                              f"{math.exp(log_n[-1]):.3g}; add smaller or larger models there")
-    theta, samples, at_an_end = laws_through(budgets, x, d, loss, method)[0], None, 0.0
+    theta, samples = laws_through(budgets, x, d, loss, method)[0], None
     if bootstrap and (shifts := bootstrap_minima(profiles, method, bootstrap, seed)):
-        dx, dd, dloss, at_an_end = shifts
+        dx, dd, dloss = shifts
         samples = laws_through(budgets, x + dx, d + dd, loss * np.exp(dloss), method)
     minima = [{"flops": c, "parameters": math.exp(n), "tokens": math.exp(t), "loss": float(y)}
               for c, n, t, y in zip(budgets, x[0], d[0], loss[0], strict=True)]
     return IsoflopFit(theta, samples, runs, {"method": method, "minima": minima,
-                                             "profiles": profiles, "at_an_end": at_an_end})
+                                             "profiles": profiles})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2388,6 +2387,9 @@ def plan(args):
           f"{run['parameters']:,} weights without embeddings, on {run['tokens']:,} tokens")
     print(f"batch {run['body']['train_batch_size']} sequences of {SEQUENCE}, learning rate "
           f"{schedule['peak_value']:g}, {run['flops']:.3g} FLOPs, about {run['seconds']:,.0f} s")
+    other = deepseek_law(run["flops"])
+    print(f"by DeepSeek's law: {other['batch_tokens'] / SEQUENCE:.1f} sequences, learning rate "
+          f"{other['lr']:.3g}")
     print(f"predicted loss {run['loss']:.4f} ({low:.4f} to {high:.4f}), at "
           f"{run['flops'] / arrays['flops'].max():.1f} times the FLOPs of the largest run")
     for method, row in methods.items():
