@@ -1962,11 +1962,11 @@ class Sweep:
 
     def progress(self):
         rows = self.rows.values()
-        best = min((row["loss"] for row in rows if row["loss"] is not None), default=math.nan)
+        best = min((f"{row['loss']:.4f}" for row in rows if row["loss"]), key=float, default="n/a")
         return (f"sweep {len(self.rows)}/{self.total} | {self.running} running | "
                 f"{len(self.active) - self.running} queued | {len(self.waiting)} waiting | "
                 f"{sum(row['status'] != 'completed' for row in rows)} failed | charged "
-                f"{sum(row['charged_s'] for row in rows):,.0f} s | best loss {best:.4f}")
+                f"{sum(row['charged_s'] for row in rows):,.0f} s | best loss {best}")
 
     def run(self, poll_s):
         """Until nothing waits or runs, or what waits fits no budget any more."""
@@ -2061,7 +2061,7 @@ class Machine:
     margin: float = 1.3  # a run may take that many times its estimate before it is cut off
     eval_tokens: int = EVAL_TOKENS
     rule: str = "exact"  # how FLOPs are counted, see training_flops
-    max_lr: float = 0.05  # the Step Law is of larger models; it would ask 0.2 of 20,000 weights
+    max_lr: float = 3e-3  # train.py's at width 128; more below, by muP. The Step Law asks too much
     max_tokens: int = MOST_TOKENS  # that the server has, or takes
 
     def seconds(self, shape, tokens, batch, evals):
@@ -2079,6 +2079,8 @@ def plan_run(shape, tokens, machine, evals=1):
     learning rate by the Step Law, tokens rounded to whole steps; body is for POST /submit."""
     parameters = body_parameters(shape)
     lr, batch_tokens = step_law(parameters, tokens)
+    narrow = mup_rules(shape.d_model, 128, shape.d_head)["hidden_lr"]
+    lr = min(lr, machine.max_lr * max(1, narrow))
     batch = 2 ** max(0, round(math.log2(batch_tokens / SEQUENCE)))
     while batch > 1 and tokens < 20 * evals * batch * SEQUENCE:  # at least 20 steps each
         batch //= 2
@@ -2088,7 +2090,7 @@ def plan_run(shape, tokens, machine, evals=1):
     limit = max(1.0, math.ceil(10 * (machine.margin * seconds + 0.5)) / 10)
     return {"shape": shape, "parameters": parameters, "tokens": tokens, "seconds": seconds,
             "flops": tokens * training_flops(shape, machine.rule),
-            "body": request_body(shape, batch, tokens, min(lr, machine.max_lr), evals, limit)}
+            "body": request_body(shape, batch, tokens, lr, evals, limit)}
 
 
 def plan_profile(shapes, flops, sizes, reach, machine):
@@ -2549,7 +2551,8 @@ def build_parser():
     add("--vocab_size", type=whole, default=32_000)
     add("--eval_tokens", type=samples, default=EVAL_TOKENS, help="of one evaluation")
     add("--max_tokens", type=whole, default=MOST_TOKENS, help="of a run: what the server has")
-    add("--max_lr", type=positive, default=Machine.max_lr, help="(default: %(default)s)")
+    add("--max_lr", type=positive, default=Machine.max_lr,
+        help="from width 128 on, more below (default: %(default)s)")
     add("--margin", type=positive, default=1.3, help="time limit over the estimate")
     add("--bootstrap", type=whole, default=1000, help="samples (default: 1000)")
     add("--device", default="auto")
