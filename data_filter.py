@@ -129,8 +129,9 @@ def next_member(data, offset):
 
 
 def split_records(data, at, whole=True):
-    """Yields (start, header, body start, body end, problem) of the records in data[at:].
+    """Yields (start, header, body start, body end, problem, next) of the records in data[at:].
 
+    next: where the search for the next record starts
     whole: nothing follows data; else the last tuple has header None and where the rest starts
     """
     size = len(data)
@@ -140,20 +141,22 @@ def split_records(data, at, whole=True):
             continue
         fields, body, length = record_head(data, at)
         if not length and body == size and not whole and size - at < MAX_HEAD:
-            yield at, None, 0, 0, None
+            yield at, None, 0, 0, None, at
             return
-        if length is None:
-            yield at, fields, 0, 0, "no content length" if fields else "no record header"
-            after = data.find(b"\nWARC/", at + 1)
-            at = after + 1 if after >= 0 else size
-            continue
-        stop = body + length
+        stop, problem = body + (length or 0), None
         if stop > size and not whole:
-            yield at, None, 0, stop - at, None
+            yield at, None, 0, stop - at, None, at
             return
-        yield at, fields, body, stop, "truncated record" if stop > size else None
-        after = data.find(b"\nWARC/", body) if stop > size else -1
-        at = after + 1 if after >= 0 else stop
+        follows = stop
+        if length is None:
+            problem = "no content length" if fields else "no record header"
+        elif stop > size:
+            problem = "truncated record"
+        if problem:
+            after = data.find(b"\nWARC/", at + 1 if length is None else body)
+            follows = after + 1 if after >= 0 else size
+        yield at, fields, body, stop, problem, follows
+        at = follows
 
 
 def record_head(data, at):
@@ -175,38 +178,40 @@ def raw_records(data, place=(0, 0)):
     """
     offset, skip = place
     if data[:3] != GZIP_MAGIC:
-        for start, fields, body, stop, problem in split_records(data, offset):
+        for _, fields, body, stop, problem, follows in split_records(data, offset):
             large = stop - body > MAX_RECORD
-            yield ((min(stop, len(data)) if stop else start + 1, 0), fields,
-                   b"" if large or problem else data[body:stop],
+            yield ((follows, 0), fields, b"" if large or problem else data[body:stop],
                    problem or ("record too large" if large else None))
         return
     while offset < len(data):
         start, number, held, inflater, discard = offset, 0, b"", None, 0
         while True:
-            held, offset, inflater, problem = inflate_member(data, offset, held, inflater)
+            held, offset, inflater, broken = inflate_member(data, offset, held, inflater)
+            problem = broken  # named once: by the record that it cuts, or else by itself
             if discard:  # inside a record that is too large to hold
                 discard, held = max(0, discard - len(held)), held[discard:]
             rest = len(held)
-            for at, fields, body, stop, wrong in split_records(held, 0, whole=inflater is None):
+            for at, fields, body, stop, wrong, _ in split_records(held, 0,
+                                                                  whole=inflater is None):
                 if fields is None:
                     rest = at
                     if stop > MAX_RECORD:
                         number += 1
-                        yield (start, number), b"", b"", "record too large"
+                        if number > skip:
+                            yield (start, number), b"", b"", "record too large"
                         discard, rest = stop - (len(held) - at), len(held)
                     break
                 number += 1
+                if wrong and problem:
+                    wrong, problem = problem, None
                 if number > skip:
-                    wrong = (problem or wrong) if wrong else None
                     yield (start, number), fields, held[body:stop], wrong
-                    problem = None if wrong else problem
             if inflater is None:
                 break
             held = held[rest:]
-        if problem:
-            if number + 1 > skip:
-                yield (start, number + 1), b"", b"", problem
+        if problem and number + 1 > skip:
+            yield (start, number + 1), b"", b"", problem
+        if broken:
             offset = next_member(data, start + 1)
         skip = 0
 
