@@ -56,7 +56,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property, lru_cache
 from html import unescape as html_unescape
-from itertools import chain, compress, islice, pairwise
+from itertools import chain, compress, groupby, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -2446,23 +2446,24 @@ def minhash_reference(texts, ngrams, jaccard_threshold):
 CHUNK_BYTES = 64 << 20  # of a .jsonl file that a worker signs at a time
 CHUNK_FILES = 512  # of whole files that it signs at a time
 GROUPS_A_TASK = 256
+LOCATED_CHUNKS = 256  # whose offsets are held: 8 bytes a document
 CACHED_SETS = 2000  # shingle sets that a worker keeps while it compares: about 20 MB
 
 
 def plan_chunks(files):
     """Returns [(paths, start, end)]: ranges of bytes of .jsonl files, runs of whole other files."""
-    chunks, whole = [], []
-    for path in sorted(map(str, files)):
+    chunks, files = [], sorted(map(str, files))
+    for path in files:
         if path.endswith(".gz"):
             raise ValueError(f"documents must be read at any place, got {path}; unpack it")
-        if path.endswith(".jsonl"):
-            size = os.path.getsize(path)
-            chunks += [((path,), at, min(at + CHUNK_BYTES, size))
-                       for at in range(0, size, CHUNK_BYTES)]
+    for in_lines, group in groupby(files, lambda path: path.endswith(".jsonl")):
+        paths = tuple(group)
+        if in_lines:
+            chunks += [((path,), at, min(at + CHUNK_BYTES, size)) for path in paths
+                       for size in [os.path.getsize(path)] for at in range(0, size, CHUNK_BYTES)]
         else:
-            whole.append(path)
-    chunks += [(tuple(whole[i:i + CHUNK_FILES]), 0, None)
-               for i in range(0, len(whole), CHUNK_FILES)]
+            chunks += [(paths[i:i + CHUNK_FILES], 0, None)
+                       for i in range(0, len(paths), CHUNK_FILES)]
     return chunks
 
 
@@ -2519,6 +2520,7 @@ class Signed:
                              f"bytes, got {sizes[wrong[0]]} bytes; delete the folder, run it again")
         self.starts = np.cumsum([0] + [size // (8 * self.rows) for size in sizes])
         self.count = int(self.starts[-1])
+        self.offsets = lru_cache(LOCATED_CHUNKS)(lambda chunk: self.column(chunk, 0))
 
     def path(self, chunk):
         return f"{self.folder}/{chunk:06d}.sign"
@@ -2538,7 +2540,7 @@ class Signed:
         row = int(document - self.starts[chunk])
         if end is None:
             return paths[row], None
-        return paths[0], int(np.fromfile(self.path(chunk), "<u8", 1, offset=8 * row)[0])
+        return paths[0], int(self.offsets(chunk)[row])
 
 
 def read_document(path, offset):
@@ -2621,6 +2623,12 @@ def candidate_groups(signed, row, parent, same, memory_bytes, share):
                 yield [(int(d), int(parent[d]), *signed.locate(d)) for d in group]
 
 
+def check_jaccard_threshold(threshold):
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"jaccard_threshold must be from 0 to 1, got {threshold}; give a share of "
+                         "shingles, such as 0.8")
+
+
 def find_near_duplicates(files, work_dir, num_hashes=128, num_bands=16, ngrams=5,
                          jaccard_threshold=0.8, num_workers=None, memory_mb=1024, rank=0, ranks=1,
                          barrier=None, progress=False):
@@ -2636,9 +2644,7 @@ def find_near_duplicates(files, work_dir, num_hashes=128, num_bands=16, ngrams=5
     """
     settings = num_hashes, num_bands, ngrams
     MinHash(*settings)
-    if not 0 <= jaccard_threshold <= 1:
-        raise ValueError(f"jaccard_threshold must be from 0 to 1, got {jaccard_threshold}; give a "
-                         "share of shingles, such as 0.8")
+    check_jaccard_threshold(jaccard_threshold)
     chunks, wait_for_all = plan_chunks(files), barrier or (lambda: None)
     num_workers = bpe.default_workers(num_workers)
     check_needs(files, num_bands, work_dir, memory_mb, progress)
@@ -2739,12 +2745,14 @@ def minhash_deduplication(input_files, num_hashes, num_bands, ngrams, jaccard_th
             num_workers, memory_mb, progress=progress)
         gone = np.flatnonzero(survivor != np.arange(len(survivor)))
         duplicates = [(*signed.locate(i), *signed.locate(survivor[i])) for i in gone]
-        dropped = {(path, offset) for path, offset, *_ in duplicates}
+        dropped = {}
+        for path, offset, *_ in duplicates:
+            dropped.setdefault(path, set()).add(offset)
         for path in inputs:
             part = Path(temporary) / "output"
             if path.suffix == ".jsonl":
-                copy_lines(path, part, {at for name, at in dropped if name == str(path)})
-            elif (str(path), None) in dropped:
+                copy_lines(path, part, dropped.get(str(path), ()))
+            elif str(path) in dropped:
                 outputs[path].unlink(missing_ok=True)  # of an earlier run
                 continue
             else:
@@ -2776,6 +2784,7 @@ EXAMPLES = 20  # dropped documents kept per reason and file, for `inspect`
 DOCUMENT_MARK = "\x1e"  # starts the line before each document in a shard; text never holds it
 STAGES = ("records", "text", "address", "language", "rules", "harm", "quality", "pii", "lines",
           "short", "copies", "contamination")
+STAGES_TOGETHER = STAGES[-4:]  # over all documents of all files
 HARMFUL = ("nsfw", "toxic", "1", "yes", "hate")  # labels, of Dolma's models too
 
 
@@ -3133,10 +3142,11 @@ def list_inputs(inputs):
     A list is a file that ends in .paths or .paths.gz, one path of Common Crawl a line, as in
     wet.paths.gz; a path that exists here, whole or by its last part beside the list, is taken
     before the net is asked.
-    raises: ValueError if there is none
+    raises: ValueError if one of them names none
     """
     found = []
     for item in inputs:
+        before = len(found)
         if re.match(r"https?://", item):
             found.append(item)
         elif item.endswith((".paths", ".paths.gz")) and os.path.exists(item):
@@ -3152,9 +3162,9 @@ def list_inputs(inputs):
                             if re.search(r"\.(?:warc|wet)(?:\.gz)?$", path.name))
         else:
             found += [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
-    if not found:
-        raise ValueError(f"--input must name WARC or WET files, got none for {' '.join(inputs)}; "
-                         "check the path, and put a pattern in quotes")
+        if len(found) == before:
+            raise ValueError(f"--input must name WARC or WET files, got none for {item}; check the "
+                             "path, and put a pattern in quotes")
     return list(dict.fromkeys(found))
 
 
@@ -3186,6 +3196,14 @@ def fetch_input(path, folder, num_workers):
 
 # ---------------------------------------------------------------- the run: many files
 
+RUN_FILES = ("parts", "clean.txt", "kept.jsonl", "dropped.jsonl", "tokenizer.json", "tokens.bin",
+             "tokens.json", "tokens.bin.parts", "report.json", "report.txt")  # beside plan.json
+# Flags that a run may go on with others of: the stages over all documents are always done anew.
+LATE_FLAGS = ("input", "out_dir", "num_workers", "overwrite", "verb", "function", "tokenizer",
+              "vocab_size", "no_line_dedup", "no_copies", "num_hashes", "num_bands", "ngrams",
+              "jaccard_threshold", "decontaminate", "decontaminate_ngram")
+
+
 class Run:
     """A run, from its inputs to its report; `run` is the order of it."""
 
@@ -3197,6 +3215,7 @@ class Run:
         self.inputs = list_inputs(args.input)
         self.sizes = [os.path.getsize(p) if "://" not in p else 0 for p in self.inputs]
         self.tokenizer = check_tokenizer(args)
+        check_late_flags(args)
         for path in self.inputs:  # a foreign file is known at once
             if "://" not in path:
                 next(read_records(path), None)
@@ -3223,25 +3242,37 @@ class Run:
     def prepare(self):
         """Makes the folder, keeps others out of it, and checks that it is of the same run."""
         try:
-            self.parts.mkdir(parents=True, exist_ok=True)
+            self.out_dir.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.out_dir, self.rank)
         except OSError as error:
             raise ValueError(f"--out_dir must be a folder to write into, got {self.out_dir} "
                              f"({error.strerror}); choose another") from None
-        ignore = ("input", "out_dir", "num_workers", "overwrite", "verb", "function", "tokenizer",
-                  "vocab_size")  # the last step is always done anew
         plan = json.loads(json.dumps({
             "inputs": [*zip(self.inputs, self.sizes, strict=True)],
-            "flags": {k: v for k, v in vars(self.args).items() if k not in ignore}}))
+            "flags": {k: v for k, v in vars(self.args).items() if k not in LATE_FLAGS}}))
+        if self.rank == 0:
+            self.claim_folder(plan)
+            self.parts.mkdir(exist_ok=True)
+        self.barrier()  # the others look, and work, where the first has made room
         path = self.out_dir / "plan.json"
-        if self.args.overwrite and self.rank == 0:
-            remove_run(self.out_dir)
-        if path.exists() and (old := json.loads(path.read_text())) != plan:
+        old = json.loads(path.read_text()) if path.exists() else {"flags": {}}
+        if old != plan:
             differs = [k for k in plan["flags"] if plan["flags"][k] != old["flags"].get(k)]
             raise ValueError(f"{self.out_dir} must be of this run, got one with other "
                              f"{', '.join(differs) or 'inputs'}; give the same, --overwrite or "
                              "another --out_dir")
-        if self.rank == 0:
+
+    def claim_folder(self, plan):
+        """Makes the folder this run's, if it is no one's; plan.json says whose files are in it."""
+        path = self.out_dir / "plan.json"
+        foreign = [] if path.exists() else [
+            name for name in RUN_FILES if (self.out_dir / name).exists()]
+        if foreign:
+            raise ValueError("--out_dir must be new or a run's, which has a plan.json, got "
+                             f"{self.out_dir} with a {foreign[0]} not of a run; choose another")
+        if self.args.overwrite:
+            remove_run(self.out_dir)
+        if not path.exists():
             bpe.write_atomically(path, json.dumps(plan, indent=1).encode())
 
     def filter_files(self):
@@ -3340,7 +3371,7 @@ class Run:
         for shard in shards:
             self.funnel.add(shard.state["stages"])
         self.check_not_empty(shards)
-        folder = self.out_dir / "documents"
+        folder = self.parts / "documents"
         paths = [shard.paths[0] for shard in shards]
         if self.rank == 0:
             self.write_documents(paths if self.args.no_line_dedup else self.drop_lines(paths),
@@ -3348,17 +3379,19 @@ class Run:
         self.barrier()
         documents = [folder / f"{path.stem}.jsonl" for path in paths]
         survivor = None if self.args.no_copies else self.find_copies(documents)
+        self.barrier()  # the first rank removes what the others compared
         if self.rank == 0:
             self.write_text(documents, survivor)
-            shutil.rmtree(folder)
             self.check_not_empty(shards)
             report = self.report(shards) | {"tokens": self.make_tokens()}
             print(write_report(report, self.out_dir))
+            for name in ("lines", "documents", "copies"):  # other forms of text that is kept
+                shutil.rmtree(self.parts / name, ignore_errors=True)
 
     def drop_lines(self, paths):
         """Returns files without the lines that occur more than once anywhere, blank ones apart:
         those are ends of paragraphs."""
-        started, folder = time.perf_counter(), self.out_dir / "lines"
+        started, folder = time.perf_counter(), self.parts / "lines"
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -3392,7 +3425,7 @@ class Run:
         """Returns for each document in order the one that stays of its near copies."""
         started, args = time.perf_counter(), self.args
         _, survivor = find_near_duplicates(
-            paths, self.out_dir / "copies", args.num_hashes, args.num_bands, args.ngrams,
+            paths, self.parts / "copies", args.num_hashes, args.num_bands, args.ngrams,
             args.jaccard_threshold, args.num_workers, rank=self.rank, ranks=self.world,
             barrier=self.barrier)
         self.funnel.stage("copies")["seconds"] = time.perf_counter() - started
@@ -3468,8 +3501,11 @@ class Run:
                     "characters_changed":
                         stage["characters_out"] - stage["characters_in"] + dropped})
         n_bytes = sum(shard.state["bytes"] for shard in shards)
-        busy_s = sum(stage["seconds"] for stage in stages)
-        per_file_h = WET_BYTES * busy_s / max(n_bytes, 1) / 3600 / self.args.num_workers
+        # of the files at work side by side, then of all documents together, which the clock timed
+        seconds = [sum(stage["seconds"] for stage in stages if together == (
+            stage["stage"] in STAGES_TOGETHER)) for together in (False, True)]
+        busy_s = seconds[0] / self.args.num_workers / self.world + seconds[1]
+        per_file_h = WET_BYTES * busy_s / max(n_bytes, 1) / 3600
         return {"inputs": len(self.inputs), "bytes_in": n_bytes,
                 "other_records": sum((Counter(s.state["others"]) for s in shards), Counter()),
                 "stages": stages, "tokens": None, "methods": self.judge.methods,
@@ -3481,7 +3517,7 @@ class Run:
 def lock_folder(out_dir, rank):
     """Returns the file whose lock keeps other runs out; waits up to 20 s for the workers of a
     killed run to end, and raises ValueError if one lives."""
-    file = open(out_dir / f"lock.{rank}", "w")  # noqa: SIM115, it is held as long as the run lives
+    file = open(out_dir / f"lock.{rank}", "a")  # noqa: SIM115, it is held as long as the run lives
     try:
         import fcntl
     except ImportError:
@@ -3497,12 +3533,13 @@ def lock_folder(out_dir, rank):
 
 
 def remove_run(out_dir):
-    """Removes what a run left, and nothing else."""
-    for pattern in ("parts/*", "lines", "documents", "copies", "plan.json", "clean.txt",
-                    "kept.jsonl", "tokens.*", "tokenizer.json", "report.*", "dropped.jsonl",
-                    "*.tmp"):
-        for path in out_dir.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Removes what a run left, and nothing else; plan.json, which says that it did, last."""
+    for name in (*RUN_FILES, "plan.json"):
+        for path in (*out_dir.glob(f"{name}*.tmp"), out_dir / name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def check_tokenizer(args):
@@ -3521,6 +3558,18 @@ def check_tokenizer(args):
         raise ValueError(f"--tokenizer must have the special token {bpe.END_OF_TEXT}, got "
                          f"{args.tokenizer} without; train it with bpe.py")
     return tokenizer
+
+
+def check_late_flags(args):
+    """Raises ValueError now for what the last stages would find wrong."""
+    MinHash(args.num_hashes, args.num_bands, args.ngrams)
+    check_jaccard_threshold(args.jaccard_threshold)
+    if args.decontaminate and not Path(args.decontaminate).is_file():
+        raise ValueError(f"--decontaminate must be a file of text, got {args.decontaminate}; check "
+                         "the path")
+    if args.decontaminate_ngram < 1:
+        raise ValueError("--decontaminate_ngram must be at least 1 word, got "
+                         f"{args.decontaminate_ngram}; GPT-3 took 13")
 
 
 @contextmanager
@@ -3591,9 +3640,12 @@ def report_table(data):
     if data["tokens"]:
         lines.append(f"{data['tokens']['tokens']:,} tokens of {data['tokens']['bytes']:,} bytes")
     lines.append("judged by: " + ", ".join(f"{k} {v}" for k, v in data["methods"].items()))
+    lines.append("characters of records, and of what comes into text, are bytes")
     lines.append(f"{data['bytes_in']:,} bytes of {data['inputs']} files in {data['wall_seconds']}"
                  " s; at this rate "
-                 + ", ".join(f"{k} {v} h" for k, v in data["hours"].items()))
+                 + ", ".join(f"{k} {v} h" for k, v in data["hours"].items())
+                 + (" (most of it the start: so little says little)"
+                    if data["bytes_in"] < WET_BYTES / 10 else ""))
     return "\n".join(lines)
 
 
