@@ -76,6 +76,7 @@ WARC_FIELD = re.compile(rb"^(WARC-Type|WARC-Target-URI|Content-Type|Content-Leng
 HTTP_FIELD = re.compile(rb"^(Content-Type|Content-Encoding|Transfer-Encoding)[ \t]*:[ \t]*"
                         rb"([^\r\n]*)", re.I | re.M)
 CONTENT_LENGTH = re.compile(rb"^Content-Length[ \t]*:[ \t]*(\d{1,18})\s*$", re.I | re.M)
+EMPTY_LINE = re.compile(rb"\n\r?\n")  # the first ends a header, whatever ends its other lines
 GZIP_MAGIC = b"\x1f\x8b\x08"
 DOCUMENT_KINDS = (b"response", b"conversion", b"resource")
 
@@ -162,11 +163,9 @@ def split_records(data, at, whole=True):
 def record_head(data, at):
     """Returns (header, where the body starts, its length) of the record at `at`: (b"", end of the
     data, None) where no header is whole."""
-    if WARC_HEAD.match(data, at):
-        for gap in (b"\r\n\r\n", b"\n\n"):
-            if (end := data.find(gap, at, at + MAX_HEAD)) >= 0:
-                length = CONTENT_LENGTH.search(data, at, end)
-                return data[at:end], end + len(gap), int(length[1]) if length else None
+    if WARC_HEAD.match(data, at) and (gap := EMPTY_LINE.search(data, at, at + MAX_HEAD)):
+        length = CONTENT_LENGTH.search(data, at, gap.start())
+        return data[at:gap.start()], gap.end(), int(length[1]) if length else None
     return b"", len(data), None
 
 
@@ -257,9 +256,9 @@ def undo_encoding(body, encoding):
 
 def read_http(record):
     """Takes the HTTP header off a record's data: its status, type and encodings."""
-    head, gap, body = record.data.partition(b"\r\n\r\n")
-    if not gap:
-        head, _, body = record.data.partition(b"\n\n")
+    gap = EMPTY_LINE.search(record.data)
+    head, body = (record.data[:gap.start()], record.data[gap.end():]) if gap else (record.data, b"")
+    head = re.sub(rb"\r?\n[ \t]+", b" ", head)  # fields that go on in the next line
     if not head.startswith(b"HTTP/"):
         record.problem = "no HTTP header"
         return
@@ -331,7 +330,7 @@ def make_record(place, kind, fields, body, problem):
         record.data = b""
         return record
     kind_of_content = fields.get(b"content-type", b"").decode("latin-1")
-    if kind == b"response" and kind_of_content.replace(" ", "").startswith("application/http"):
+    if kind == b"response" and kind_of_content.lower().startswith("application/http"):
         read_http(record)
     else:
         record.content_type = kind_of_content
@@ -1250,7 +1249,12 @@ def choose_rules(names, thresholds=()):
                              f"{threshold}; the rules are "
                              + ", ".join(rule.__name__ for name in names for rule in RULES[name]))
         for settings in in_use:
-            settings[key] = values[0] if len(values) == 1 else tuple(values)
+            size = np.size(settings[key])  # 1 of a number
+            if len(values) != size or any(map(math.isnan, values)):
+                raise ValueError(f"--threshold {name}.{key} must be {size} number"
+                                 f"{'s, with commas' * (size > 1)}, got {value}; its default is "
+                                 f"{settings[key]}")
+            settings[key] = values[0] if np.ndim(settings[key]) == 0 else tuple(values)
     return chosen
 
 
@@ -3118,10 +3122,11 @@ def work(number, path, judge, folder, shared, skipped, careful, errors):
     """A worker: one process filters one file. Exit code 0: done or stopped; 1: an error."""
     bpe.start_worker()
     stop = []
-    signal.signal(signal.SIGTERM, lambda signum, frame: stop.append(signum))
     limit_memory(WORKER_BYTES)
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fetch may end anywhere, and goes on there
         local = fetch_input(path, folder, judge.options.num_workers)
+        signal.signal(signal.SIGTERM, lambda signum, frame: stop.append(signum))
         filter_file(number, local, judge, folder, shared, skipped, stop, careful)
         if local != Path(path) and not stop:
             local.unlink()
@@ -3134,6 +3139,7 @@ def work(number, path, judge, folder, shared, skipped, careful, errors):
 
 COMMON_CRAWL = "https://data.commoncrawl.org/"
 DOWNLOAD_TRIES = 100
+UNANSWERED_TRIES = 5  # of a server that never gave an answer
 
 
 def list_inputs(inputs):
@@ -3172,13 +3178,14 @@ def fetch_input(path, folder, num_workers):
     """Returns the path of an input, fetched if it is an address; goes on where that stopped.
 
     After a refusal (403, 429, 5xx) all workers together ask at most once a second.
+    raises: OSError if trying on is of no use
     """
     if "://" not in path:
         return Path(path)
     import requests
 
     name = hashlib.sha256(path.encode()).hexdigest()[:12] + "-" + path.rsplit("/", 1)[1]
-    local, part = folder / name, folder / f"{name}.part"
+    local, part, answered = folder / name, folder / f"{name}.part", False
     for attempt in range(DOWNLOAD_TRIES):
         if local.exists():
             break
@@ -3186,11 +3193,18 @@ def fetch_input(path, folder, num_workers):
             bpe.download_rest(requests, path, part)
             os.replace(part, local)
         except (OSError, requests.RequestException) as error:
-            status = getattr(getattr(error, "response", None), "status_code", 503)
-            if attempt == DOWNLOAD_TRIES - 1 or 400 <= status < 500 and status not in (403, 429):
+            reply = getattr(error, "response", None)
+            answered = answered or reply is not None or part.exists()
+            tries = DOWNLOAD_TRIES if answered else UNANSWERED_TRIES
+            if isinstance(error, ValueError) or reply is not None and (
+                    400 <= reply.status_code < 500 and reply.status_code not in (403, 429)):
+                tries = 0  # no address, or nothing there
+            if attempt + 1 >= tries:
                 raise OSError(f"{path} must be reachable, got {error}; what came is kept, run "
                               "again, or give a local copy") from None
-            time.sleep(min(60, num_workers * (1 + attempt)))
+            wait_s = min(60, num_workers * (1 + attempt))
+            print(f"{path}: {error}; try {attempt + 2} of {tries} in {wait_s} s", flush=True)
+            time.sleep(wait_s)
     return local
 
 
@@ -3700,6 +3714,15 @@ def inspect(args):
         show(sample, f"dropped, {sample['reason']}", sample["text"])
 
 
+def refuse_unused(args, where, names):
+    """Raises ValueError if a flag that has no use there is not at its default."""
+    needed = {"dedup": ["--input", "-", "--out_dir", "-"]}.get(args.verb, [])
+    defaults = build_parser().parse_args([args.verb, *needed])
+    for name in names:
+        if (value := getattr(args, name)) != getattr(defaults, name):
+            raise ValueError(f"--{name} must have a use, got {value} with {where}; leave it out")
+
+
 TRAINING = {"dim": 50, "epoch": 5, "lr": 0.1, "word_ngrams": 2, "bucket": 200_000, "minn": 0,
             "maxn": 0, "min_count": 1}
 
@@ -3739,6 +3762,10 @@ def train_classifier(args):
 
 def classify(args):
     """Labels texts, or trains a classifier of two files of texts."""
+    refuse_unused(args, *(("--train", ("kind", "text", "input", "out")) if args.train else (
+        "no --train", ("labels", "cased", "seed", *TRAINING))))
+    if args.text is not None and args.input:
+        raise ValueError("classify must have --text or --input, got both; leave one out")
     if args.train:
         if not args.model:
             raise ValueError("classify --train must have --model, got none; name the .bin to write")
@@ -3768,6 +3795,8 @@ def dedup(args):
     """Drops lines that occur more than once, or all but one of near-duplicate documents."""
     files, started = bpe.list_files(args.input), time.perf_counter()
     if args.how == "lines":
+        refuse_unused(args, "--how lines", ("num_hashes", "num_bands", "ngrams", "num_workers",
+                                            "jaccard_threshold", "report", "work_dir"))
         report = exact_line_deduplication(files, args.out_dir, args.memory_mb)
         print(f"{report['kept']:,} of {report['lines']:,} lines kept, {report['kept_bytes']:,} of "
               f"{report['bytes']:,} bytes | {time.perf_counter() - started:.1f} s")
