@@ -3399,6 +3399,7 @@ class Run:
             self.check_not_empty(shards)
             report = self.report(shards) | {"tokens": self.make_tokens()}
             print(write_report(report, self.out_dir))
+            (self.parts / "lines" / "done").unlink(missing_ok=True)  # first, should this be killed
             for name in ("lines", "documents", "copies"):  # other forms of text that is kept
                 shutil.rmtree(self.parts / name, ignore_errors=True)
 
