@@ -56,7 +56,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property, lru_cache
 from html import unescape as html_unescape
-from itertools import chain, compress, islice, pairwise
+from itertools import chain, compress, groupby, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,7 @@ WARC_FIELD = re.compile(rb"^(WARC-Type|WARC-Target-URI|Content-Type|Content-Leng
 HTTP_FIELD = re.compile(rb"^(Content-Type|Content-Encoding|Transfer-Encoding)[ \t]*:[ \t]*"
                         rb"([^\r\n]*)", re.I | re.M)
 CONTENT_LENGTH = re.compile(rb"^Content-Length[ \t]*:[ \t]*(\d{1,18})\s*$", re.I | re.M)
+EMPTY_LINE = re.compile(rb"\n\r?\n")  # the first ends a header, whatever ends its other lines
 GZIP_MAGIC = b"\x1f\x8b\x08"
 DOCUMENT_KINDS = (b"response", b"conversion", b"resource")
 
@@ -129,8 +130,9 @@ def next_member(data, offset):
 
 
 def split_records(data, at, whole=True):
-    """Yields (start, header, body start, body end, problem) of the records in data[at:].
+    """Yields (start, header, body start, body end, problem, next) of the records in data[at:].
 
+    next: where the search for the next record starts
     whole: nothing follows data; else the last tuple has header None and where the rest starts
     """
     size = len(data)
@@ -140,30 +142,30 @@ def split_records(data, at, whole=True):
             continue
         fields, body, length = record_head(data, at)
         if not length and body == size and not whole and size - at < MAX_HEAD:
-            yield at, None, 0, 0, None
+            yield at, None, 0, 0, None, at
             return
-        if length is None:
-            yield at, fields, 0, 0, "no content length" if fields else "no record header"
-            after = data.find(b"\nWARC/", at + 1)
-            at = after + 1 if after >= 0 else size
-            continue
-        stop = body + length
+        stop, problem = body + (length or 0), None
         if stop > size and not whole:
-            yield at, None, 0, stop - at, None
+            yield at, None, 0, stop - at, None, at
             return
-        yield at, fields, body, stop, "truncated record" if stop > size else None
-        after = data.find(b"\nWARC/", body) if stop > size else -1
-        at = after + 1 if after >= 0 else stop
+        follows = stop
+        if length is None:
+            problem = "no content length" if fields else "no record header"
+        elif stop > size:
+            problem = "truncated record"
+        if problem:
+            after = data.find(b"\nWARC/", at + 1 if length is None else body)
+            follows = after + 1 if after >= 0 else size
+        yield at, fields, body, stop, problem, follows
+        at = follows
 
 
 def record_head(data, at):
     """Returns (header, where the body starts, its length) of the record at `at`: (b"", end of the
     data, None) where no header is whole."""
-    if WARC_HEAD.match(data, at):
-        for gap in (b"\r\n\r\n", b"\n\n"):
-            if (end := data.find(gap, at, at + MAX_HEAD)) >= 0:
-                length = CONTENT_LENGTH.search(data, at, end)
-                return data[at:end], end + len(gap), int(length[1]) if length else None
+    if WARC_HEAD.match(data, at) and (gap := EMPTY_LINE.search(data, at, at + MAX_HEAD)):
+        length = CONTENT_LENGTH.search(data, at, gap.start())
+        return data[at:gap.start()], gap.end(), int(length[1]) if length else None
     return b"", len(data), None
 
 
@@ -175,38 +177,40 @@ def raw_records(data, place=(0, 0)):
     """
     offset, skip = place
     if data[:3] != GZIP_MAGIC:
-        for start, fields, body, stop, problem in split_records(data, offset):
+        for _, fields, body, stop, problem, follows in split_records(data, offset):
             large = stop - body > MAX_RECORD
-            yield ((min(stop, len(data)) if stop else start + 1, 0), fields,
-                   b"" if large or problem else data[body:stop],
+            yield ((follows, 0), fields, b"" if large or problem else data[body:stop],
                    problem or ("record too large" if large else None))
         return
     while offset < len(data):
         start, number, held, inflater, discard = offset, 0, b"", None, 0
         while True:
-            held, offset, inflater, problem = inflate_member(data, offset, held, inflater)
+            held, offset, inflater, broken = inflate_member(data, offset, held, inflater)
+            problem = broken  # named once: by the record that it cuts, or else by itself
             if discard:  # inside a record that is too large to hold
                 discard, held = max(0, discard - len(held)), held[discard:]
             rest = len(held)
-            for at, fields, body, stop, wrong in split_records(held, 0, whole=inflater is None):
+            for at, fields, body, stop, wrong, _ in split_records(held, 0,
+                                                                  whole=inflater is None):
                 if fields is None:
                     rest = at
                     if stop > MAX_RECORD:
                         number += 1
-                        yield (start, number), b"", b"", "record too large"
+                        if number > skip:
+                            yield (start, number), b"", b"", "record too large"
                         discard, rest = stop - (len(held) - at), len(held)
                     break
                 number += 1
+                if wrong and problem:
+                    wrong, problem = problem, None
                 if number > skip:
-                    wrong = (problem or wrong) if wrong else None
                     yield (start, number), fields, held[body:stop], wrong
-                    problem = None if wrong else problem
             if inflater is None:
                 break
             held = held[rest:]
-        if problem:
-            if number + 1 > skip:
-                yield (start, number + 1), b"", b"", problem
+        if problem and number + 1 > skip:
+            yield (start, number + 1), b"", b"", problem
+        if broken:
             offset = next_member(data, start + 1)
         skip = 0
 
@@ -252,9 +256,9 @@ def undo_encoding(body, encoding):
 
 def read_http(record):
     """Takes the HTTP header off a record's data: its status, type and encodings."""
-    head, gap, body = record.data.partition(b"\r\n\r\n")
-    if not gap:
-        head, _, body = record.data.partition(b"\n\n")
+    gap = EMPTY_LINE.search(record.data)
+    head, body = (record.data[:gap.start()], record.data[gap.end():]) if gap else (record.data, b"")
+    head = re.sub(rb"\r?\n[ \t]+", b" ", head)  # fields that go on in the next line
     if not head.startswith(b"HTTP/"):
         record.problem = "no HTTP header"
         return
@@ -326,7 +330,7 @@ def make_record(place, kind, fields, body, problem):
         record.data = b""
         return record
     kind_of_content = fields.get(b"content-type", b"").decode("latin-1")
-    if kind == b"response" and kind_of_content.replace(" ", "").startswith("application/http"):
+    if kind == b"response" and kind_of_content.lower().startswith("application/http"):
         read_http(record)
     else:
         record.content_type = kind_of_content
@@ -1245,7 +1249,12 @@ def choose_rules(names, thresholds=()):
                              f"{threshold}; the rules are "
                              + ", ".join(rule.__name__ for name in names for rule in RULES[name]))
         for settings in in_use:
-            settings[key] = values[0] if len(values) == 1 else tuple(values)
+            size = np.size(settings[key])  # 1 of a number
+            if len(values) != size or any(map(math.isnan, values)):
+                raise ValueError(f"--threshold {name}.{key} must be {size} number"
+                                 f"{'s, with commas' * (size > 1)}, got {value}; its default is "
+                                 f"{settings[key]}")
+            settings[key] = values[0] if np.ndim(settings[key]) == 0 else tuple(values)
     return chosen
 
 
@@ -2441,23 +2450,24 @@ def minhash_reference(texts, ngrams, jaccard_threshold):
 CHUNK_BYTES = 64 << 20  # of a .jsonl file that a worker signs at a time
 CHUNK_FILES = 512  # of whole files that it signs at a time
 GROUPS_A_TASK = 256
+LOCATED_CHUNKS = 256  # whose offsets are held: 8 bytes a document
 CACHED_SETS = 2000  # shingle sets that a worker keeps while it compares: about 20 MB
 
 
 def plan_chunks(files):
     """Returns [(paths, start, end)]: ranges of bytes of .jsonl files, runs of whole other files."""
-    chunks, whole = [], []
-    for path in sorted(map(str, files)):
+    chunks, files = [], sorted(map(str, files))
+    for path in files:
         if path.endswith(".gz"):
             raise ValueError(f"documents must be read at any place, got {path}; unpack it")
-        if path.endswith(".jsonl"):
-            size = os.path.getsize(path)
-            chunks += [((path,), at, min(at + CHUNK_BYTES, size))
-                       for at in range(0, size, CHUNK_BYTES)]
+    for in_lines, group in groupby(files, lambda path: path.endswith(".jsonl")):
+        paths = tuple(group)
+        if in_lines:
+            chunks += [((path,), at, min(at + CHUNK_BYTES, size)) for path in paths
+                       for size in [os.path.getsize(path)] for at in range(0, size, CHUNK_BYTES)]
         else:
-            whole.append(path)
-    chunks += [(tuple(whole[i:i + CHUNK_FILES]), 0, None)
-               for i in range(0, len(whole), CHUNK_FILES)]
+            chunks += [(paths[i:i + CHUNK_FILES], 0, None)
+                       for i in range(0, len(paths), CHUNK_FILES)]
     return chunks
 
 
@@ -2514,6 +2524,7 @@ class Signed:
                              f"bytes, got {sizes[wrong[0]]} bytes; delete the folder, run it again")
         self.starts = np.cumsum([0] + [size // (8 * self.rows) for size in sizes])
         self.count = int(self.starts[-1])
+        self.offsets = lru_cache(LOCATED_CHUNKS)(lambda chunk: self.column(chunk, 0))
 
     def path(self, chunk):
         return f"{self.folder}/{chunk:06d}.sign"
@@ -2533,7 +2544,7 @@ class Signed:
         row = int(document - self.starts[chunk])
         if end is None:
             return paths[row], None
-        return paths[0], int(np.fromfile(self.path(chunk), "<u8", 1, offset=8 * row)[0])
+        return paths[0], int(self.offsets(chunk)[row])
 
 
 def read_document(path, offset):
@@ -2616,6 +2627,12 @@ def candidate_groups(signed, row, parent, same, memory_bytes, share):
                 yield [(int(d), int(parent[d]), *signed.locate(d)) for d in group]
 
 
+def check_jaccard_threshold(threshold):
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"jaccard_threshold must be from 0 to 1, got {threshold}; give a share of "
+                         "shingles, such as 0.8")
+
+
 def find_near_duplicates(files, work_dir, num_hashes=128, num_bands=16, ngrams=5,
                          jaccard_threshold=0.8, num_workers=None, memory_mb=1024, rank=0, ranks=1,
                          barrier=None, progress=False):
@@ -2631,9 +2648,7 @@ def find_near_duplicates(files, work_dir, num_hashes=128, num_bands=16, ngrams=5
     """
     settings = num_hashes, num_bands, ngrams
     MinHash(*settings)
-    if not 0 <= jaccard_threshold <= 1:
-        raise ValueError(f"jaccard_threshold must be from 0 to 1, got {jaccard_threshold}; give a "
-                         "share of shingles, such as 0.8")
+    check_jaccard_threshold(jaccard_threshold)
     chunks, wait_for_all = plan_chunks(files), barrier or (lambda: None)
     num_workers = bpe.default_workers(num_workers)
     check_needs(files, num_bands, work_dir, memory_mb, progress)
@@ -2734,12 +2749,14 @@ def minhash_deduplication(input_files, num_hashes, num_bands, ngrams, jaccard_th
             num_workers, memory_mb, progress=progress)
         gone = np.flatnonzero(survivor != np.arange(len(survivor)))
         duplicates = [(*signed.locate(i), *signed.locate(survivor[i])) for i in gone]
-        dropped = {(path, offset) for path, offset, *_ in duplicates}
+        dropped = {}
+        for path, offset, *_ in duplicates:
+            dropped.setdefault(path, set()).add(offset)
         for path in inputs:
             part = Path(temporary) / "output"
             if path.suffix == ".jsonl":
-                copy_lines(path, part, {at for name, at in dropped if name == str(path)})
-            elif (str(path), None) in dropped:
+                copy_lines(path, part, dropped.get(str(path), ()))
+            elif str(path) in dropped:
                 outputs[path].unlink(missing_ok=True)  # of an earlier run
                 continue
             else:
@@ -2771,6 +2788,7 @@ EXAMPLES = 20  # dropped documents kept per reason and file, for `inspect`
 DOCUMENT_MARK = "\x1e"  # starts the line before each document in a shard; text never holds it
 STAGES = ("records", "text", "address", "language", "rules", "harm", "quality", "pii", "lines",
           "short", "copies", "contamination")
+STAGES_TOGETHER = STAGES[-4:]  # over all documents of all files
 HARMFUL = ("nsfw", "toxic", "1", "yes", "hate")  # labels, of Dolma's models too
 
 
@@ -3104,10 +3122,11 @@ def work(number, path, judge, folder, shared, skipped, careful, errors):
     """A worker: one process filters one file. Exit code 0: done or stopped; 1: an error."""
     bpe.start_worker()
     stop = []
-    signal.signal(signal.SIGTERM, lambda signum, frame: stop.append(signum))
     limit_memory(WORKER_BYTES)
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fetch may end anywhere, and goes on there
         local = fetch_input(path, folder, judge.options.num_workers)
+        signal.signal(signal.SIGTERM, lambda signum, frame: stop.append(signum))
         filter_file(number, local, judge, folder, shared, skipped, stop, careful)
         if local != Path(path) and not stop:
             local.unlink()
@@ -3120,6 +3139,7 @@ def work(number, path, judge, folder, shared, skipped, careful, errors):
 
 COMMON_CRAWL = "https://data.commoncrawl.org/"
 DOWNLOAD_TRIES = 100
+UNANSWERED_TRIES = 5  # of a server that never gave an answer
 
 
 def list_inputs(inputs):
@@ -3128,10 +3148,11 @@ def list_inputs(inputs):
     A list is a file that ends in .paths or .paths.gz, one path of Common Crawl a line, as in
     wet.paths.gz; a path that exists here, whole or by its last part beside the list, is taken
     before the net is asked.
-    raises: ValueError if there is none
+    raises: ValueError if one of them names none
     """
     found = []
     for item in inputs:
+        before = len(found)
         if re.match(r"https?://", item):
             found.append(item)
         elif item.endswith((".paths", ".paths.gz")) and os.path.exists(item):
@@ -3147,9 +3168,9 @@ def list_inputs(inputs):
                             if re.search(r"\.(?:warc|wet)(?:\.gz)?$", path.name))
         else:
             found += [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
-    if not found:
-        raise ValueError(f"--input must name WARC or WET files, got none for {' '.join(inputs)}; "
-                         "check the path, and put a pattern in quotes")
+        if len(found) == before:
+            raise ValueError(f"--input must name WARC or WET files, got none for {item}; check the "
+                             "path, and put a pattern in quotes")
     return list(dict.fromkeys(found))
 
 
@@ -3157,13 +3178,14 @@ def fetch_input(path, folder, num_workers):
     """Returns the path of an input, fetched if it is an address; goes on where that stopped.
 
     After a refusal (403, 429, 5xx) all workers together ask at most once a second.
+    raises: OSError if trying on is of no use
     """
     if "://" not in path:
         return Path(path)
     import requests
 
     name = hashlib.sha256(path.encode()).hexdigest()[:12] + "-" + path.rsplit("/", 1)[1]
-    local, part = folder / name, folder / f"{name}.part"
+    local, part, answered = folder / name, folder / f"{name}.part", False
     for attempt in range(DOWNLOAD_TRIES):
         if local.exists():
             break
@@ -3171,15 +3193,30 @@ def fetch_input(path, folder, num_workers):
             bpe.download_rest(requests, path, part)
             os.replace(part, local)
         except (OSError, requests.RequestException) as error:
-            status = getattr(getattr(error, "response", None), "status_code", 503)
-            if attempt == DOWNLOAD_TRIES - 1 or 400 <= status < 500 and status not in (403, 429):
+            reply = getattr(error, "response", None)
+            answered = answered or reply is not None or part.exists()
+            tries = DOWNLOAD_TRIES if answered else UNANSWERED_TRIES
+            if isinstance(error, ValueError) or reply is not None and (
+                    400 <= reply.status_code < 500 and reply.status_code not in (403, 429)):
+                tries = 0  # no address, or nothing there
+            if attempt + 1 >= tries:
                 raise OSError(f"{path} must be reachable, got {error}; what came is kept, run "
                               "again, or give a local copy") from None
-            time.sleep(min(60, num_workers * (1 + attempt)))
+            wait_s = min(60, num_workers * (1 + attempt))
+            print(f"{path}: {error}; try {attempt + 2} of {tries} in {wait_s} s", flush=True)
+            time.sleep(wait_s)
     return local
 
 
 # ---------------------------------------------------------------- the run: many files
+
+RUN_FILES = ("parts", "clean.txt", "kept.jsonl", "dropped.jsonl", "tokenizer.json", "tokens.bin",
+             "tokens.json", "tokens.bin.parts", "report.json", "report.txt")  # beside plan.json
+# Flags that a run may go on with others of: the stages over all documents are always done anew.
+LATE_FLAGS = ("input", "out_dir", "num_workers", "overwrite", "verb", "function", "tokenizer",
+              "vocab_size", "no_line_dedup", "no_copies", "num_hashes", "num_bands", "ngrams",
+              "jaccard_threshold", "decontaminate", "decontaminate_ngram")
+
 
 class Run:
     """A run, from its inputs to its report; `run` is the order of it."""
@@ -3192,6 +3229,7 @@ class Run:
         self.inputs = list_inputs(args.input)
         self.sizes = [os.path.getsize(p) if "://" not in p else 0 for p in self.inputs]
         self.tokenizer = check_tokenizer(args)
+        check_late_flags(args)
         for path in self.inputs:  # a foreign file is known at once
             if "://" not in path:
                 next(read_records(path), None)
@@ -3218,25 +3256,37 @@ class Run:
     def prepare(self):
         """Makes the folder, keeps others out of it, and checks that it is of the same run."""
         try:
-            self.parts.mkdir(parents=True, exist_ok=True)
+            self.out_dir.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.out_dir, self.rank)
         except OSError as error:
             raise ValueError(f"--out_dir must be a folder to write into, got {self.out_dir} "
                              f"({error.strerror}); choose another") from None
-        ignore = ("input", "out_dir", "num_workers", "overwrite", "verb", "function", "tokenizer",
-                  "vocab_size")  # the last step is always done anew
         plan = json.loads(json.dumps({
             "inputs": [*zip(self.inputs, self.sizes, strict=True)],
-            "flags": {k: v for k, v in vars(self.args).items() if k not in ignore}}))
+            "flags": {k: v for k, v in vars(self.args).items() if k not in LATE_FLAGS}}))
+        if self.rank == 0:
+            self.claim_folder(plan)
+            self.parts.mkdir(exist_ok=True)
+        self.barrier()  # the others look, and work, where the first has made room
         path = self.out_dir / "plan.json"
-        if self.args.overwrite and self.rank == 0:
-            remove_run(self.out_dir)
-        if path.exists() and (old := json.loads(path.read_text())) != plan:
+        old = json.loads(path.read_text()) if path.exists() else {"flags": {}}
+        if old != plan:
             differs = [k for k in plan["flags"] if plan["flags"][k] != old["flags"].get(k)]
             raise ValueError(f"{self.out_dir} must be of this run, got one with other "
                              f"{', '.join(differs) or 'inputs'}; give the same, --overwrite or "
                              "another --out_dir")
-        if self.rank == 0:
+
+    def claim_folder(self, plan):
+        """Makes the folder this run's, if it is no one's; plan.json says whose files are in it."""
+        path = self.out_dir / "plan.json"
+        foreign = [] if path.exists() else [
+            name for name in RUN_FILES if (self.out_dir / name).exists()]
+        if foreign:
+            raise ValueError("--out_dir must be new or a run's, which has a plan.json, got "
+                             f"{self.out_dir} with a {foreign[0]} not of a run; choose another")
+        if self.args.overwrite:
+            remove_run(self.out_dir)
+        if not path.exists():
             bpe.write_atomically(path, json.dumps(plan, indent=1).encode())
 
     def filter_files(self):
@@ -3335,7 +3385,7 @@ class Run:
         for shard in shards:
             self.funnel.add(shard.state["stages"])
         self.check_not_empty(shards)
-        folder = self.out_dir / "documents"
+        folder = self.parts / "documents"
         paths = [shard.paths[0] for shard in shards]
         if self.rank == 0:
             self.write_documents(paths if self.args.no_line_dedup else self.drop_lines(paths),
@@ -3343,17 +3393,20 @@ class Run:
         self.barrier()
         documents = [folder / f"{path.stem}.jsonl" for path in paths]
         survivor = None if self.args.no_copies else self.find_copies(documents)
+        self.barrier()  # the first rank removes what the others compared
         if self.rank == 0:
             self.write_text(documents, survivor)
-            shutil.rmtree(folder)
             self.check_not_empty(shards)
             report = self.report(shards) | {"tokens": self.make_tokens()}
             print(write_report(report, self.out_dir))
+            (self.parts / "lines" / "done").unlink(missing_ok=True)  # first, should this be killed
+            for name in ("lines", "documents", "copies"):  # other forms of text that is kept
+                shutil.rmtree(self.parts / name, ignore_errors=True)
 
     def drop_lines(self, paths):
         """Returns files without the lines that occur more than once anywhere, blank ones apart:
         those are ends of paragraphs."""
-        started, folder = time.perf_counter(), self.out_dir / "lines"
+        started, folder = time.perf_counter(), self.parts / "lines"
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -3387,7 +3440,7 @@ class Run:
         """Returns for each document in order the one that stays of its near copies."""
         started, args = time.perf_counter(), self.args
         _, survivor = find_near_duplicates(
-            paths, self.out_dir / "copies", args.num_hashes, args.num_bands, args.ngrams,
+            paths, self.parts / "copies", args.num_hashes, args.num_bands, args.ngrams,
             args.jaccard_threshold, args.num_workers, rank=self.rank, ranks=self.world,
             barrier=self.barrier)
         self.funnel.stage("copies")["seconds"] = time.perf_counter() - started
@@ -3463,8 +3516,11 @@ class Run:
                     "characters_changed":
                         stage["characters_out"] - stage["characters_in"] + dropped})
         n_bytes = sum(shard.state["bytes"] for shard in shards)
-        busy_s = sum(stage["seconds"] for stage in stages)
-        per_file_h = WET_BYTES * busy_s / max(n_bytes, 1) / 3600 / self.args.num_workers
+        # of the files at work side by side, then of all documents together, which the clock timed
+        seconds = [sum(stage["seconds"] for stage in stages if together == (
+            stage["stage"] in STAGES_TOGETHER)) for together in (False, True)]
+        busy_s = seconds[0] / self.args.num_workers / self.world + seconds[1]
+        per_file_h = WET_BYTES * busy_s / max(n_bytes, 1) / 3600
         return {"inputs": len(self.inputs), "bytes_in": n_bytes,
                 "other_records": sum((Counter(s.state["others"]) for s in shards), Counter()),
                 "stages": stages, "tokens": None, "methods": self.judge.methods,
@@ -3476,7 +3532,7 @@ class Run:
 def lock_folder(out_dir, rank):
     """Returns the file whose lock keeps other runs out; waits up to 20 s for the workers of a
     killed run to end, and raises ValueError if one lives."""
-    file = open(out_dir / f"lock.{rank}", "w")  # noqa: SIM115, it is held as long as the run lives
+    file = open(out_dir / f"lock.{rank}", "a")  # noqa: SIM115, it is held as long as the run lives
     try:
         import fcntl
     except ImportError:
@@ -3492,12 +3548,13 @@ def lock_folder(out_dir, rank):
 
 
 def remove_run(out_dir):
-    """Removes what a run left, and nothing else."""
-    for pattern in ("parts/*", "lines", "documents", "copies", "plan.json", "clean.txt",
-                    "kept.jsonl", "tokens.*", "tokenizer.json", "report.*", "dropped.jsonl",
-                    "*.tmp"):
-        for path in out_dir.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Removes what a run left, and nothing else; plan.json, which says that it did, last."""
+    for name in (*RUN_FILES, "plan.json"):
+        for path in (*out_dir.glob(f"{name}*.tmp"), out_dir / name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def check_tokenizer(args):
@@ -3516,6 +3573,18 @@ def check_tokenizer(args):
         raise ValueError(f"--tokenizer must have the special token {bpe.END_OF_TEXT}, got "
                          f"{args.tokenizer} without; train it with bpe.py")
     return tokenizer
+
+
+def check_late_flags(args):
+    """Raises ValueError now for what the last stages would find wrong."""
+    MinHash(args.num_hashes, args.num_bands, args.ngrams)
+    check_jaccard_threshold(args.jaccard_threshold)
+    if args.decontaminate and not Path(args.decontaminate).is_file():
+        raise ValueError(f"--decontaminate must be a file of text, got {args.decontaminate}; check "
+                         "the path")
+    if args.decontaminate_ngram < 1:
+        raise ValueError("--decontaminate_ngram must be at least 1 word, got "
+                         f"{args.decontaminate_ngram}; GPT-3 took 13")
 
 
 @contextmanager
@@ -3586,9 +3655,12 @@ def report_table(data):
     if data["tokens"]:
         lines.append(f"{data['tokens']['tokens']:,} tokens of {data['tokens']['bytes']:,} bytes")
     lines.append("judged by: " + ", ".join(f"{k} {v}" for k, v in data["methods"].items()))
+    lines.append("characters of records, and of what comes into text, are bytes")
     lines.append(f"{data['bytes_in']:,} bytes of {data['inputs']} files in {data['wall_seconds']}"
                  " s; at this rate "
-                 + ", ".join(f"{k} {v} h" for k, v in data["hours"].items()))
+                 + ", ".join(f"{k} {v} h" for k, v in data["hours"].items())
+                 + (" (most of it the start: so little says little)"
+                    if data["bytes_in"] < WET_BYTES / 10 else ""))
     return "\n".join(lines)
 
 
@@ -3643,6 +3715,15 @@ def inspect(args):
         show(sample, f"dropped, {sample['reason']}", sample["text"])
 
 
+def refuse_unused(args, where, names):
+    """Raises ValueError if a flag that has no use there is not at its default."""
+    needed = {"dedup": ["--input", "-", "--out_dir", "-"]}.get(args.verb, [])
+    defaults = build_parser().parse_args([args.verb, *needed])
+    for name in names:
+        if (value := getattr(args, name)) != getattr(defaults, name):
+            raise ValueError(f"--{name} must have a use, got {value} with {where}; leave it out")
+
+
 TRAINING = {"dim": 50, "epoch": 5, "lr": 0.1, "word_ngrams": 2, "bucket": 200_000, "minn": 0,
             "maxn": 0, "min_count": 1}
 
@@ -3682,6 +3763,10 @@ def train_classifier(args):
 
 def classify(args):
     """Labels texts, or trains a classifier of two files of texts."""
+    refuse_unused(args, *(("--train", ("kind", "text", "input", "out")) if args.train else (
+        "no --train", ("labels", "cased", "seed", *TRAINING))))
+    if args.text is not None and args.input:
+        raise ValueError("classify must have --text or --input, got both; leave one out")
     if args.train:
         if not args.model:
             raise ValueError("classify --train must have --model, got none; name the .bin to write")
@@ -3711,6 +3796,8 @@ def dedup(args):
     """Drops lines that occur more than once, or all but one of near-duplicate documents."""
     files, started = bpe.list_files(args.input), time.perf_counter()
     if args.how == "lines":
+        refuse_unused(args, "--how lines", ("num_hashes", "num_bands", "ngrams", "num_workers",
+                                            "jaccard_threshold", "report", "work_dir"))
         report = exact_line_deduplication(files, args.out_dir, args.memory_mb)
         print(f"{report['kept']:,} of {report['lines']:,} lines kept, {report['kept_bytes']:,} of "
               f"{report['bytes']:,} bytes | {time.perf_counter() - started:.1f} s")

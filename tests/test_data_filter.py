@@ -18,6 +18,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -103,14 +104,41 @@ def test_records_are_the_same_however_the_archive_is_packed(tmp_path, members):
     assert others == {"warcinfo": 1, "request": 1}
 
 
+def damaged(data, seed):
+    """Bytes that are whole (seed 0), cut, flipped, missing in the middle, or with junk among them."""
+    rng, data = random.Random(seed), bytearray(data)
+    at = rng.randrange(400, len(data) - 20)
+    kind = (lambda: None, lambda: data.__delitem__(slice(at, None)),
+            lambda: data.__setitem__(at, data[at] ^ 1 << rng.randrange(8)),
+            lambda: data.__delitem__(slice(at, at + rng.randint(1, 60))),
+            lambda: data.__setitem__(slice(at, at), rng.randbytes(rng.randint(1, 200))))
+    kind[seed % len(kind)]()
+    return bytes(data)
+
+
 @pytest.mark.parametrize("members", [True, False, None])
-def test_reading_goes_on_after_any_record(tmp_path, members):
-    records = [response(f"<p>{n}</p>".encode()) for n in range(5)]
-    path = write_warc(tmp_path / "x.warc", records, members)
-    all_records = list(read_records(path))
-    for n, before in enumerate(all_records):
-        after = [r.data for r in read_records(path, before.place)]
-        assert after == [r.data for r in all_records[n + 1:]]
+def test_reading_goes_on_after_any_record_as_a_full_reading_does(tmp_path, members, monkeypatch):
+    monkeypatch.setattr(data_filter, "MAX_RECORD", 10_000)
+    records = [response(prose(n).encode(), url=f"http://{n}/") for n in range(6)]
+    records[1] = records[1].replace(b"Content-Length: ", b"Content-Length: 9")  # far beyond its end
+    records[3] = records[3].replace(b"Content-Length: ", b"Content-Length: x")
+    records[4] = response(bytes(30_000))
+    records.insert(2, record("request", b"GET / HTTP/1.0\r\n\r\n"))
+    if members:  # several in one member, too
+        records[4:6] = [b"".join(records[4:6])]
+    path = tmp_path / "x.warc"
+    whole = write_warc(path, records, members).read_bytes()
+    for seed in range(40):
+        path.write_bytes(damaged(whole, seed))
+        full_others, others = Counter(), Counter()
+        full = list(read_records(path, others=full_others))
+        assert len({r.place for r in full}) == len(full)
+        for n, before in enumerate(full):
+            assert list(read_records(path, before.place)) == full[n + 1:], (seed, before.place)
+        if len(full) > 3:
+            list(islice(read_records(path, others=others), 3))
+            list(read_records(path, full[2].place, others))
+            assert others == full_others
 
 
 def test_chunks_and_content_encodings_are_undone(tmp_path):
@@ -149,6 +177,16 @@ def test_broken_records_without_gzip_cost_only_themselves(tmp_path):
     found = list(read_records(path))
     assert [r.data for r in found if not r.problem] == [b"<p>1</p>", b"<p>2</p>"]
     assert [r.problem for r in found if r.problem] == ["no record header", "truncated record"]
+
+
+def test_a_header_ends_at_its_first_empty_line_and_may_be_folded(tmp_path):
+    bodies = [b"HTTP/1.1 200 OK\nContent-Type: text/html\n\n<p>one</p>\r\n\r\n<p>two</p>",
+              b"HTTP/1.1 200 OK\r\nContent-Type:\r\n text/html\r\n\r\n<p>one</p>"]
+    path = write_warc(tmp_path / "x.warc.gz", [
+        record("response", body, content_type="Application/HTTP").replace(b"\r\n", end, 6)
+        for body in bodies for end in (b"\r\n", b"\n")])
+    found = [r.data for r in read_records(path)]
+    assert found == [body[-24:] for body in bodies[:1] * 2] + [b"<p>one</p>"] * 2
 
 
 def test_what_is_no_page_is_named(tmp_path):
@@ -421,9 +459,11 @@ def test_the_result_does_not_depend_on_the_number_of_workers(warc, tmp_path):
 def test_two_ranks_give_what_one_gives(warc, tmp_path):
     write_warc(tmp_path / "b.warc.gz", [response(page(n)) for n in (1, 2, 30, 31)])
     run(tmp_path / "*.warc.gz", tmp_path / "one")
+    run(tmp_path / "*.warc.gz", tmp_path / "two", "--mode", "plain")  # of which nothing may stay
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                     "2", str(ROOT / "data_filter.py"), "run", "--input", str(tmp_path / "*.warc.gz"),
-                    "--out_dir", str(tmp_path / "two"), "--num_workers", "1", "--vocab_size", "300"],
+                    "--out_dir", str(tmp_path / "two"), "--num_workers", "1", "--vocab_size", "300",
+                    "--overwrite"],
                    check=True, timeout=300, capture_output=True)
     assert digest(tmp_path / "two") == digest(tmp_path / "one")
 
@@ -563,8 +603,16 @@ def test_bad_input_is_refused_in_one_line(warc, tmp_path, capsys):
     assert "WARC" in refused(capsys, "run", "--input", tmp_path / "none*", *out)
     (tmp_path / "folder").mkdir()
     assert "WARC" in refused(capsys, "run", "--input", tmp_path / "folder", *out)
+    assert "typo.warc" in refused(capsys, "run", "--input", warc, tmp_path / "typo.warc", *out)
     assert "--rules" in refused(capsys, "run", "--input", warc, "--rules", "golfer", *out)
-    assert "--threshold" in refused(capsys, "run", "--input", warc, "--threshold", "a.b=1", *out)
+    for threshold in ("a.b=1", "word_count.low=30,40", "word_count.low=nan"):
+        assert "--threshold" in refused(capsys, "run", "--input", warc, "--threshold", threshold, *out)
+    assert "3 numbers" in refused(capsys, "run", "--input", warc, "--rules", "gopher_repetition",
+                                  "--threshold", "top_ngrams.high=0.5", *out)
+    for flag, value in (("num_hashes", 100), ("jaccard_threshold", 2), ("decontaminate_ngram", 0),
+                        ("decontaminate", tmp_path / "none")):
+        assert flag in refused(capsys, "run", "--input", warc, f"--{flag}", value, *out)
+    assert not (tmp_path / "out").exists()  # nothing began
     info = write_warc(tmp_path / "i.warc.gz", [record("warcinfo", b"x"), record("request", b"x")])
     assert "'warcinfo': 1" in refused(capsys, "run", "--input", info, "--out_dir", tmp_path / "i")
     assert "65,536" in refused(capsys, "run", "--input", warc, "--vocab_size", "70000", *out)
@@ -582,6 +630,39 @@ def test_thresholds_that_drop_everything_are_named(warc, tmp_path, capsys):
     message = refused(capsys, "run", "--input", warc, "--out_dir", tmp_path / "out")
     assert "threshold" in message
     assert run(warc, tmp_path / "out", "--overwrite") == 0
+
+
+def test_flags_of_the_last_stages_may_change_and_others_not(warc, tmp_path, capsys):
+    write_warc(tmp_path / "b.warc.gz", [response(page(1).replace(b"river", b"lake"))])
+    out = tmp_path / "out"
+    for flags in (["--no_line_dedup"], ["--no_line_dedup", "--jaccard_threshold", "0.3"]):
+        assert run(tmp_path / "*.warc.gz", out, *flags) == 0
+        run(tmp_path / "*.warc.gz", tmp_path / flags[-1], *flags)
+        assert digest(out) == digest(tmp_path / flags[-1])
+    assert not {"lines", "documents", "copies"} & set(os.listdir(out / "parts"))
+    assert "other mode" in refused(capsys, "run", "--input", tmp_path / "*.warc.gz", "--out_dir", out,
+                                   "--mode", "plain")
+
+
+@pytest.mark.parametrize("name", ["parts/00000.txt", "clean.txt", "report.json"])
+def test_a_folder_with_other_files_of_a_runs_names_is_left_alone(warc, tmp_path, capsys, name):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    for flags in ([], ["--overwrite"]):
+        assert name[:5] in refused(capsys, "run", "--input", warc, "--out_dir", tmp_path / "out", *flags)
+    assert path.read_text() == "mine"
+
+
+def test_files_that_no_run_made_outlive_runs(warc, tmp_path):
+    mine = [tmp_path / "out" / name for name in
+            ("documents/a", "lines/a", "copies/a", "report.pdf", "tokens.txt", "my.tmp")]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    for flags in ([], ["--overwrite", "--mode", "plain"]):
+        assert run(warc, tmp_path / "out", *flags) == 0
+    assert {path.read_text() for path in mine} == {"mine"}
 
 
 def test_blocklist_and_decontamination_drop_their_documents(warc, tmp_path):
@@ -629,6 +710,24 @@ def test_an_address_is_fetched_with_patience_and_once(tmp_path, monkeypatch):
         server.shutdown()
     assert local.read_bytes() == data and slept == [4, 8]  # of 4 workers, one a second at most
     assert asked[:2] == [None, None] and asked[2].startswith("bytes=") and len(asked) == 3
+
+
+@pytest.mark.parametrize(("address", "tries"), [
+    ("http://127.0.0.1:9/a.warc.gz", data_filter.UNANSWERED_TRIES), ("s3://bucket/a.warc.gz", 1)])
+def test_an_address_that_never_answers_is_given_up_soon(tmp_path, monkeypatch, capsys, address, tries):
+    slept = []
+    monkeypatch.setattr(data_filter.time, "sleep", slept.append)
+    with pytest.raises(OSError, match="must be reachable"):
+        data_filter.fetch_input(address, tmp_path, 1)
+    assert len(slept) == tries - 1 == capsys.readouterr().out.count(f"of {tries} in")
+
+
+def test_sigterm_stops_a_run_that_fetches(tmp_path):
+    process = start("http://127.0.0.1:9/a.warc.gz", tmp_path / "out")
+    assert any("try 2 of" in line for line in process.stdout)  # it waits to try again
+    process.terminate()
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, out
 
 
 def test_models_that_are_named_judge_and_are_named_in_the_report(warc, tmp_path):
@@ -1013,6 +1112,16 @@ def test_clusters_are_those_of_all_pairs_for_any_workers_order_memory_and_ranks(
     assert last.tolist() == expected
 
 
+def test_the_first_of_a_cluster_stays_whatever_kind_its_file_is(tmp_path):
+    (tmp_path / "a.txt").write_text(prose(1))
+    for name in ("b.jsonl", "z.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": prose(1)}) + "\n")
+    (tmp_path / "out").mkdir()
+    paths = sorted(tmp_path.glob("*.*"))
+    report = data_filter.minhash_deduplication(paths[::-1], 32, 8, 3, 0.8, tmp_path / "out", 1)
+    assert report["duplicates"] == [(str(path), 0, str(paths[0]), None) for path in paths[1:]]
+
+
 def test_whole_files_are_documents_and_the_first_of_a_cluster_stays(tmp_path):
     words = [f"word{i}" for i in range(200)]
     for name, text in (("b", " ".join(words)), ("a", " ".join(words[:-1]) + " Other."),
@@ -1064,6 +1173,11 @@ def test_finished_signatures_are_used_again_and_stale_ones_are_not(tmp_path, mon
     ("dedup --input {a} {b} --out_dir {out} --num_bands 7", "multiple of num_bands"),
     ("dedup --input {a} --out_dir {here}", "must not hold the inputs"),
     ("dedup --input {a} {sub} --out_dir {out} --how lines", "different names"),
+    ("dedup --input {a} --out_dir {out} --how lines --report r.jsonl", "--report must have a use"),
+    ("dedup --input {a} --out_dir {out} --how lines --ngrams 3", "--ngrams must have a use"),
+    ("classify --text x --input {a}", "got both"),
+    ("classify --text x --epoch 9", "--epoch must have a use"),
+    ("classify --train {a} {b} --model {out}/m.bin --text x", "--text must have a use"),
     ("dedup --input {a} {b} --out_dir {out} --jaccard_threshold 80", "from 0 to 1"),
     ("dedup --input {bad} --out_dir {out}", "\"text\""),
     ("dedup --input {here}/none --out_dir {out}", "must be a file or a folder"),
