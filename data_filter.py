@@ -896,35 +896,42 @@ def extract_text_from_html_bytes(html_bytes, mode="plain", content_type=None):
 # ---------------------------------------------------------------- stage 4: personal data
 
 EMAIL_MASK, PHONE_MASK, IP_MASK = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
-EMAIL = re.compile(r"(?<![\w.+%@/|-])\w[\w.+%&'-]{0,63}@(?!\dx\.)"
+EMAIL = re.compile(r"(?<![\w.+%@-])\w[\w.+%&'-]{0,63}@(?!\dx\.)"
                    r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}"
                    r"(?![\w@]|[-.]\w*@|:[\w~]+/)")
 FILE_ENDINGS = ("png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "json", "xml", "html")
 DASH = r"[-.\u2010-\u2013\u00a0 ]"
 # US and Canada: three, three and four digits; an area code starts with 2 to 9. A number without
-# any separator and one that follows digits are identifiers more often than telephones.
+# any separator is an identifier more often than a telephone, groups among others are a card's.
 PHONE = re.compile(
-    rf"(?<![\w.+#$€£=&-])(?<!\d[,:/])(?<![^\W\d]/)(?<!//)(?:(?:\+1|\b1){DASH}?{DASH}?)?"
-    rf"(?:\([2-9]\d\d\){DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}"
+    rf"(?<![\w.+#$€£&-])(?<!\d[,:/])(?<![^\W\d]/)(?<!//)(?:(?:\+1|\b(?:00)?1){DASH}?{DASH}?)?"
+    rf"(?:\( ?[2-9]\d\d ?\){DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}|[2-9]\d\d/\d{{3}}-\d{{4}}"
     rf"|[2-9]\d\d(?P<s>{DASH}|[ ]-[ ])\d{{3}}(?:(?P=s)|-)\d{{4}}|(?P<bare>[2-9]\d\d\d{{7}}))"
     rf"(?:(?: ?x| ?ext\.? ?| ?extension ?)\d{{1,6}})?"
-    rf"(?![\w@]|[-=]\w|/[^\W\d]|\.\d|[ ,:]\d{{4}}\b|%)", re.I)
+    rf"(?![\w@]|[-=][\w|]|/[^\W\d]|\.\d|(?<=[ \d]\d{{4}})[ ,:]\d{{4}}\b|%)", re.I)
 MAYBE_PHONE = re.compile(rf"\d\d\d(?:{DASH}| - )?\d\d\d\d")  # every match of the others has one
-AFTER_DIGIT = re.compile(DASH)
+# What may stand before a number of groups that spaces part: its digits belong to no card.
+PLACE_OR_IP = re.compile(r"(?:\b[A-Z]{2} \d{5}(?:-\d{4})?|(?<![\d.])\d{1,3}(?:\.\d{1,3}){3})"
+                         r"[ \u00a0]$")
+AFTER_DIGITS = re.compile(rf"\d{DASH}$")
+UNIT = re.compile(r" ?(?:bytes|bits|[kmg]b|people|users|records|rows|seconds|dollars|usd|eur)\b",
+                  re.I)
 PLUS_PHONE = re.compile(rf"(?<![\w+])\+1{DASH}?(?:\([2-9]\d\d\)|[2-9]\d\d){DASH}?\d{{3}}{DASH}?"
                         rf"\d{{4}}(?!\w|[-.]\d)")
 # Before a number: with separators it is a telephone's unless one of IDENTIFIERS says otherwise.
 PHONE_WORDS = """phone telephone tel call cell mobile fax contact text dial reach whatsapp sms ring
-toll desk office helpline hotline"""
-IDENTIFIERS = """isbn isbn-1[03] issn order invoice ticket tracking serial sku part upc asin doi
-barcode patent version build case ref reference transaction confirmation acct account routing"""
+toll desk office helpline hotline (?:my|our|his|her|their)\\snumber"""
+IDENTIFIERS = """isbn isbn-1[03] issn (?<!to\\s)order invoice ticket tracking serial sku part upc
+asin doi barcode patent version build case ref reference transaction confirmation acct account
+routing pp pages price"""
 BARE_IDENTIFIERS = IDENTIFIERS + """ id item product model member policy customer number no nr pmid
 timestamp iban card ssn code key hash article document record employee student user passport
 licen[sc]e permit vin lot batch job seed population total zip ein npi tin vat uid pid epoch bytes
 size value sum"""
 VERSIONS = """versions? ver v released? build firmware revision rev sections? § chapter clause
-paragraph rule article figure table appendix item oid driver update upgraded? patch kernel sdk api
-package assembly hotfix installer software app theorem lemma exercise step"""
+paragraph rule article figure table appendix item oid driver update upgraded? patch kernel sdk
+package assembly hotfix installer software app theorem lemma exercise step firefox chrome
+chromium safari opera edge"""
 
 
 def said_before(words, gap):
@@ -934,13 +941,16 @@ def said_before(words, gap):
 
 AFTER_IDENTIFIER = r"[ \t]*(?:number|no|id|code|#)?\.?[ \t]*(?:is|was|of)?[ \t]*[:#=-]*[ \t]*"
 PHONE_CONTEXT = said_before(PHONE_WORDS, r"\b[^\n]{0,40}")
+PHONE_FIELD = said_before(PHONE_WORDS, r"[\w-]*=")
 IDENTIFIER_CONTEXT = said_before(IDENTIFIERS, AFTER_IDENTIFIER)
 BARE_CONTEXT = said_before(BARE_IDENTIFIERS, AFTER_IDENTIFIER)
 VERSION_CONTEXT = said_before(
     VERSIONS, r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(]*[ \t]*")
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-IP = re.compile(rf"(?<![\w.])(?<![A-Za-z][-/_])(?<!\d[,:/-])(?:{OCTET}\.){{3}}{OCTET}"
-                rf"(?!\w|\.\w|-[A-Za-z]|,\d)")
+# Not after the epoch of a package's version (1:2.3.4.5), and no money (12.345.678.901,23).
+IP = re.compile(rf"(?<![\w.])(?<![A-Za-z][-_])(?<!(?<![\w:.])\d:)(?<!\d-)(?:{OCTET}\.){{3}}{OCTET}"
+                rf"(?!\w|\.\w|-[A-Za-z]|(?<=(?:\.\d\d\d){{3}}),\d\d(?![\d.,]))")
+PORT = re.compile(r":\d")
 MAYBE_IP = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
 
 
@@ -972,6 +982,9 @@ def mask_matches(pattern, text, mask, accept):
 
 
 def is_email(match, last):
+    text, start = match.string, match.start()
+    if text[start - 1:start] == "/" and text[max(0, start - 2):start - 1] not in "| \t\n":
+        return False  # in an address of the web
     end = match[0].rsplit(".", 1)[1].lower()
     name = match[0].split("@")[0]
     return end not in FILE_ENDINGS and ".." not in name and name.lower() not in ("git", "npm")
@@ -989,16 +1002,20 @@ def mask_emails(text):
 
 
 def is_phone(match, last):
-    """Not after other digits (a card's), nor after a word that speaks of another kind of number."""
+    """Not among other digits that may be a card's, nor after a word of another kind of number."""
     text, start = match.string, match.start()
-    if start > 1 and text[start - 2].isdigit() and start - 1 != last and AFTER_DIGIT.match(
-            text[start - 1]):
-        return False
     before, bare = text[max(0, start - 60):start], match["bare"]
+    if AFTER_DIGITS.search(before) and start - 1 != last and not (
+            before[-1] in " \u00a0" and (not bare and match["s"] != before[-1])
+            or PLACE_OR_IP.search(before)):
+        return False
+    if before.endswith("=") and not PHONE_FIELD.search(before):
+        return False
     context = BARE_CONTEXT if bare else IDENTIFIER_CONTEXT
     if context.search(before) and not PHONE_CONTEXT.search(before):
         return False
-    return not bare or len(set(bare)) > 2 and bare not in "01234567890123456789"
+    return not bare or len(set(bare)) > 2 and bare not in "01234567890123456789" \
+        and not UNIT.match(text, match.end())
 
 
 def mask_phone_numbers(text):
@@ -1021,7 +1038,12 @@ def mask_phone_numbers(text):
 
 
 def is_ip(match, last):
-    before = match.string[max(0, match.start() - 30):match.start()]
+    """Not after a word of versions, nor after a program's name and a slash (Chrome/91.0.44.12)."""
+    text, start = match.string, match.start()
+    before = text[max(0, start - 30):start]
+    if before[-1:] == "/" and before[-2:-1].isalpha() and not before.lower().endswith(
+            "localhost/") and not PORT.match(text, match.end()):
+        return False
     return not VERSION_CONTEXT.search(before)
 
 
@@ -1034,6 +1056,20 @@ def mask_ips(text):
     if not MAYBE_IP.search(text):
         return text, 0
     return mask_until_stable(text, lambda t: mask_matches(IP, t, IP_MASK, is_ip))
+
+
+def mask_pii(text):
+    """Returns (text, {"emails": how many, "phones", "ips"}) after all masks, again until none finds
+    more: what one masks is no longer beside what another looks at."""
+    found = Counter()
+    while True:
+        before = found.total()
+        for name, mask in (("emails", mask_emails), ("phones", mask_phone_numbers),
+                           ("ips", mask_ips)):
+            text, count = mask(text)
+            found[name] += count
+        if found.total() == before:
+            return text, found
 
 
 # ---------------------------------------------------------------- stage 6: rules
@@ -2968,11 +3004,8 @@ class Judge:
         return (text, None) if good >= self.options.quality_score else (None, "quality too low")
 
     def mask(self, text, notes):
-        for name, function in (("emails", mask_emails), ("phones", mask_phone_numbers),
-                               ("ips", mask_ips)):
-            text, found = function(text)
-            if found:
-                notes[name] = found
+        text, found = mask_pii(text)
+        notes |= +found  # those above zero
         return text, None
 
 

@@ -36,6 +36,7 @@ from data_filter import (
     mask_emails,
     mask_ips,
     mask_phone_numbers,
+    mask_pii,
     read_records,
 )
 
@@ -286,7 +287,7 @@ def test_random_bytes_and_cut_pages_never_raise():
 @pytest.mark.parametrize(("text", "masked"), [
     ("a.b+c@sub.example.co.uk", EMAIL_MASK), ("write to x@y.org.", f"write to {EMAIL_MASK}."),
     ("logo@2x.png", None), ("@name", None), ("a@b", None), ("git@github.com:a/b.git", None),
-    ("pip install x@1.2.3", None)])
+    ("pip install x@1.2.3", None), ("ssh://user@host.com/x", None), ("|a@b.com|", f"|{EMAIL_MASK}|")])
 def test_emails_are_masked(text, masked):
     assert mask_emails(text) == (masked or text, int(masked is not None))
 
@@ -300,11 +301,21 @@ def test_us_and_canadian_numbers_are_masked(number):
     assert mask_phone_numbers(text.format(number)) == (text.format(PHONE_MASK), 1)
 
 
+@pytest.mark.parametrize("text", [
+    "Springfield, IL 62704 {}", "NY 10001 (212) 555-1234", "Suite 200 {}", "Hours 9-5 {}", "Est. 1999 {}",
+    "IL 62704-1234 217 555 1234", "TX 75001 2175551234", "DOB 1990-01-01 {}", "To order: {}", "phone={}",
+    "Reservations {} 2024", "001-415-555-2671", "415/555-2671", "( 283 ) 182-3829", "my number is 2831823829"])
+def test_a_telephone_after_other_numbers_or_words_is_masked(text):
+    assert mask_phone_numbers(text.format("415-555-2671"))[1] == 1
+
+
 @pytest.mark.parametrize("trap", [
     "4532 1234 5678 9012", "378282246310005", "3782 822463 10005", "2021-03-04", "ISBN 0306406152",
     "order 4155552671", "123-45-6789", "id=4155552671", "550e8400-e29b-41d4-a716-446655440000",
     "10.1000/182", "$4155552671", "5105105105105100", "1616161616", "v2.345.678.9012",
-    "tracking number 4155552671", "GB29 NWBK 6016 1331 9268 19"])
+    "212 555 1234 5678", "1234 212 555 1234", "4111-212-555-1234", "7 4155552671", "2155551234 bytes",
+    "pp. 200 201-2023", "?id=415-555-2671", "price 415.555.2671", "300-400 500-6000", "IL 6270 2175551234",
+    "my order number is 4155552671", "tracking number 4155552671", "GB29 NWBK 6016 1331 9268 19"])
 def test_other_numbers_are_no_telephones(trap):
     assert mask_phone_numbers(f"See {trap} there.") == (f"See {trap} there.", 0)
 
@@ -313,7 +324,10 @@ def test_other_numbers_are_no_telephones(trap):
     ("192.0.2.146", IP_MASK), ("http://10.0.0.1:80/", f"http://{IP_MASK}:80/"),
     ("10.0.0.0/24", f"{IP_MASK}/24"), ("from 8.8.8.8.", f"from {IP_MASK}."), ("256.1.1.1", None),
     ("1.2.3.4.5", None), ("v1.2.3.4", None), ("version 1.2.3.4", None), ("Chrome/91.0.44.12", None),
-    ("01.02.03.04", None), ("tool-1.2.3.4", None)])
+    ("01.02.03.04", None), ("tool-1.2.3.4", None), ("ip,10.0.0.1,200", f"ip,{IP_MASK},200"),
+    ("IPv4:10.0.0.1.", f"IPv4:{IP_MASK}."), ("80/10.0.0.1", f"80/{IP_MASK}"), ("1:2.3.4.5", None),
+    ("localhost/127.0.0.1", f"localhost/{IP_MASK}"), ("api: 10.0.0.1", f"api: {IP_MASK}"),
+    ("01:10:01:10.0.0.1", f"01:10:01:{IP_MASK}"), ("Firefox 1.2.3.4", None), ("12.145.178.101,23", None)])
 def test_addresses_of_the_net_are_masked(text, masked):
     assert mask_ips(text) == (masked or text, int(masked is not None))
 
@@ -324,6 +338,8 @@ def test_masked_text_is_stable():
               "+1", "(283) ", "|", "\n"]
     for _ in range(3000):
         text = "".join(rng.choices(pieces, k=6))
+        masked, _ = mask_pii(text)
+        assert mask_pii(masked) == (masked, dict(emails=0, phones=0, ips=0))
         for mask in (mask_emails, mask_phone_numbers, mask_ips):
             text, _ = mask(text)
             assert mask(text) == (text, 0)
