@@ -468,6 +468,7 @@ UNSEEN = re.compile(r"<!--(?:>|->|.*?(?:-->|\Z))|<(?:script\b.*?(?:</script\s*>|
                     r"(?:</style\s*>|\Z)|[!?][^<>]*>)", re.I | re.S)
 HELD = {name: re.compile(rf"<{name}\b[^<>]*+>.*?</{name}\s*>", re.I | re.S)
         for name in ("svg", "noscript", "template", "iframe", "select", "textarea", "head")}
+END_OF_TAG = re.compile(r"\s*>")
 # No quantifier here can be left by two ways, and none runs on past a `<`, but for a kilobyte in
 # quotes: the time stays linear in the size of the page, whatever is in it.
 TAG = re.compile(r"""<(/?[a-zA-Z][^\s<>/]*+)((?:[^<>"']++|"[^"<>]*+"|'[^'<>]*+'|"[^"]{0,1000}+\""""
@@ -475,6 +476,7 @@ TAG = re.compile(r"""<(/?[a-zA-Z][^\s<>/]*+)((?:[^<>"']++|"[^"<>]*+"|'[^'<>]*+'|
 ATTRIBUTE = re.compile(r"""(class|id|role|itemprop|style|hidden|aria-hidden)(?:\s*=\s*("[^"]*+"|"""
                        r"""'[^']*+'|[^\s"'>]++))?""", re.I)
 ALT = re.compile(r"""\balt\s*=\s*("[^"]*"|'[^']*')""", re.I)
+LONG_ENTITY = re.compile(r"&#\d{100,};?")
 WORD_PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
 INLINE, BLOCK, PARAGRAPH, SKIP, LINK, BREAK, LIST, ITEM, CELL, ROW, IMAGE, PRE, RULE = range(13)
@@ -539,15 +541,34 @@ def attribute_groups(attributes):
     return bits
 
 
+def end_of_last(html, name):
+    """Returns where the last whole end tag of a name ends, or 0."""
+    last = 0
+    for start in (f"</{name}", f"</{name.upper()}"):
+        at = len(html)
+        while (at := html.rfind(start, last, at)) >= 0:
+            if whole := END_OF_TAG.match(html, at + len(start)):
+                last = whole.end()
+                break
+    return last
+
+
 def strip_unseen(html):
     """Returns the page without comments, scripts, styles and other parts that no reader sees."""
     html = UNSEEN.sub(" ", html[:MAX_HTML_CHARS])
     for name, pattern in HELD.items():
-        end = max(html.rfind(f"</{name}"), html.rfind(f"</{name.upper()}"))
-        if end >= 0:  # up to the last end tag each start tag has one: no search runs to the end
-            end = html.find(">", end) + 1 or len(html)
+        if end := end_of_last(html, name):
+            # up to the last end tag each start tag has one: no search runs to the end in vain
             html = pattern.sub(" ", html[:end]) + html[end:]
     return html
+
+
+def unescape(text):
+    """Returns text with its entities as characters."""
+    try:
+        return html_unescape(text)
+    except ValueError:  # a number with more digits than int() takes
+        return html_unescape(LONG_ENTITY.sub("\ufffd", text))
 
 
 class Page:
@@ -572,7 +593,7 @@ class Page:
             text = "".join(self.parts)
             self.parts.clear()
             if "&" in text:
-                text = html_unescape(text)
+                text = unescape(text)
             text = text.strip("\r\n") if self.preformatted else " ".join(text.split())
             if text and not text.isspace():
                 indent = "  " * (min(len(self.lists), 8) + (not self.bullet and bool(self.lists)))
@@ -736,6 +757,7 @@ def layout(page, keep=None):
 MAX_BLOCKS = 20_000  # of a page that are judged; what follows is dropped in mode "main"
 WORD = re.compile(r"\w+")
 ARTICLE_BODY = re.compile(r'"articleBody"\s*:\s*"((?:[^"\\]|\\.){0,400000}+)"')
+SURROGATE = re.compile(r"[\ud800-\udfff]")  # half of a pair, which JSON can hold and text cannot
 NOT_CONTENT = ("<nav>", "<footer>", "side", "comment", "share", "related", "ads", "cookie")
 ALL_BITS = GROUPS | {f"<{name}>": bit for name, bit in TAG_BITS.items()}
 IN_ELEMENTS = ("<nav>", "<footer>", "<header>", "<form>", "<figure>", "cookie", "hidden", "side",
@@ -772,8 +794,8 @@ def article_body(html):
     except ValueError:
         return ""
     if "<" in text:
-        text = layout(parse_html(html_unescape(text) if "&lt;" in text else text))
-    return html_unescape(text)
+        text = layout(parse_html(unescape(text) if "&lt;" in text else text))
+    return SURROGATE.sub("\ufffd", unescape(text))
 
 
 def best_element(page, words):
@@ -891,6 +913,15 @@ def extract_text_from_html_bytes(html_bytes, mode="plain", content_type=None):
     if len(body) > 400 and len(text) < 0.6 * len(body):  # a page that a script would have filled
         return body
     return text
+
+
+def record_text(record, mode):
+    """Returns the text of a Record: as it is in WET and plain text, of a page by its mode."""
+    if record.kind == "conversion":
+        return record.data.decode("utf-8", "replace")
+    if record.content_type.lower().startswith("text/plain"):
+        return decode_html(record.data, record.content_type)[0]
+    return extract_text_from_html_bytes(record.data, mode, record.content_type)
 
 
 # ---------------------------------------------------------------- stage 4: personal data
@@ -1214,7 +1245,7 @@ def c4_lines(document, *, min_words=5, max_word_chars=1000):
     for line in map(str.strip, CITATION.sub("", document.text).split("\n")):
         low = line.lower()
         if (line.endswith((".", "?", "!", '"', "”")) and not line.endswith("...")
-                and line.count(" ") + 1 >= min_words and "javascript" not in low
+                and len(line.split()) >= min_words and "javascript" not in low
                 and not any(policy in low for policy in POLICY)
                 and max(map(len, line.split()), default=0) <= max_word_chars):
             kept.append(line)
@@ -1320,6 +1351,7 @@ MAX_CACHED_IDS = 1 << 23  # n-gram ids of words that a model remembers: 64 MB
 BATCH_BYTES = 1 << 20  # of text that predict looks at together
 # Length of an untrained label row: the larger, the sooner it learns; 1 to 4 end within 0.002 AUC.
 OUTPUT_SCALE = 4
+MAX_NGRAM = 255  # words or letters; a model with longer ones is damaged, and would eat the memory
 BLOCK_FLOATS = 1 << 16  # of rows that are gathered at a time
 
 
@@ -1528,6 +1560,10 @@ class FastText:
             raise ValueError(f"{path} must be a supervised model (3) with a loss from 1 to 4, got "
                              f"model {args['model']}, loss {args['loss']}; name a classifier")
         args["maxn"] = 0 if version == 11 else args["maxn"]
+        lengths = {name: args[name] for name in ("minn", "maxn", "word_ngrams")}
+        if not all(0 <= length <= MAX_NGRAM for length in lengths.values()):
+            raise ValueError(f"{path} must have n-grams of 0 to {MAX_NGRAM}, got {lengths}; copy "
+                             "it again")
         size, n_words, n_labels = file.numbers("3i")
         args["ntokens"], n_pruned = file.numbers("qq")
         entries = file.entries(size)
@@ -2211,6 +2247,12 @@ def classify_quality(text, model=None):
 SORT_BYTES = 112  # of memory that sorting takes a key, measured at 10 million
 
 
+def check_memory(memory_mb):
+    """raises: ValueError if there is no memory to sort in."""
+    if memory_mb < 1:
+        raise ValueError(f"memory_mb must be at least 1, got {memory_mb}; give some to sort in")
+
+
 def sorted_slices(blocks, count, memory_bytes):
     """Yields (keys, places) sorted by key, equal keys by place: the keys of one slice of their
     range at a time, so that each fits the memory.
@@ -2288,6 +2330,7 @@ def exact_line_deduplication(input_files, output_directory, memory_mb=1024, keep
     told apart by 64 bits: of n lines, a line is taken for another with probability n / 2**64. The
     hashes are on disk, 8 bytes a line, and sorted in memory_mb. source: [2] 3.1
     """
+    check_memory(memory_mb)
     inputs, outputs = output_paths(input_files, output_directory)
     with tempfile.TemporaryDirectory(prefix=".lines-", dir=output_directory) as folder:
         sizes, lines = hash_lines(inputs, folder)
@@ -2714,6 +2757,7 @@ def find_near_duplicates(files, work_dir, num_hashes=128, num_bands=16, ngrams=5
 def check_needs(files, num_bands, work_dir, memory_mb, progress):
     """Says what the run will need, documents of .jsonl files judged by the first megabyte of each;
     raises ValueError where the disk has less."""
+    check_memory(memory_mb)
     documents = 0
     for path in files:
         documents += 1
@@ -2900,6 +2944,15 @@ class Judge:
                             for kind in CLASSIFIERS}
         used = {"language": options.languages, "nsfw": not options.no_harm,
                 "toxic": not options.no_harm, "quality": options.quality_model}
+        for kind, wanted in (("language", options.languages), ("nsfw", HARMFUL), ("toxic", HARMFUL),
+                             ("quality", [options.quality_label])):
+            model = used[kind] and self.classifiers[kind].model
+            if model and not set(wanted) & set(model.labels):
+                flag = {"language": "--languages", "quality": "--quality_label"}.get(kind)
+                raise ValueError(
+                    f"--{kind}_model must have a label of {', '.join(wanted)}, got a model with "
+                    f"{', '.join(sorted(model.labels)[:9])}; name "
+                    f"{f'one of its labels by {flag}' if flag else 'a model of harmful text'}")
         self.methods = {kind: self.classifiers[kind].method if on else "not judged"
                         for kind, on in used.items()}
         self.stages = [(name, function) for name, function, on in (
@@ -2958,13 +3011,7 @@ class Judge:
             yield dict(zip(("language", "language_score"), answer, strict=True)) if answer else {}
 
     def extract(self, data, record):
-        if record.kind == "conversion":
-            text = data.decode("utf-8", "replace")
-        elif record.content_type.lower().startswith("text/plain"):
-            text = decode_html(data, record.content_type)[0]
-        else:
-            text = extract_text_from_html_bytes(data, self.options.mode, record.content_type)
-        text = clean_text(text)
+        text = clean_text(record_text(record, self.options.mode))
         return (text, None) if text else (None, "no text")
 
     def check_address(self, text, notes):
@@ -3155,6 +3202,16 @@ COMMON_CRAWL = "https://data.commoncrawl.org/"
 DOWNLOAD_TRIES = 100
 
 
+@contextmanager
+def open_input(path, mode="rb", **settings):
+    """A file to read, through gzip where its name ends in .gz.  raises: ValueError if it is cut"""
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, mode, **settings) as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} must be a whole gzip file, got: {error}; copy it again") from None
+
+
 def list_inputs(inputs):
     """Returns the files that --input names: paths, patterns, folders, addresses, lists of paths.
 
@@ -3168,8 +3225,7 @@ def list_inputs(inputs):
         if re.match(r"https?://", item):
             found.append(item)
         elif item.endswith((".paths", ".paths.gz")) and os.path.exists(item):
-            opener = gzip.open if item.endswith(".gz") else open
-            with opener(item, "rt", encoding="utf-8") as file:
+            with open_input(item, "rt", encoding="utf-8") as file:
                 for line in filter(None, map(str.strip, file)):
                     beside = [Path(line), Path(item).parent / line,
                               Path(item).parent / Path(line).name]
@@ -3642,16 +3698,17 @@ def run(args):
 
 def extract(args):
     """The text of HTML files, or of every page of WARC and WET files."""
-    for path in bpe.list_files(args.input):
+    named = [path for item in args.input for path in (
+        [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True)) or [item])]
+    for path in bpe.list_files(named):
         if not re.search(r"\.(?:warc|wet)\b", path.name):
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            with open_input(path) as file:
                 print(extract_text_from_html_bytes(file.read(), args.mode))
             continue
         for record in read_records(path):
             print(f"{DOCUMENT_MARK}{record.url}\t{record.problem or ''}".rstrip())
             if not record.problem:
-                print(record.data.decode("utf-8", "replace") if record.kind == "conversion" else
-                      extract_text_from_html_bytes(record.data, args.mode, record.content_type))
+                print(record_text(record, args.mode))
 
 
 def inspect(args):
@@ -3686,8 +3743,7 @@ def read_texts(path):
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         yield from (text for _, text in bpe.read_jsonl(path, "replace"))
         return
-    with (gzip.open if path.suffix == ".gz" else open)(
-            path, "rt", encoding="utf-8", errors="replace", newline="\n") as file:
+    with open_input(path, "rt", encoding="utf-8", errors="replace", newline="\n") as file:
         yield from (line.rstrip("\n") for line in file if line.strip())
 
 
@@ -3972,7 +4028,12 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):  # print what the terminal's encoding lacks, escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return args.function(args)
+        status = args.function(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has read enough; what is left goes nowhere at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
     except (ValueError, OSError) as error:
         print(f"data_filter.py {args.verb}: error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
