@@ -942,7 +942,8 @@ PHONE = re.compile(
     rf"(?![\w@]|[-=][\w|]|/[^\W\d]|\.\d|(?<=[ \d]\d{{4}})[ ,:]\d{{4}}\b|%)", re.I)
 MAYBE_PHONE = re.compile(rf"\d\d\d(?:{DASH}| - )?\d\d\d\d")  # every match of the others has one
 # What may stand before a number of groups that spaces part: its digits belong to no card.
-PLACE_OR_IP = re.compile(r"(?:\b[A-Z]{2} \d{5}(?:-\d{4})?|(?<![\d.])\d{1,3}(?:\.\d{1,3}){3})"
+PLACE_OR_IP = re.compile(r"(?:\b[A-Z]{2} \d{5}(?:-\d{4})?|\b(?i:suite|ste\.?|apt\.?|unit|room|box|"
+                         r"floor|since|est\.?) \d{1,5}|(?<![\d.])\d{1,3}(?:\.\d{1,3}){3})"
                          r"[ \u00a0]$")
 AFTER_DIGITS = re.compile(rf"\d{DASH}$")
 UNIT = re.compile(r" ?(?:bytes|bits|[kmg]b|people|users|records|rows|seconds|dollars|usd|eur)\b",
@@ -958,7 +959,7 @@ routing pp pages price"""
 BARE_IDENTIFIERS = IDENTIFIERS + """ id item product model member policy customer number no nr pmid
 timestamp iban card ssn code key hash article document record employee student user passport
 licen[sc]e permit vin lot batch job seed population total zip ein npi tin vat uid pid epoch bytes
-size value sum"""
+size value sum usd eur gbp cad"""
 VERSIONS = """versions? ver v released? build firmware revision rev sections? § chapter clause
 paragraph rule article figure table appendix item oid driver update upgraded? patch kernel sdk
 package assembly hotfix installer software app theorem lemma exercise step firefox chrome
