@@ -472,6 +472,7 @@ UNSEEN = re.compile(r"<!--(?:>|->|.*?(?:-->|\Z))|<(?:script\b.*?(?:</script\s*>|
                     r"(?:</style\s*>|\Z)|[!?][^<>]*>)", re.I | re.S)
 HELD = {name: re.compile(rf"<{name}\b[^<>]*+>.*?</{name}\s*>", re.I | re.S)
         for name in ("svg", "noscript", "template", "iframe", "select", "textarea", "head")}
+END_OF_TAG = re.compile(r"\s*>")
 # No quantifier here can be left by two ways, and none runs on past a `<`, but for a kilobyte in
 # quotes: the time stays linear in the size of the page, whatever is in it.
 TAG = re.compile(r"""<(/?[a-zA-Z][^\s<>/]*+)((?:[^<>"']++|"[^"<>]*+"|'[^'<>]*+'|"[^"]{0,1000}+\""""
@@ -479,6 +480,7 @@ TAG = re.compile(r"""<(/?[a-zA-Z][^\s<>/]*+)((?:[^<>"']++|"[^"<>]*+"|'[^'<>]*+'|
 ATTRIBUTE = re.compile(r"""(class|id|role|itemprop|style|hidden|aria-hidden)(?:\s*=\s*("[^"]*+"|"""
                        r"""'[^']*+'|[^\s"'>]++))?""", re.I)
 ALT = re.compile(r"""\balt\s*=\s*("[^"]*"|'[^']*')""", re.I)
+LONG_ENTITY = re.compile(r"&#\d{100,};?")
 WORD_PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
 INLINE, BLOCK, PARAGRAPH, SKIP, LINK, BREAK, LIST, ITEM, CELL, ROW, IMAGE, PRE, RULE = range(13)
@@ -543,15 +545,34 @@ def attribute_groups(attributes):
     return bits
 
 
+def end_of_last(html, name):
+    """Returns where the last whole end tag of a name ends, or 0."""
+    last = 0
+    for start in (f"</{name}", f"</{name.upper()}"):
+        at = len(html)
+        while (at := html.rfind(start, last, at)) >= 0:
+            if whole := END_OF_TAG.match(html, at + len(start)):
+                last = whole.end()
+                break
+    return last
+
+
 def strip_unseen(html):
     """Returns the page without comments, scripts, styles and other parts that no reader sees."""
     html = UNSEEN.sub(" ", html[:MAX_HTML_CHARS])
     for name, pattern in HELD.items():
-        end = max(html.rfind(f"</{name}"), html.rfind(f"</{name.upper()}"))
-        if end >= 0:  # up to the last end tag each start tag has one: no search runs to the end
-            end = html.find(">", end) + 1 or len(html)
+        if end := end_of_last(html, name):
+            # up to the last end tag each start tag has one: no search runs to the end in vain
             html = pattern.sub(" ", html[:end]) + html[end:]
     return html
+
+
+def unescape(text):
+    """Returns text with its entities as characters."""
+    try:
+        return html_unescape(text)
+    except ValueError:  # a number with more digits than int() takes
+        return html_unescape(LONG_ENTITY.sub("\ufffd", text))
 
 
 class Page:
@@ -576,7 +597,7 @@ class Page:
             text = "".join(self.parts)
             self.parts.clear()
             if "&" in text:
-                text = html_unescape(text)
+                text = unescape(text)
             text = text.strip("\r\n") if self.preformatted else " ".join(text.split())
             if text and not text.isspace():
                 indent = "  " * (min(len(self.lists), 8) + (not self.bullet and bool(self.lists)))
@@ -740,6 +761,7 @@ def layout(page, keep=None):
 MAX_BLOCKS = 20_000  # of a page that are judged; what follows is dropped in mode "main"
 WORD = re.compile(r"\w+")
 ARTICLE_BODY = re.compile(r'"articleBody"\s*:\s*"((?:[^"\\]|\\.){0,400000}+)"')
+SURROGATE = re.compile(r"[\ud800-\udfff]")  # half of a pair, which JSON can hold and text cannot
 NOT_CONTENT = ("<nav>", "<footer>", "side", "comment", "share", "related", "ads", "cookie")
 ALL_BITS = GROUPS | {f"<{name}>": bit for name, bit in TAG_BITS.items()}
 IN_ELEMENTS = ("<nav>", "<footer>", "<header>", "<form>", "<figure>", "cookie", "hidden", "side",
@@ -776,8 +798,8 @@ def article_body(html):
     except ValueError:
         return ""
     if "<" in text:
-        text = layout(parse_html(html_unescape(text) if "&lt;" in text else text))
-    return html_unescape(text)
+        text = layout(parse_html(unescape(text) if "&lt;" in text else text))
+    return SURROGATE.sub("\ufffd", unescape(text))
 
 
 def best_element(page, words):
@@ -897,38 +919,55 @@ def extract_text_from_html_bytes(html_bytes, mode="plain", content_type=None):
     return text
 
 
+def record_text(record, mode):
+    """Returns the text of a Record: as it is in WET and plain text, of a page by its mode."""
+    if record.kind == "conversion":
+        return record.data.decode("utf-8", "replace")
+    if record.content_type.lower().startswith("text/plain"):
+        return decode_html(record.data, record.content_type)[0]
+    return extract_text_from_html_bytes(record.data, mode, record.content_type)
+
+
 # ---------------------------------------------------------------- stage 4: personal data
 
 EMAIL_MASK, PHONE_MASK, IP_MASK = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
-EMAIL = re.compile(r"(?<![\w.+%@/|-])\w[\w.+%&'-]{0,63}@(?!\dx\.)"
+EMAIL = re.compile(r"(?<![\w.+%@-])\w[\w.+%&'-]{0,63}@(?!\dx\.)"
                    r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}"
                    r"(?![\w@]|[-.]\w*@|:[\w~]+/)")
 FILE_ENDINGS = ("png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "json", "xml", "html")
 DASH = r"[-.\u2010-\u2013\u00a0 ]"
 # US and Canada: three, three and four digits; an area code starts with 2 to 9. A number without
-# any separator and one that follows digits are identifiers more often than telephones.
+# any separator is an identifier more often than a telephone, groups among others are a card's.
 PHONE = re.compile(
-    rf"(?<![\w.+#$€£=&-])(?<!\d[,:/])(?<![^\W\d]/)(?<!//)(?:(?:\+1|\b1){DASH}?{DASH}?)?"
-    rf"(?:\([2-9]\d\d\){DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}"
+    rf"(?<![\w.+#$€£&-])(?<!\d[,:/])(?<![^\W\d]/)(?<!//)(?:(?:\+1|\b(?:00)?1){DASH}?{DASH}?)?"
+    rf"(?:\( ?[2-9]\d\d ?\){DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}|[2-9]\d\d/\d{{3}}-\d{{4}}"
     rf"|[2-9]\d\d(?P<s>{DASH}|[ ]-[ ])\d{{3}}(?:(?P=s)|-)\d{{4}}|(?P<bare>[2-9]\d\d\d{{7}}))"
     rf"(?:(?: ?x| ?ext\.? ?| ?extension ?)\d{{1,6}})?"
-    rf"(?![\w@]|[-=]\w|/[^\W\d]|\.\d|[ ,:]\d{{4}}\b|%)", re.I)
+    rf"(?![\w@]|[-=][\w|]|/[^\W\d]|\.\d|(?<=[ \d]\d{{4}})[ ,:]\d{{4}}\b|%)", re.I)
 MAYBE_PHONE = re.compile(rf"\d\d\d(?:{DASH}| - )?\d\d\d\d")  # every match of the others has one
-AFTER_DIGIT = re.compile(DASH)
+# What may stand before a number of groups that spaces part: its digits belong to no card.
+PLACE_OR_IP = re.compile(r"(?:\b[A-Z]{2} \d{5}(?:-\d{4})?|\b(?i:suite|ste\.?|apt\.?|unit|room|box|"
+                         r"floor|since|est\.?) \d{1,5}|(?<![\d.])\d{1,3}(?:\.\d{1,3}){3})"
+                         r"[ \u00a0]$")
+AFTER_DIGITS = re.compile(rf"\d{DASH}$")
+UNIT = re.compile(r" ?(?:bytes|bits|[kmg]b|people|users|records|rows|seconds|dollars|usd|eur)\b",
+                  re.I)
 PLUS_PHONE = re.compile(rf"(?<![\w+])\+1{DASH}?(?:\([2-9]\d\d\)|[2-9]\d\d){DASH}?\d{{3}}{DASH}?"
                         rf"\d{{4}}(?!\w|[-.]\d)")
 # Before a number: with separators it is a telephone's unless one of IDENTIFIERS says otherwise.
 PHONE_WORDS = """phone telephone tel call cell mobile fax contact text dial reach whatsapp sms ring
-toll desk office helpline hotline"""
-IDENTIFIERS = """isbn isbn-1[03] issn order invoice ticket tracking serial sku part upc asin doi
-barcode patent version build case ref reference transaction confirmation acct account routing"""
+toll desk office helpline hotline (?:my|our|his|her|their)\\snumber"""
+IDENTIFIERS = """isbn isbn-1[03] issn (?<!to\\s)order invoice ticket tracking serial sku part upc
+asin doi barcode patent version build case ref reference transaction confirmation acct account
+routing pp pages price"""
 BARE_IDENTIFIERS = IDENTIFIERS + """ id item product model member policy customer number no nr pmid
 timestamp iban card ssn code key hash article document record employee student user passport
 licen[sc]e permit vin lot batch job seed population total zip ein npi tin vat uid pid epoch bytes
-size value sum"""
+size value sum usd eur gbp cad"""
 VERSIONS = """versions? ver v released? build firmware revision rev sections? § chapter clause
-paragraph rule article figure table appendix item oid driver update upgraded? patch kernel sdk api
-package assembly hotfix installer software app theorem lemma exercise step"""
+paragraph rule article figure table appendix item oid driver update upgraded? patch kernel sdk
+package assembly hotfix installer software app theorem lemma exercise step firefox chrome
+chromium safari opera edge"""
 
 
 def said_before(words, gap):
@@ -938,13 +977,16 @@ def said_before(words, gap):
 
 AFTER_IDENTIFIER = r"[ \t]*(?:number|no|id|code|#)?\.?[ \t]*(?:is|was|of)?[ \t]*[:#=-]*[ \t]*"
 PHONE_CONTEXT = said_before(PHONE_WORDS, r"\b[^\n]{0,40}")
+PHONE_FIELD = said_before(PHONE_WORDS, r"[\w-]*=")
 IDENTIFIER_CONTEXT = said_before(IDENTIFIERS, AFTER_IDENTIFIER)
 BARE_CONTEXT = said_before(BARE_IDENTIFIERS, AFTER_IDENTIFIER)
 VERSION_CONTEXT = said_before(
     VERSIONS, r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(]*[ \t]*")
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-IP = re.compile(rf"(?<![\w.])(?<![A-Za-z][-/_])(?<!\d[,:/-])(?:{OCTET}\.){{3}}{OCTET}"
-                rf"(?!\w|\.\w|-[A-Za-z]|,\d)")
+# Not after the epoch of a package's version (1:2.3.4.5), and no money (12.345.678.901,23).
+IP = re.compile(rf"(?<![\w.])(?<![A-Za-z][-_])(?<!(?<![\w:.])\d:)(?<!\d-)(?:{OCTET}\.){{3}}{OCTET}"
+                rf"(?!\w|\.\w|-[A-Za-z]|(?<=(?:\.\d\d\d){{3}}),\d\d(?![\d.,]))")
+PORT = re.compile(r":\d")
 MAYBE_IP = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
 
 
@@ -976,6 +1018,9 @@ def mask_matches(pattern, text, mask, accept):
 
 
 def is_email(match, last):
+    text, start = match.string, match.start()
+    if text[start - 1:start] == "/" and text[max(0, start - 2):start - 1] not in "| \t\n":
+        return False  # in an address of the web
     end = match[0].rsplit(".", 1)[1].lower()
     name = match[0].split("@")[0]
     return end not in FILE_ENDINGS and ".." not in name and name.lower() not in ("git", "npm")
@@ -993,16 +1038,20 @@ def mask_emails(text):
 
 
 def is_phone(match, last):
-    """Not after other digits (a card's), nor after a word that speaks of another kind of number."""
+    """Not among other digits that may be a card's, nor after a word of another kind of number."""
     text, start = match.string, match.start()
-    if start > 1 and text[start - 2].isdigit() and start - 1 != last and AFTER_DIGIT.match(
-            text[start - 1]):
-        return False
     before, bare = text[max(0, start - 60):start], match["bare"]
+    if AFTER_DIGITS.search(before) and start - 1 != last and not (
+            before[-1] in " \u00a0" and (not bare and match["s"] != before[-1])
+            or PLACE_OR_IP.search(before)):
+        return False
+    if before.endswith("=") and not PHONE_FIELD.search(before):
+        return False
     context = BARE_CONTEXT if bare else IDENTIFIER_CONTEXT
     if context.search(before) and not PHONE_CONTEXT.search(before):
         return False
-    return not bare or len(set(bare)) > 2 and bare not in "01234567890123456789"
+    return not bare or len(set(bare)) > 2 and bare not in "01234567890123456789" \
+        and not UNIT.match(text, match.end())
 
 
 def mask_phone_numbers(text):
@@ -1025,7 +1074,12 @@ def mask_phone_numbers(text):
 
 
 def is_ip(match, last):
-    before = match.string[max(0, match.start() - 30):match.start()]
+    """Not after a word of versions, nor after a program's name and a slash (Chrome/91.0.44.12)."""
+    text, start = match.string, match.start()
+    before = text[max(0, start - 30):start]
+    if before[-1:] == "/" and before[-2:-1].isalpha() and not before.lower().endswith(
+            "localhost/") and not PORT.match(text, match.end()):
+        return False
     return not VERSION_CONTEXT.search(before)
 
 
@@ -1038,6 +1092,20 @@ def mask_ips(text):
     if not MAYBE_IP.search(text):
         return text, 0
     return mask_until_stable(text, lambda t: mask_matches(IP, t, IP_MASK, is_ip))
+
+
+def mask_pii(text):
+    """Returns (text, {"emails": how many, "phones", "ips"}) after all masks, again until none finds
+    more: what one masks is no longer beside what another looks at."""
+    found = Counter()
+    while True:
+        before = found.total()
+        for name, mask in (("emails", mask_emails), ("phones", mask_phone_numbers),
+                           ("ips", mask_ips)):
+            text, count = mask(text)
+            found[name] += count
+        if found.total() == before:
+            return text, found
 
 
 # ---------------------------------------------------------------- stage 6: rules
@@ -1182,7 +1250,7 @@ def c4_lines(document, *, min_words=5, max_word_chars=1000):
     for line in map(str.strip, CITATION.sub("", document.text).split("\n")):
         low = line.lower()
         if (line.endswith((".", "?", "!", '"', "”")) and not line.endswith("...")
-                and line.count(" ") + 1 >= min_words and "javascript" not in low
+                and len(line.split()) >= min_words and "javascript" not in low
                 and not any(policy in low for policy in POLICY)
                 and max(map(len, line.split()), default=0) <= max_word_chars):
             kept.append(line)
@@ -1293,6 +1361,7 @@ MAX_CACHED_IDS = 1 << 23  # n-gram ids of words that a model remembers: 64 MB
 BATCH_BYTES = 1 << 20  # of text that predict looks at together
 # Length of an untrained label row: the larger, the sooner it learns; 1 to 4 end within 0.002 AUC.
 OUTPUT_SCALE = 4
+MAX_NGRAM = 255  # words or letters; a model with longer ones is damaged, and would eat the memory
 BLOCK_FLOATS = 1 << 16  # of rows that are gathered at a time
 
 
@@ -1501,6 +1570,10 @@ class FastText:
             raise ValueError(f"{path} must be a supervised model (3) with a loss from 1 to 4, got "
                              f"model {args['model']}, loss {args['loss']}; name a classifier")
         args["maxn"] = 0 if version == 11 else args["maxn"]
+        lengths = {name: args[name] for name in ("minn", "maxn", "word_ngrams")}
+        if not all(0 <= length <= MAX_NGRAM for length in lengths.values()):
+            raise ValueError(f"{path} must have n-grams of 0 to {MAX_NGRAM}, got {lengths}; copy "
+                             "it again")
         size, n_words, n_labels = file.numbers("3i")
         args["ntokens"], n_pruned = file.numbers("qq")
         entries = file.entries(size)
@@ -2184,6 +2257,12 @@ def classify_quality(text, model=None):
 SORT_BYTES = 112  # of memory that sorting takes a key, measured at 10 million
 
 
+def check_memory(memory_mb):
+    """raises: ValueError if there is no memory to sort in."""
+    if memory_mb < 1:
+        raise ValueError(f"memory_mb must be at least 1, got {memory_mb}; give some to sort in")
+
+
 def sorted_slices(blocks, count, memory_bytes):
     """Yields (keys, places) sorted by key, equal keys by place: the keys of one slice of their
     range at a time, so that each fits the memory.
@@ -2261,6 +2340,7 @@ def exact_line_deduplication(input_files, output_directory, memory_mb=1024, keep
     told apart by 64 bits: of n lines, a line is taken for another with probability n / 2**64. The
     hashes are on disk, 8 bytes a line, and sorted in memory_mb. source: [2] 3.1
     """
+    check_memory(memory_mb)
     inputs, outputs = output_paths(input_files, output_directory)
     with tempfile.TemporaryDirectory(prefix=".lines-", dir=output_directory) as folder:
         sizes, lines = hash_lines(inputs, folder)
@@ -2693,6 +2773,7 @@ def find_near_duplicates(files, work_dir, num_hashes=128, num_bands=16, ngrams=5
 def check_needs(files, num_bands, work_dir, memory_mb, progress):
     """Says what the run will need, documents of .jsonl files judged by the first megabyte of each;
     raises ValueError where the disk has less."""
+    check_memory(memory_mb)
     documents = 0
     for path in files:
         documents += 1
@@ -2882,6 +2963,15 @@ class Judge:
                             for kind in CLASSIFIERS}
         used = {"language": options.languages, "nsfw": not options.no_harm,
                 "toxic": not options.no_harm, "quality": options.quality_model}
+        for kind, wanted in (("language", options.languages), ("nsfw", HARMFUL), ("toxic", HARMFUL),
+                             ("quality", [options.quality_label])):
+            model = used[kind] and self.classifiers[kind].model
+            if model and not set(wanted) & set(model.labels):
+                flag = {"language": "--languages", "quality": "--quality_label"}.get(kind)
+                raise ValueError(
+                    f"--{kind}_model must have a label of {', '.join(wanted)}, got a model with "
+                    f"{', '.join(sorted(model.labels)[:9])}; name "
+                    f"{f'one of its labels by {flag}' if flag else 'a model of harmful text'}")
         self.methods = {kind: self.classifiers[kind].method if on else "not judged"
                         for kind, on in used.items()}
         self.stages = [(name, function) for name, function, on in (
@@ -2940,13 +3030,7 @@ class Judge:
             yield dict(zip(("language", "language_score"), answer, strict=True)) if answer else {}
 
     def extract(self, data, record):
-        if record.kind == "conversion":
-            text = data.decode("utf-8", "replace")
-        elif record.content_type.lower().startswith("text/plain"):
-            text = decode_html(data, record.content_type)[0]
-        else:
-            text = extract_text_from_html_bytes(data, self.options.mode, record.content_type)
-        text = clean_text(text)
+        text = clean_text(record_text(record, self.options.mode))
         return (text, None) if text else (None, "no text")
 
     def check_address(self, text, notes):
@@ -2986,11 +3070,8 @@ class Judge:
         return (text, None) if good >= self.options.quality_score else (None, "quality too low")
 
     def mask(self, text, notes):
-        for name, function in (("emails", mask_emails), ("phones", mask_phone_numbers),
-                               ("ips", mask_ips)):
-            text, found = function(text)
-            if found:
-                notes[name] = found
+        text, found = mask_pii(text)
+        notes |= +found  # those above zero
         return text, None
 
 
@@ -3142,6 +3223,16 @@ DOWNLOAD_TRIES = 100
 UNANSWERED_TRIES = 5  # of a server that never gave an answer
 
 
+@contextmanager
+def open_input(path, mode="rb", **settings):
+    """A file to read, through gzip where its name ends in .gz.  raises: ValueError if it is cut"""
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, mode, **settings) as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} must be a whole gzip file, got: {error}; copy it again") from None
+
+
 def list_inputs(inputs):
     """Returns the files that --input names: paths, patterns, folders, addresses, lists of paths.
 
@@ -3156,8 +3247,7 @@ def list_inputs(inputs):
         if re.match(r"https?://", item):
             found.append(item)
         elif item.endswith((".paths", ".paths.gz")) and os.path.exists(item):
-            opener = gzip.open if item.endswith(".gz") else open
-            with opener(item, "rt", encoding="utf-8") as file:
+            with open_input(item, "rt", encoding="utf-8") as file:
                 for line in filter(None, map(str.strip, file)):
                     beside = [Path(line), Path(item).parent / line,
                               Path(item).parent / Path(line).name]
@@ -3681,16 +3771,17 @@ def run(args):
 
 def extract(args):
     """The text of HTML files, or of every page of WARC and WET files."""
-    for path in bpe.list_files(args.input):
+    named = [path for item in args.input for path in (
+        [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True)) or [item])]
+    for path in bpe.list_files(named):
         if not re.search(r"\.(?:warc|wet)\b", path.name):
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            with open_input(path) as file:
                 print(extract_text_from_html_bytes(file.read(), args.mode))
             continue
         for record in read_records(path):
             print(f"{DOCUMENT_MARK}{record.url}\t{record.problem or ''}".rstrip())
             if not record.problem:
-                print(record.data.decode("utf-8", "replace") if record.kind == "conversion" else
-                      extract_text_from_html_bytes(record.data, args.mode, record.content_type))
+                print(record_text(record, args.mode))
 
 
 def inspect(args):
@@ -3734,8 +3825,7 @@ def read_texts(path):
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         yield from (text for _, text in bpe.read_jsonl(path, "replace"))
         return
-    with (gzip.open if path.suffix == ".gz" else open)(
-            path, "rt", encoding="utf-8", errors="replace", newline="\n") as file:
+    with open_input(path, "rt", encoding="utf-8", errors="replace", newline="\n") as file:
         yield from (line.rstrip("\n") for line in file if line.strip())
 
 
@@ -4026,7 +4116,12 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):  # print what the terminal's encoding lacks, escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return args.function(args)
+        status = args.function(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has read enough; what is left goes nowhere at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
     except (ValueError, OSError) as error:
         print(f"data_filter.py {args.verb}: error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

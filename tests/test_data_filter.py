@@ -37,6 +37,7 @@ from data_filter import (
     mask_emails,
     mask_ips,
     mask_phone_numbers,
+    mask_pii,
     read_records,
 )
 
@@ -303,9 +304,10 @@ def test_an_article_that_only_json_ld_has_is_found():
     "<!--" * 50_000, "<svg>" * 50_000 + "</svg>", "<table><tr><td colspan=9007199254740991>x",
     "&#1114112;&#x110000;&lt" * 1000, "</p>" * 100_000, "<ul><li>" * 20_000 + "x", "\0" * 1000,
     "<select>" * 1000 + "x", "<script " * 50_000, "<!" * 50_000, "<svg " * 50_000 + "</svg>",
-    "<td>" * 50_000, "<p>x" * 30_000])
+    "<td>" * 50_000, "<p>x" * 30_000, "<svg>" * 200_000 + "</svg x>", "<select>" * 200_000 + "</select",
+    "<p>&#" + "9" * 5000 + ";", '<script>{"articleBody": "' + "abc \\ud83d x. " * 100 + '"}</script>'])
 def test_hostile_pages_end(html, mode):
-    assert isinstance(extract_text_from_html_bytes(html.encode(), mode), str)
+    assert isinstance(extract_text_from_html_bytes(html.encode(), mode).encode(), bytes)
 
 
 def test_random_bytes_and_cut_pages_never_raise():
@@ -324,7 +326,7 @@ def test_random_bytes_and_cut_pages_never_raise():
 @pytest.mark.parametrize(("text", "masked"), [
     ("a.b+c@sub.example.co.uk", EMAIL_MASK), ("write to x@y.org.", f"write to {EMAIL_MASK}."),
     ("logo@2x.png", None), ("@name", None), ("a@b", None), ("git@github.com:a/b.git", None),
-    ("pip install x@1.2.3", None)])
+    ("pip install x@1.2.3", None), ("ssh://user@host.com/x", None), ("|a@b.com|", f"|{EMAIL_MASK}|")])
 def test_emails_are_masked(text, masked):
     assert mask_emails(text) == (masked or text, int(masked is not None))
 
@@ -338,11 +340,23 @@ def test_us_and_canadian_numbers_are_masked(number):
     assert mask_phone_numbers(text.format(number)) == (text.format(PHONE_MASK), 1)
 
 
+@pytest.mark.parametrize("text", [
+    "Springfield, IL 62704 {}", "NY 10001 (212) 555-1234", "Suite 200 {}", "Hours 9-5 {}", "Est. 1999 {}",
+    "Suite 4 217 555 1234", "Open since 1998 2175551234",
+    "IL 62704-1234 217 555 1234", "TX 75001 2175551234", "DOB 1990-01-01 {}", "To order: {}", "phone={}",
+    "Reservations {} 2024", "001-415-555-2671", "415/555-2671", "( 283 ) 182-3829", "my number is 2831823829"])
+def test_a_telephone_after_other_numbers_or_words_is_masked(text):
+    assert mask_phone_numbers(text.format("415-555-2671"))[1] == 1
+
+
 @pytest.mark.parametrize("trap", [
     "4532 1234 5678 9012", "378282246310005", "3782 822463 10005", "2021-03-04", "ISBN 0306406152",
     "order 4155552671", "123-45-6789", "id=4155552671", "550e8400-e29b-41d4-a716-446655440000",
     "10.1000/182", "$4155552671", "5105105105105100", "1616161616", "v2.345.678.9012",
-    "tracking number 4155552671", "GB29 NWBK 6016 1331 9268 19"])
+    "212 555 1234 5678", "1234 212 555 1234", "4111-212-555-1234", "7 4155552671", "2155551234 bytes",
+    "pp. 200 201-2023", "?id=415-555-2671", "USD 4155552671", "price 415.555.2671", "300-400 500-6000",
+    "IL 6270 2175551234",
+    "my order number is 4155552671", "tracking number 4155552671", "GB29 NWBK 6016 1331 9268 19"])
 def test_other_numbers_are_no_telephones(trap):
     assert mask_phone_numbers(f"See {trap} there.") == (f"See {trap} there.", 0)
 
@@ -351,7 +365,10 @@ def test_other_numbers_are_no_telephones(trap):
     ("192.0.2.146", IP_MASK), ("http://10.0.0.1:80/", f"http://{IP_MASK}:80/"),
     ("10.0.0.0/24", f"{IP_MASK}/24"), ("from 8.8.8.8.", f"from {IP_MASK}."), ("256.1.1.1", None),
     ("1.2.3.4.5", None), ("v1.2.3.4", None), ("version 1.2.3.4", None), ("Chrome/91.0.44.12", None),
-    ("01.02.03.04", None), ("tool-1.2.3.4", None)])
+    ("01.02.03.04", None), ("tool-1.2.3.4", None), ("ip,10.0.0.1,200", f"ip,{IP_MASK},200"),
+    ("IPv4:10.0.0.1.", f"IPv4:{IP_MASK}."), ("80/10.0.0.1", f"80/{IP_MASK}"), ("1:2.3.4.5", None),
+    ("localhost/127.0.0.1", f"localhost/{IP_MASK}"), ("api: 10.0.0.1", f"api: {IP_MASK}"),
+    ("01:10:01:10.0.0.1", f"01:10:01:{IP_MASK}"), ("Firefox 1.2.3.4", None), ("12.145.178.101,23", None)])
 def test_addresses_of_the_net_are_masked(text, masked):
     assert mask_ips(text) == (masked or text, int(masked is not None))
 
@@ -362,6 +379,8 @@ def test_masked_text_is_stable():
               "+1", "(283) ", "|", "\n"]
     for _ in range(3000):
         text = "".join(rng.choices(pieces, k=6))
+        masked, _ = mask_pii(text)
+        assert mask_pii(masked) == (masked, dict(emails=0, phones=0, ips=0))
         for mask in (mask_emails, mask_phone_numbers, mask_ips):
             text, _ = mask(text)
             assert mask(text) == (text, 0)
@@ -398,6 +417,8 @@ def test_each_rule_drops_its_example_and_keeps_prose(name, text):
 def test_c4_keeps_whole_sentences_only():
     text = "This line is a whole sentence.\nMenu\nPlease enable javascript in your browser.\nEnds..."
     assert data_filter.c4_lines(data_filter.Document(text + "[1]")) == "This line is a whole sentence."
+    assert data_filter.c4_lines(data_filter.Document("a    b.\none two\tthree\tfour five.")) == (
+        "one two\tthree\tfour five.")
 
 
 # ---------------------------------------------------------------- runs
@@ -746,6 +767,17 @@ def test_models_that_are_named_judge_and_are_named_in_the_report(warc, tmp_path)
         assert text[notes["start"] + notes["bytes"]:].startswith(bpe.END_OF_TEXT.encode())
 
 
+@pytest.mark.parametrize(("flags", "says"), [
+    ("--quality_model", "--quality_label"), ("--nsfw_model", "harmful"), ("--toxic_model", "harmful"),
+    ("--language_model", "--languages")])
+def test_a_model_without_the_labels_that_are_asked_for_is_refused(warc, tmp_path, capsys, flags, says):
+    model, counts = toy_model()
+    model.save(tmp_path / "m.bin", counts)
+    error = refused(capsys, "run", "--input", str(warc), "--out_dir", str(tmp_path / "out"), flags,
+                    str(tmp_path / "m.bin"))
+    assert "down, up" in error and says in error
+
+
 def test_wet_records_are_taken_as_they_are(tmp_path):
     texts = [f"A title\n{prose(n)}" for n in range(4)]
     write_warc(tmp_path / "a.warc.wet.gz", [
@@ -760,6 +792,24 @@ def test_extract_prints_the_text_of_a_page(tmp_path, capsys):
     (tmp_path / "x.html").write_bytes(b"<h1>Moby</h1><p>Call me Ishmael.</p>")
     data_filter.main(["extract", "--input", str(tmp_path / "x.html")])
     assert capsys.readouterr().out == "Moby\n\nCall me Ishmael.\n"
+    data_filter.main(["extract", "--input", str(tmp_path / "?.html")])
+    assert capsys.readouterr().out == "Moby\n\nCall me Ishmael.\n"
+
+
+def test_extract_leaves_plain_text_as_it_is(tmp_path, capsys):
+    code = "if a <b and c> d:\n  indented"
+    write_warc(tmp_path / "a.warc.gz", [response(code.encode(), "Content-Type: text/plain")])
+    data_filter.main(["extract", "--input", str(tmp_path / "a.warc.gz")])
+    assert capsys.readouterr().out.endswith(f"\n{code}\n")
+
+
+def test_extract_ends_without_a_word_where_its_reader_does(tmp_path):
+    (tmp_path / "x.html").write_bytes(b"<p>whale " * 99_999)
+    with subprocess.Popen([sys.executable, "data_filter.py", "extract", "--input", tmp_path / "x.html"],
+                          cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as job:
+        job.stdout.read(5)
+        job.stdout.close()
+        assert job.stderr.read() == b""
 
 
 # ---------------------------------------------------------------- models, language, duplicates
@@ -1003,6 +1053,7 @@ def test_a_training_step_follows_the_gradient():
 @pytest.mark.parametrize(("spoil", "says"), [
     (lambda data: b"GIF89a" + data, "magic"), (lambda data: data[:200], "whole"),
     (lambda data: data[:4] + b"\x0d\0\0\0" + data[8:], "version 13"), (lambda data: b"", "magic 0"),
+    (lambda data: data[:28] + b"\0\0\1\0" + data[32:], "n-grams of"),
     (lambda data: data + b"x", "more"), (lambda data: data[:36] + b"\1" + data[37:], "model 1")])
 def test_foreign_and_broken_model_files_are_refused_by_name(tmp_path, spoil, says):
     model, counts = toy_model()
@@ -1181,6 +1232,10 @@ def test_finished_signatures_are_used_again_and_stale_ones_are_not(tmp_path, mon
     ("dedup --input {a} {b} --out_dir {out} --jaccard_threshold 80", "from 0 to 1"),
     ("dedup --input {bad} --out_dir {out}", "\"text\""),
     ("dedup --input {here}/none --out_dir {out}", "must be a file or a folder"),
+    ("dedup --input {a} --out_dir {out} --memory_mb 0", "memory_mb must be at least 1"),
+    ("dedup --input {a} --out_dir {out} --memory_mb 0 --how lines", "memory_mb must be at least 1"),
+    ("extract --input {cut}", "whole gzip"), ("classify --input {cut}", "whole gzip"),
+    ("run --input {paths} --out_dir {out}", "whole gzip"),
     ("classify --text x --model {a}", "magic"),
     ("classify", "--text, --input or --train"),
     ("classify --train {a} {b}", "--model"),
@@ -1190,8 +1245,10 @@ def test_finished_signatures_are_used_again_and_stale_ones_are_not(tmp_path, mon
 def test_bad_input_is_one_line_that_says_what_to_do(tmp_path, capsys, command, says):
     names = {name: tmp_path / f"{name}.txt" for name in ("a", "b", "empty")}
     names |= {"here": tmp_path, "out": tmp_path / "out", "bad": tmp_path / "bad.jsonl",
-              "sub": tmp_path / "sub"}
+              "sub": tmp_path / "sub", "cut": tmp_path / "x.html.gz", "paths": tmp_path / "x.paths.gz"}
     names["sub"].mkdir()
+    for name in ("cut", "paths"):
+        names[name].write_bytes(gzip.compress(b"word " * 99)[:-9])
     for path, text in ((names["a"], "one\ntwo"), (names["b"], "three"), (names["empty"], ""),
                        (names["bad"], '{"words": 1}\n'), (names["sub"] / "a.txt", "x")):
         path.write_text(text)
