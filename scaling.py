@@ -995,6 +995,8 @@ class TrainingRun:
         self.model = lm.TransformerLM(shape).to(device)
         self.params = list(self.model.parameters())
         self.steps = tokens // (SEQUENCE * config["train_batch_size"])
+        # Shuffled, the same for all runs: in the text's own order more tokens are other subjects
+        self.order = np.random.default_rng(0).permutation((len(train_ids) - 1) // SEQUENCE)
         self.optimizer, o = None, config["optimizer_config"]  # None: SGD
         if "beta1" in o:
             self.optimizer = OptaxAdamW(self.params, 0.0, (o["beta1"], o["beta2"]), o["eps"],
@@ -1006,16 +1008,9 @@ class TrainingRun:
         self.micro_batch = max(1, min(config["train_batch_size"], most, fits))
 
     def sequences(self, step):
-        """The token windows (B, SEQUENCE + 1) of a step: the data in order, SEQUENCE at a time,
-        shuffled within chunks of 2,048 sequences by the chunk's number. source: [1]"""
-        whole, size = (len(self.train_ids) - 1) // SEQUENCE, 2048
+        """The token windows (B, SEQUENCE + 1) of a step."""
         batch = self.config["train_batch_size"]
-        place = np.arange(step * batch, (step + 1) * batch)
-        starts = np.empty_like(place)
-        for chunk in np.unique(place // size):
-            order = np.random.default_rng(chunk).permutation(min(size, whole - chunk * size))
-            inside = place // size == chunk
-            starts[inside] = (chunk * size + order[place[inside] % size]) * SEQUENCE
+        starts = self.order[step * batch : (step + 1) * batch] * SEQUENCE
         windows = self.train_ids[starts[:, None] + np.arange(SEQUENCE + 1)]
         return torch.from_numpy(windows.astype(np.int64)).to(self.device)
 

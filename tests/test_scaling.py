@@ -1123,14 +1123,12 @@ def test_the_learning_rate_warms_up_from_its_first_value_and_ends_near_its_last(
 
 def test_training_reads_each_sequence_once_in_an_order_that_batches_do_not_change():
     orders = []
-    for batch in (4, 229):
-        run = object.__new__(scaling.TrainingRun)
-        run.train_ids = np.arange(2748 * 512 + 1, dtype=np.uint32)  # a chunk of 2,048 sequences, and 700
-        run.config, run.device = {"train_batch_size": batch}, torch.device("cpu")
-        orders.append(np.concatenate([run.sequences(s)[:, 0].numpy() for s in range(2748 // batch)]))
-    assert np.array_equal(np.sort(orders[0]), np.arange(2748) * 512)
-    assert np.array_equal(orders[1], orders[0][: len(orders[1])])
-    assert np.array_equal(orders[0][:2048], np.random.default_rng(0).permutation(2048) * 512)
+    for batch in (4, 21):  # of 84 sequences
+        run = make_run(np.arange(84 * 512 + 1, dtype=np.uint32), total_train_tokens=84 * 512, n_evals=1,
+                       train_batch_size=batch)  # fmt: skip
+        orders.append(np.concatenate([run.sequences(step)[:, 0].numpy() for step in range(84 // batch)]))
+    assert np.array_equal(np.sort(orders[0]), np.arange(84) * 512) and np.array_equal(*orders)
+    assert not np.array_equal(orders[0], np.sort(orders[0]))
 
 
 @pytest.mark.parametrize("optimizer", [
