@@ -77,15 +77,15 @@ STARTS = ("grid", "projection")  # of a parametric fit
 
 def load_runs(path):
     """The rows of a .json list, .jsonl or .csv as dicts; numbers stay as the file spells them."""
-    text = Path(path).read_text(encoding="utf-8-sig")
     try:
+        text = Path(path).read_text(encoding="utf-8-sig")
         if Path(path).suffix == ".csv":
             rows = list(csv.DictReader(io.StringIO(text)))
         elif text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as problem:
+    except (ValueError, RecursionError, csv.Error) as problem:
         raise ValueError(f"{path} must be JSON, JSONL or CSV, got {problem}; repair or remove that "
                          "line") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
@@ -95,7 +95,7 @@ def load_runs(path):
 
 
 def number_above_zero(value, name, i):
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         if 0 < float(value) < math.inf:
             return float(value)
     raise ValueError(f"{name} must be a finite number above 0, got {value!r} in run {i}; correct "
@@ -184,7 +184,8 @@ def isoflop_profiles(runs):
         chosen = [best[size] for size in sorted(best)]
         if len(chosen) < 3:
             raise ValueError(f"a profile must have at least 3 model sizes, got {len(chosen)} at "
-                             f"{flops:.3g} FLOPs; add runs of that budget or remove it")
+                             f"{flops:.3g} FLOPs; add runs of that budget, remove it, or give "
+                             "the --flops that the sweep was planned with")
         profiles.append((flops, np.log(runs["parameters"][chosen]), runs["loss"][chosen],
                          np.log(runs["tokens"][chosen])))
     if len(profiles) < 3:
@@ -632,6 +633,7 @@ def mup_rules(width, base_width, d_head):
 SEQUENCE, EVAL_TOKENS = 512, 2**18  # tokens of a sequence and of an evaluation: fixed by [1]
 BUDGET_S, MOST_S, MOST_TOKENS = 43_200.0, 43_200.0, 500_000_000_000  # of a user; of one run
 API_KEY = "12345678"  # of the one user where --users names none
+MOST_EVALS = 10_000  # that a law answers: 0.4 s of every user's time
 REQUIRED = object()
 
 
@@ -941,7 +943,9 @@ class Law:
 
     def run(self, config):
         """What a run of this config ends with, by the contract's rule for its time."""
-        N, n = body_parameters(shape_of(config)), config["n_evals"]
+        N, n = float(body_parameters(shape_of(config))), config["n_evals"]
+        if n > MOST_EVALS:
+            raise ValueError(f"n_evals must be at most {MOST_EVALS} here, got {n}; lower it")
         tokens, batch_tokens = config["total_train_tokens"], SEQUENCE * config["train_batch_size"]
         limit = config["max_runtime_seconds"]
         lr = config["optimizer_config"]["lr_scheduler"]["peak_value"]
@@ -991,6 +995,12 @@ class TrainingRun:
         self.dtype = torch.float32  # bfloat16 is emulated on other devices: slower than float32
         if device.type == "cuda":
             self.dtype, _ = lm.resolve_dtype(config["architecture_config"]["dtype"], device)
+        # float32 weights, gradients, AdamW's two moments; about 50 kB of objects a layer
+        copies, free = 4 if "beta1" in config["optimizer_config"] else 2, lm.free_memory(device)
+        needed = 4 * copies * sum(lm.count_parameters(shape).values()) + 5e4 * shape.num_layers
+        if needed > free:
+            raise ValueError(f"the model must fit in {free / 2**30:.1f} GiB of free memory, got "
+                             f"{needed / 2**30:.1f} GiB; make it smaller")
         torch.manual_seed(config["model_seed"])
         self.model = lm.TransformerLM(shape).to(device)
         self.params = list(self.model.parameters())
@@ -1095,6 +1105,8 @@ class Store:
 
     def __init__(self, path, budget_s=BUDGET_S):
         self.path, self.budget_s = str(path), budget_s
+        if self.path in ("", ":memory:"):
+            raise ValueError(f"--db must be a file, got {self.path!r}; give a path")
         try:  # the guard is held until this process ends, however it ends
             self.guard = sqlite3.connect(f"{path}.lock", timeout=0, check_same_thread=False)
             self.guard.execute("BEGIN EXCLUSIVE")
@@ -1222,9 +1234,14 @@ class Store:
         for row in lost:
             self.finish(c, row["id"], row["run_id"], failed(
                 f"ServerLost: the server ended in each of {row['attempts']} attempts"))
-        again = c.execute("UPDATE experiments SET state = 'queued', dispatched_at = NULL, "
-                          "run_id = NULL, val_losses = '[]' WHERE state = 'running'")
-        return again.rowcount, len(lost)
+        return self.requeue(c), len(lost)
+
+    def requeue(self, c, uncounted=0):
+        """Puts what runs back in the queue; returns how many. uncounted: 1 when a server that stops
+        in order takes its attempt back."""
+        return c.execute("UPDATE experiments SET state = 'queued', dispatched_at = NULL, run_id = "
+                         "NULL, val_losses = '[]', attempts = attempts - ? WHERE state = 'running'",
+                         (uncounted,)).rowcount
 
 
 def experiment_to_wire(row):
@@ -1261,15 +1278,18 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, address, store, users=None):
+    def __init__(self, address):
+        try:
+            super().__init__(address, Handler)
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"the address must be free, got {address[0]}:{address[1]} "
+                             f"({error}); give another --host or --port") from None
+
+    def attach(self, store, users=None):
+        """To be called once, before serving; a start that fails earlier leaves no users behind."""
         self.store = store
         self.digests = [(user, hashlib.sha256(key.encode()).digest())
                         for user, key in store.seed_users(users)]
-        try:
-            super().__init__(address, Handler)
-        except OSError as error:
-            raise ValueError(f"the address must be free, got {address[0]}:{address[1]} "
-                             f"({error.strerror}); give another --port") from None
 
     def user_of(self, key):
         """The user with this key, compared in constant time with every key there is."""
@@ -1317,6 +1337,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send(500, TEXT, b"Internal Server Error")
         except (ConnectionError, TimeoutError):  # the client went away or sends nothing
             self.close_connection = True
+        except sqlite3.Error as error:  # locked by another program, or the disk is full
+            print(f"serve: {self.command} {self.path[:100]!r}: {error}", file=sys.stderr)
+            self.send(503, TEXT, b"Service Unavailable", extra)
         except Exception:
             traceback.print_exc()
             self.send(500, TEXT, b"Internal Server Error")
@@ -1324,6 +1347,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = do_OPTIONS = do_TRACE = answer
 
     def send(self, status, content_type, body, headers=()):
+        self.request_version = "HTTP/1.1"  # to what it takes for 0.9, TLS too, it sends no headers
         self.send_response_only(status)
         self.send_header("date", self.date_time_string())
         self.send_header("content-length", str(len(body)))
@@ -1376,8 +1400,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def route(self):
         """(content type, text) of what path and method name."""
-        target = urllib.parse.urlsplit(self.path)
+        try:
+            target = urllib.parse.urlsplit(self.path)
+        except ValueError:
+            raise Refusal(400, {"detail": "There was an error parsing the URL"}) from None
         path = urllib.parse.unquote(target.path)
+        if self.requestline.split()[1].startswith("//"):  # which http.server makes one
+            raise Refusal(404, {"detail": "Not Found"})
         if not (found := self.find(path)):
             if not (path.endswith("/") and self.find(path.rstrip("/"))):
                 raise Refusal(404, {"detail": "Not Found"})
@@ -1518,7 +1547,11 @@ class BackEnd(threading.Thread):
         while not self.stopping.is_set():
             started = self.ready() and self.write(self.store.dispatch, self.workers, self.most)
             for number, run_id, config in started or ():
-                if end := self.end_of(number, run_id, config):  # None: the server stops first
+                try:
+                    end = self.end_of(number, run_id, config)  # None: the server stops first
+                except Exception as error:  # it is this run's, and the others go on
+                    end = failed(f"{type(error).__name__}: {error}")
+                if end:
                     self.write(self.store.finish, number, run_id, end)
             if not started:
                 self.store.queued.wait(0.2)
@@ -1541,10 +1574,7 @@ class LawBackEnd(BackEnd):
         self.law = law
 
     def end_of(self, number, run_id, config):
-        try:
-            return self.law.run(config)
-        except (ValueError, OverflowError) as error:
-            return failed(f"{type(error).__name__}: {error}")
+        return self.law.run(config)
 
 
 class TrainBackEnd(BackEnd):
@@ -1577,7 +1607,8 @@ class TrainBackEnd(BackEnd):
         """What the worker says. One that dies is a failed run; one that runs 10 s and 5% over its
         time, or has no first step in 30 minutes, is ended."""
         asked, began, losses = time.perf_counter(), None, []
-        self.link.send_bytes(json.dumps(config).encode())
+        with contextlib.suppress(OSError):  # a worker that is dead is noticed below
+            self.link.send_bytes(json.dumps(config).encode())
         while not self.stopping.is_set():
             now = time.perf_counter()
             used = now - began if began else 0.0
@@ -1804,6 +1835,16 @@ class Client:
         raise ValueError(f"the server at {self.url} must answer, got {problem} {self.attempts} "
                          "times; check --url, or try again later: nothing is submitted twice")
 
+    @contextlib.contextmanager
+    def reading(self, path):
+        """Around what reads an answer: one of another shape is one line."""
+        try:
+            yield
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the server at {self.url} must speak the training API, got another "
+                             f"answer to {path} ({type(error).__name__}: {error}); check --url"
+                             ) from None
+
     def get(self, path):
         status, body, _ = self.call("GET", path)
         if status != 200:
@@ -1813,18 +1854,27 @@ class Client:
 
     def experiments(self):
         """{config_id: experiment} of this key; what our checks would refuse is left out."""
-        found = {}
-        for experiment in self.get("/experiments"):
-            with contextlib.suppress(Refusal):
-                found[config_id(parse_config(experiment["training_config"]))] = experiment
+        found, listed = {}, self.get("/experiments")
+        with self.reading("/experiments"):
+            for experiment in listed:
+                if not {"experiment_id", "status"} <= experiment.keys():
+                    raise KeyError("experiment_id or status")
+                with contextlib.suppress(Refusal):
+                    found[config_id(parse_config(experiment["training_config"]))] = experiment
         return found
+
+    def remaining_s(self):
+        budget = self.get("/budget")
+        with self.reading("/budget"):
+            return float(budget["remaining_seconds"])
 
     def submit(self, config):
         """(id, whether it is new) of the experiment that has this parsed config from now on.
         raises Refusal with what the server says"""
         status, body, sent = self.call("POST", "/submit", config)
         if status == 200:
-            return body["experiment_id"], True
+            with self.reading("/submit"):
+                return body["experiment_id"], True
         if status == 409 and (found := self.experiments().get(config_id(config))):
             return found["experiment_id"], sent > 1
         raise Refusal(status, body)
@@ -1925,7 +1975,7 @@ class Sweep:
             return
         mine = sum(row["charged_s"] for row in self.rows.values())
         mine += sum(config["max_runtime_seconds"] for config in self.active.values())
-        room = min(self.client.get("/budget")["remaining_seconds"], self.budget_s - mine)
+        room = min(self.client.remaining_s(), self.budget_s - mine)
         for number, config in list(self.waiting.items()):
             if config["max_runtime_seconds"] > room:
                 continue
@@ -1943,10 +1993,12 @@ class Sweep:
         """Writes the line of every active experiment that has ended; returns how many did."""
         ended, self.running = 0, 0
         for number, experiment in self.client.experiments().items() if self.active else ():
-            state = experiment["status"]["status_type"]
+            with self.client.reading("/experiments"):
+                state = experiment["status"]["status_type"]
             self.running += number in self.active and state == "running"
             if number in self.active and state in ("completed", "failed"):
-                self.rows[number] = result_row(experiment)
+                with self.client.reading("/experiments"):
+                    self.rows[number] = result_row(experiment)
                 with open(self.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(self.rows[number]) + "\n")
                     file.flush()
@@ -2446,30 +2498,32 @@ def make_back_ends(args, store):
 def serve(args):
     """The verb serve: until Ctrl-C or SIGTERM."""
     users = read_users(args.users) if args.users else None
-    Path(args.db).parent.mkdir(parents=True, exist_ok=True)
-    store = Store(args.db, args.budget_s)
-    server = Server((args.host, args.port), store, users)
-    back_ends = make_back_ends(args, store)
-    requeued, lost = store.write(store.recover)
-    if requeued or lost:
-        print(f"runs of the server before: {requeued} queued again, {lost} failed after "
-              f"{MAX_ATTEMPTS} attempts")
-    for back_end in back_ends:
-        back_end.start()
-    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's & leaves SIGINT ignored
-        signal.signal(number, signal.default_int_handler)
-    print(f"training API on http://{args.host}:{server.server_port}, dashboard at /dashboard, "
-          f"{'your users' if users else f'key {API_KEY}'}, {args.backend} back end, {args.db}",
-          flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print("stopped: what was queued or running goes on at the next start")
-    finally:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Server((args.host, args.port)))  # before there are any files
+        Path(args.db).parent.mkdir(parents=True, exist_ok=True)
+        store = stack.enter_context(contextlib.closing(Store(args.db, args.budget_s)))
+        back_ends = make_back_ends(args, store)
+        server.attach(store, users)
+        requeued, lost = store.write(store.recover)
+        if requeued or lost:
+            print(f"runs of the server before: {requeued} queued again, {lost} failed after "
+                  f"{MAX_ATTEMPTS} attempts")
+        for number in (signal.SIGTERM, signal.SIGINT):  # a shell's & leaves SIGINT ignored
+            signal.signal(number, signal.default_int_handler)
+        for back_end in back_ends:
+            back_end.start()
+            stack.callback(back_end.stop)
+        print(f"training API on http://{args.host}:{server.server_port}, dashboard at /dashboard, "
+              f"{'your users' if users else f'key {API_KEY}'}, {args.backend} back end, {args.db}",
+              flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("stopped: what was queued or running goes on at the next start")
         for back_end in back_ends:
             back_end.stop()
-        server.server_close()
-        store.close()
+        with contextlib.suppress(sqlite3.Error):  # else it counts as a lost attempt
+            store.write(store.requeue, 1)
 
 
 def submit(args):

@@ -463,6 +463,10 @@ def test_other_bad_input_is_one_line(tmp_path, capsys):
     fails(capsys, ["fit", tmp_path / "none.json"], "No such file")
     (tmp_path / "bad.jsonl").write_text('{"loss": 1}\n{"loss": ')
     fails(capsys, ["fit", tmp_path / "bad.jsonl"], "must be JSON, JSONL or CSV, got .*; repair")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    fails(capsys, ["fit", tmp_path / "deep.json"], "deep.json must be JSON, JSONL or CSV")
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    fails(capsys, ["fit", tmp_path / "bytes.json"], "bytes.json must be JSON, JSONL or CSV")
     fails(capsys, ["fit", table, "--drop_worst", "40"], "--drop_worst must leave runs, got 40 of 40")
     fails(capsys, ["fit", table, "--budget", "-1"], "must be above 0, got -1")
     few = write(tmp_path / "few.jsonl", surface()[:5])
@@ -697,7 +701,8 @@ class Serving:
 
     def __init__(self, path, users=None, back_end=None):
         self.store = scaling.Store(path)
-        self.server = scaling.Server(("127.0.0.1", 0), self.store, users)
+        self.server = scaling.Server(("127.0.0.1", 0))
+        self.server.attach(self.store, users)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.back_end = back_end and back_end(self.store)
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -776,7 +781,7 @@ def test_unknown_paths_methods_and_slashes(api):
     answer = api.ask("GET", "/budget/?a=1&b=%20")
     assert (answer.status_code, answer.text) == (307, "")
     assert answer.headers["Location"] == f"{api.url}/budget?a=1&b=%20"
-    for path in ("/nope", "/experiment/", "/%2e%2e/etc/passwd"):
+    for path in ("/nope", "/experiment/", "/%2e%2e/etc/passwd", "//budget", "//x/budget"):
         assert (api.ask("GET", path).status_code, api.ask("GET", path).text) == (404, '{"detail":"Not Found"}')
 
 
@@ -823,6 +828,9 @@ def test_checks_come_in_the_contracts_order(api):
 def test_garbage_and_too_large_bodies_hurt_nobody(api):
     big = b"POST /submit HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
     for text, status in ((b"\r\n\r\n", b""), (b"GET\r\n\r\n", b""), (b"GET / HTTP/9.9\r\n\r\n", b""),
+                         (b"GET /budget\r\n\r\n", b"HTTP/1.1 401"), (b"\x16\x03\x01\x02\r\n\r\n", b"HTTP/1.1 400"),
+                         (b"PRI * HTTP/2.0\r\n\r\n", b"HTTP/1.1 505"),
+                         (b"GET http://[a/b HTTP/1.1\r\n\r\n", b"HTTP/1.1 400"),
                          (b"G" * 70_000, b""), (random.Random(0).randbytes(500), b""), (big, b"413"),
                          (b"POST /submit HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"413"),
                          (b"POST /submit HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"411"),
@@ -1039,6 +1047,27 @@ def test_a_run_that_outlives_its_server_is_queued_again_and_failed_after_three_a
     store.close()
 
 
+def test_a_server_that_stops_in_order_does_not_count_the_attempt(tmp_path):
+    store = scaling.Store(tmp_path / "api.db")
+    store.seed_users(None)
+    store.write(store.submit, 1, scaling.parse_config(body()))
+    for _ in range(5):
+        assert len(store.write(store.dispatch, 1)) == 1
+        assert store.write(store.requeue, 1) == 1
+        assert store.write(store.recover) == (0, 0)
+    store.close()
+
+
+def test_a_locked_database_is_a_503_and_one_line(api, monkeypatch, capsys):
+    api.store.connection.execute("PRAGMA busy_timeout = 50")
+    other = sqlite3.connect(api.store.path)
+    other.execute("BEGIN IMMEDIATE")
+    assert api.ask("POST", "/submit", body()).status_code == 503
+    assert capsys.readouterr().err == "serve: POST '/submit': database is locked\n"
+    other.close()
+    assert api.submit(body()) == 1
+
+
 def test_what_fails_or_finds_the_disk_full_leaves_nothing_behind(tmp_path):
     store = scaling.Store(tmp_path / "api.db")
     store.seed_users(None)
@@ -1077,6 +1106,18 @@ def test_the_law_answers_at_once_and_always_the_same(law_api):
     n, d, loss = scaling.ChinchillaFit.optimum(law.theta, 1e20)
     assert law.loss(n, d) == pytest.approx(loss) == law.loss(n, d, *scaling.step_law(n, d))
     assert law.loss(n, d, 0.001) > loss < law.loss(n, d, None, 10_000)
+
+
+def test_a_run_that_the_law_cannot_answer_fails_alone(serving):
+    api = serving(back_end=lambda store: scaling.LawBackEnd(store, scaling.Law(flops_per_s=1e30)))
+    wide = {"head_dim": 2**33, "hidden_size": 7 * 2**33, "intermediate_size": 7 * 2**33}  # over 2^64 weights
+    api.wait_for(api.submit(body(wide, n_evals=1)), "completed")
+    many = api.wait_for(api.submit(body(train_batch_size=1, n_evals=2**20, total_train_tokens=2**29)), "failed")
+    assert "n_evals must be at most" in many["reason"]["failure"]
+    api.back_end.law = None  # whatever else may go wrong
+    assert "AttributeError" in api.wait_for(api.submit(body(model_seed=1)), "failed")["reason"]["failure"]
+    api.back_end.law = scaling.Law()
+    api.wait_for(api.submit(body(model_seed=2)), "completed")
 
 
 def test_a_simulated_run_stops_at_the_first_chunk_past_its_time():
@@ -1175,6 +1216,28 @@ def corpus(tmp_path):
 
 
 LONG = dict(total_train_tokens=512 * 240, n_evals=240, max_runtime_seconds=3600)
+
+
+@needs_sigkill
+def test_a_worker_that_dies_before_it_is_asked_is_one_failed_run(api):
+    api.submit(body())
+    ((number, run_id, config),) = api.start()
+    back_end = scaling.TrainBackEnd(api.store, 1, "cpu", {}, 1)
+    back_end.link, worker = multiprocessing.Pipe()
+    back_end.process = multiprocessing.get_context("spawn").Process(target=int)
+    back_end.process.start()
+    back_end.process.join()
+    worker.close()
+    end = back_end.end_of(number, run_id, config)
+    assert end["reason"]["failure"] == "WorkerCrash: the worker process ended with exit code 0"
+
+
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_built():
+    for changes in ({"hidden_size": 2**20, "head_dim": 2**20, "num_attention_heads": 1, "num_key_value_heads": 1,
+                     "intermediate_size": 2**20}, {"num_hidden_layers": 10**9}):  # fmt: skip
+        config = scaling.parse_config({**tiny(), "architecture_config": {**TINY, **changes}})
+        with pytest.raises(ValueError, match="model must fit in .* GiB of free memory, got .* make it smaller"):
+            scaling.TrainingRun(config, np.arange(5000), np.arange(5000), torch.device("cpu"))
 
 
 @needs_sigkill
@@ -1384,6 +1447,9 @@ def test_a_port_or_database_in_use_is_one_line(tmp_path, api, capsys, monkeypatc
     monkeypatch.setattr(scaling, "LOCK_WAIT_S", 0.1)
     argv = ["serve", "--db", str(tmp_path / "other.db"), "--port", str(api.server.server_port)]
     fails(capsys, argv, "address must be free")
+    assert not (tmp_path / "other.db").exists()
+    fails(capsys, [*argv, "--port", "99999"], "address must be free, got 127.0.0.1:99999")
+    fails(capsys, ["serve", "--db", ":memory:", "--port", "0"], "--db must be a file")
     fails(capsys, ["serve", "--db", str(tmp_path / "api.db"), "--port", "0"], "stop the other server")
     c = sqlite3.connect(tmp_path / "locked.db")
     c.execute("CREATE TABLE t (a)")
@@ -1444,5 +1510,9 @@ def test_a_wrong_key_a_wrong_url_and_a_wrong_results_file_are_one_line(tmp_path,
         s.bind(("127.0.0.1", 0))  # taken, and nobody listens
         fails(capsys, [*argv, "--url", f"http://127.0.0.1:{s.getsockname()[1]}"], "got ConnectionError")
     fails(capsys, [*argv, "--url", "nonsense"], "check --url")
+    for answer in ({}, [None], None, "x"):
+        monkeypatch.setattr(scaling.Client, "call", lambda *args, answer=answer: (200, answer, 1))
+        fails(capsys, argv, "must speak the training API, got another answer")
+    monkeypatch.undo()
     (tmp_path / "results.jsonl").write_text("not json\n")
     fails(capsys, argv, "results of a sweep")
