@@ -1,11 +1,12 @@
 """Scaling laws: a training API with a hard budget, a sweep of runs behind it, and fits to them.
 
-    python scaling.py serve --backend law &                 # the API; --backend train really trains
-    python scaling.py plan --budget_s 43200 --speed 4e14    # plan.json: runs that 12 hours pay
-    python scaling.py sweep --plan plan.json                # results.jsonl, a line a run
-    python scaling.py fit results.jsonl --budget 1e20       # N_opt, D_opt, loss and how sure
-    python scaling.py plan results.jsonl --target_s 172800 --speed 4e14    # what to train then
+    python scaling.py serve --backend law &          # the API; --backend train really trains
+    python scaling.py plan --budget_s 43200 --speed 4e14 --flops 6N    # plan.json: 12 hours of runs
+    python scaling.py sweep --plan plan.json         # results.jsonl, a line a run
+    python scaling.py fit results.jsonl --flops 6N --budget 1e20    # N_opt, D_opt, loss, how sure
+    python scaling.py plan results.jsonl --target_s 172800 --speed 4e14 --flops 6N   # what to train
 
+The last predicts a loss within 0.5% of the law's, for a model whose loss is within 1% of the best.
 A run table is JSON (a list of objects), CSV or JSONL; a run has a loss and two of parameters N,
 tokens D and FLOPs C; the third is from C = 6 N D. Losses are in nats a token. N is what the table
 says; sweeps and plans count the weights of blocks and norms, without embeddings and head.
@@ -69,6 +70,7 @@ COLUMNS = {
 SAME_BUDGET = 1.1  # runs whose FLOPs differ by less are one profile [4]: real runs round steps
 LEVEL = (2.5, 97.5)  # percentiles of an interval: 95%
 STARTS = ("grid", "projection")  # of a parametric fit
+MAX_LR = 3e-3  # train.py's, at width 128
 
 
 # -------------------------------------------------------------------------------------------------
@@ -627,6 +629,12 @@ def mup_rules(width, base_width, d_head):
             "embedding_std": 1.0, "output_multiplier": 1 / m, "attention_scale": 1 / d_head}
 
 
+def most_lr(width, at_128=MAX_LR):
+    """The highest learning rate for a width: the Step Law asks 0.4 of width 48 on many tokens, with
+    which real runs are unstable. at_128 from width 128 on, below it more by muP."""
+    return at_128 * max(1.0, mup_rules(width, 128, 64)["hidden_lr"])
+
+
 # -------------------------------------------------------------------------------------------------
 # the training API: what a request may hold [1]
 
@@ -915,10 +923,10 @@ class Law:
     """A loss surface: N weights without embeddings and head, D training tokens, b tokens a step,
     L = E + (A / N^alpha + B / D^beta) (1 + 0.05 ln^2(lr / lr*) + 0.02 ln^2(b / b*)).
 
-    lr* and b* are the Step Law's. Seed 0 has the refitted Chinchilla constants [3], another seed a
-    random surface whose best D / N at 1e18 FLOPs lies between 8 and 40. A measured loss is
-    exp(noise * z) times that, z from N(0, 1) by seed and config: the same run gives the same
-    losses. A run lasts 6 N D / flops_per_s simulated seconds.
+    b* is the Step Law's, lr* too as far as most_lr(width) lets it. Seed 0 has the refitted
+    Chinchilla constants [3], another seed a random surface whose best D / N at 1e18 FLOPs lies
+    between 8 and 40. A measured loss is exp(noise * z) times that, z from N(0, 1) by seed and
+    config: the same run gives the same losses. A run lasts 6 N D / flops_per_s simulated seconds.
     """
 
     def __init__(self, seed=0, noise=0.002, flops_per_s=4e14):
@@ -933,9 +941,10 @@ class Law:
             B = part * alpha / beta * (ratio * N) ** beta
         self.theta = np.array([math.log(A), math.log(B), math.log(E), alpha, beta])
 
-    def loss(self, N, D, lr=None, batch_tokens=None):
+    def loss(self, N, D, lr=None, batch_tokens=None, highest_lr=math.inf):
         """Loss without noise; lr and batch_tokens None for the best ones."""
         best_lr, best_batch = step_law(N, D)
+        best_lr = min(best_lr, highest_lr)
         off = 0.05 * math.log((lr or best_lr) / best_lr) ** 2
         off += 0.02 * math.log((batch_tokens or best_batch) / best_batch) ** 2
         E = math.exp(self.theta[2])
@@ -943,7 +952,8 @@ class Law:
 
     def run(self, config):
         """What a run of this config ends with, by the contract's rule for its time."""
-        N, n = float(body_parameters(shape_of(config))), config["n_evals"]
+        shape, n = shape_of(config), config["n_evals"]
+        N, highest_lr = float(body_parameters(shape)), most_lr(shape.d_model)
         if n > MOST_EVALS:
             raise ValueError(f"n_evals must be at most {MOST_EVALS} here, got {n}; lower it")
         tokens, batch_tokens = config["total_train_tokens"], SEQUENCE * config["train_batch_size"]
@@ -956,7 +966,7 @@ class Law:
                 return out_of_time(i * chunk_s, losses)
             if (i + 1) * chunk_s > hard_limit(limit):
                 return out_of_time(hard_limit(limit), losses)
-            loss = self.loss(N, tokens * (i + 1) / n, lr, batch_tokens)
+            loss = self.loss(N, tokens * (i + 1) / n, lr, batch_tokens, highest_lr)
             losses.append(loss * math.exp(self.noise * z[i]))
         return (out_of_time if n * chunk_s > limit else completed)(n * chunk_s, losses)
 
@@ -2046,10 +2056,10 @@ def training_flops(shape, rule):
 
 
 def ladder(vocab_size):
-    """ModelConfigs from 10 thousand to 10 billion weights: a block for 64 of width, at least two,
+    """ModelConfigs from 10 thousand to 800 billion weights: a block for 64 of width, at least two,
     heads of 64 where they fit, d_ff 8/3 of the width to a multiple of 16."""
     widths = (*range(16, 128, 16), *range(128, 256, 32), *range(256, 1024, 64),
-              *range(1024, 2048, 128), *range(2048, 4097, 256))
+              *range(1024, 2048, 128), *range(2048, 4096, 256), *range(4096, 16385, 512))
     shapes = []
     for width in widths:
         d_head = next(d for d in (64, 32, 16) if width % d == 0)
@@ -2108,7 +2118,7 @@ class Machine:
     margin: float = 1.3  # a run may take that many times its estimate before it is cut off
     eval_tokens: int = EVAL_TOKENS
     rule: str = "exact"  # how FLOPs are counted, see training_flops
-    max_lr: float = 3e-3  # train.py's at width 128; more below, by muP. The Step Law asks too much
+    max_lr: float = MAX_LR  # see most_lr
     max_tokens: int = MOST_TOKENS  # that the server has, or takes
 
     def seconds(self, shape, tokens, batch, evals):
@@ -2126,8 +2136,7 @@ def plan_run(shape, tokens, machine, evals=1):
     learning rate by the Step Law, tokens rounded to whole steps; body is for POST /submit."""
     parameters = body_parameters(shape)
     lr, batch_tokens = step_law(parameters, tokens)
-    narrow = mup_rules(shape.d_model, 128, shape.d_head)["hidden_lr"]
-    lr = min(lr, machine.max_lr * max(1, narrow))
+    lr = min(lr, most_lr(shape.d_model, machine.max_lr))
     batch = 2 ** max(0, round(math.log2(batch_tokens / SEQUENCE)))
     while batch > 1 and tokens < 20 * evals * batch * SEQUENCE:  # at least 20 steps each
         batch //= 2
@@ -2175,7 +2184,7 @@ def plan_sweep(budget, unit, vocab_size, machine):
         return runs, sum(r["body"]["max_runtime_seconds"] if unit == "s" else r["flops"]
                          for r in runs)
 
-    for layout in ((8, 8, (5, 6, 7, 7, 7, 7)), (4, 8, (5, 6, 7, 7, 7)), (3, 6, (5, 6, 7, 7)),
+    for layout in ((8, 8, (5, 6, 7, 7, 7, 7)), (4, 8, (7, 9, 11, 11, 11)), (3, 6, (5, 6, 7, 7)),
                    (2, 4, (5, 6, 7)), (2, 2.5, (4, 5, 5))):
         for top in np.geomspace(1e26, 1e9, 681):  # 6% apart
             runs, cost = design(top, *layout)
@@ -2183,8 +2192,20 @@ def plan_sweep(budget, unit, vocab_size, machine):
                 return runs, cost
             cheapest = min(cheapest, cost)
     raise ValueError(f"the budget must pay for three profiles of four runs, got {budget:.4g} "
-                     f"{unit}; give at least {cheapest:.4g}, or smaller --vocab_size and "
-                     "--eval_tokens, or more --max_tokens")
+                     + (f"{unit}; give at least {cheapest:.4g}, or smaller --vocab_size and "
+                        "--eval_tokens, or more --max_tokens" if cheapest < math.inf else
+                        f"{unit}, and no profile has runs within {machine.max_tokens:.3g} tokens "
+                        f"and {MOST_S:.0f} s; give more --max_tokens or --speed, or smaller "
+                        "--margin, --vocab_size or --eval_tokens"))
+
+
+def fit_sweep(arrays, bootstrap):
+    """The ChinchillaFit of a sweep's runs (see run_arrays), with Huber's delta at 1.345 standard
+    deviations of their scatter: where that is normal, 95% as efficient as least squares."""
+    table = [arrays[name] for name in ("parameters", "tokens", "loss")]
+    scatter = np.median(np.abs(fit_chinchilla(*table, starts="projection").details["residuals"]))
+    return fit_chinchilla(*table, bootstrap, starts="projection",
+                          delta=max(1e-3, 1.345 * 1.4826 * float(scatter)))
 
 
 def tokens_in(shape, seconds, machine, evals):
@@ -2200,8 +2221,8 @@ def tokens_in(shape, seconds, machine, evals):
 def plan_target(fit, vocab_size, machine, flops=None, seconds=None, evals=16):
     """The run of lowest predicted loss for `flops` or `seconds`, from plan_run, with `loss` and
     `loss_interval`: 95% of what the bootstrap's fits and the scatter of runs let one run reach."""
-    best = None
-    for shape in ladder(vocab_size):
+    best, shapes = None, ladder(vocab_size)
+    for shape in shapes:
         tokens = (tokens_in(shape, seconds, machine, evals) if flops is None
                   else flops / training_flops(shape, machine.rule))
         if not 20 * evals * SEQUENCE <= tokens <= machine.max_tokens:
@@ -2209,9 +2230,14 @@ def plan_target(fit, vocab_size, machine, flops=None, seconds=None, evals=16):
         loss = float(fit.predict(fit.theta, body_parameters(shape), tokens))
         if best is None or loss < best[0]:
             best = loss, shape, tokens
-    if best is None:
+    asked = f"{flops:.3g} FLOPs" if flops else f"{seconds:.4g} s"
+    if best is None and tokens < 20 * evals * SEQUENCE:  # of the largest shape, and of all others
         raise ValueError("the target must pay for 20 steps between evaluations of some model, got "
-                         f"{f'{flops:.3g} FLOPs' if flops else f'{seconds:.4g} s'}; raise it")
+                         f"{asked}; raise it")
+    if best is None or best[1] is shapes[-1]:
+        raise ValueError(f"the best model must have at most {body_parameters(shapes[-1]):.2g} "
+                         f"weights and {machine.max_tokens:.3g} tokens, got a larger one for "
+                         f"{asked}; lower the target")
     run = plan_run(best[1], best[2], machine, evals)
     run["body"]["max_runtime_seconds"] = min(run["body"]["max_runtime_seconds"], MOST_S)
     run["loss"] = float(fit.predict(fit.theta, run["parameters"], run["tokens"]))
@@ -2409,11 +2435,7 @@ def plan(args):
         return plan_new_sweep(args)
     runs = load_runs(args.runs)
     arrays = run_arrays(runs, args.flops)
-    table = [arrays[name] for name in ("parameters", "tokens", "loss")]
-    scatter = np.median(np.abs(fit_chinchilla(*table, starts="projection").details["residuals"]))
-    # 1.345 standard deviations: with normal scatter 95% as efficient as least squares
-    fit = fit_chinchilla(*table, args.bootstrap, starts="projection",
-                         delta=max(1e-3, 1.345 * 1.4826 * float(scatter)))
+    fit = fit_sweep(arrays, args.bootstrap)
     machine = make_machine(args)
     run = plan_target(fit, args.vocab_size, machine, args.target_flops, args.target_s)
     schedule = run["body"]["optimizer_config"]["lr_scheduler"]
@@ -2432,6 +2454,14 @@ def plan(args):
     other = deepseek_law(run["flops"])
     print(f"by DeepSeek's law: {other['batch_tokens'] / SEQUENCE:.1f} sequences, learning rate "
           f"{other['lr']:.3g}")
+    largest = arrays["rows"][int(arrays["flops"].argmax())].get("config")
+    if largest:  # a sweep's row
+        width = largest["architecture_config"]["hidden_size"]
+        batch = power_lines_batch(run["tokens"], largest["train_batch_size"],
+                                  largest["total_train_tokens"])
+        rules = mup_rules(c.d_model, width, c.d_head)
+        print(f"from the sweep's largest run: {batch:.1f} sequences by Power Lines; by muP from "
+              f"width {width}, " + ", ".join(f"{k} {v:.4g}" for k, v in rules.items()))
     print(f"predicted loss {run['loss']:.4f} ({low:.4f} to {high:.4f}), at "
           f"{run['flops'] / arrays['flops'].max():.1f} times the FLOPs of the largest run")
     for method, row in methods.items():
