@@ -111,6 +111,8 @@ def run_arrays(runs, rule="exact"):
     flops_exact, which counts head and attention. raises ValueError that names the
     row, from 1, when a number is missing, not finite or not above 0.
     """
+    if not all(isinstance(row, dict) for row in runs):
+        raise ValueError("runs must be dicts, got others; give one a run")
     rows = [(i, row) for i, row in enumerate(runs, 1)
             if row.get("status", "completed") == "completed"]
     if not rows:
@@ -285,6 +287,12 @@ def fit_power(x, y, offset):
 class IsoflopFit(Fit):
     """theta: log k_N, a, log k_D, b, E, log K, gamma of N_opt = k_N C^a, D_opt = k_D C^b and
     loss = E + K C^-gamma (E = 0 below 4 budgets, which three constants would meet exactly)."""
+
+    def summary(self, quantities):
+        """Below 4 budgets without intervals of the loss: they would leave out that E is unknown."""
+        result, few = super().summary(quantities), len(self.details["minima"]) < 4
+        return {k: v for k, v in result.items() if not few or k not in (
+            "loss_interval", "E_interval", "K_interval", "gamma_interval")}
 
     @staticmethod
     def optimum(theta, flops):
@@ -556,6 +564,9 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
     """
     if starts not in STARTS:
         raise ValueError(f"starts must be {' or '.join(STARTS)}, got {starts!r}; choose one")
+    if not len(parameters) == len(tokens) == len(losses):
+        raise ValueError("parameters, tokens and losses must have one length, got "
+                         f"{len(parameters)}, {len(tokens)} and {len(losses)}; align them")
     arrays = run_arrays([{"parameters": n, "tokens": d, "loss": y} for n, d, y in
                          zip(parameters, tokens, losses, strict=True)])
     log_n, log_d, target = (torch.from_numpy(np.log(arrays[name]))
@@ -1279,6 +1290,8 @@ BODY_LIMIT = 2**20  # bytes; a training config is about 1,000
 CORS_ORIGINS = ("null", "http://localhost:8000", "http://127.0.0.1:8000", "http://localhost:8080",
                 "http://127.0.0.1:8080", "http://hyperturing.stanford.edu:8000",
                 "http://172.24.75.170:8000")
+CORS_METHODS = "GET, POST, OPTIONS"
+CORS_HEADERS = "Accept, Accept-Language, Content-Language, Content-Type, X-API-Key"
 JSON, TEXT, HTML = "application/json", "text/plain; charset=utf-8", "text/html; charset=utf-8"
 
 
@@ -1385,7 +1398,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "Transfer-Encoding" in self.headers:
             self.close_connection = True
             raise Refusal(411, {"detail": "Length Required"})
-        if not re.fullmatch("[0-9]{1,18}", length) or int(length) > BODY_LIMIT:
+        if not re.fullmatch("[0-9]+", length):
+            self.close_connection = True
+            raise Refusal(400, {"detail": "Content-Length must be a number"})
+        if len(length) > 18 or int(length) > BODY_LIMIT:
             self.close_connection = True
             raise Refusal(413, {"detail": f"body must have at most {BODY_LIMIT} bytes"})
         body = self.rfile.read(int(length))
@@ -1394,14 +1410,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def preflight(self, origin, extra):
-        fine = origin in CORS_ORIGINS
-        headers = [*extra, ("access-control-allow-methods", "GET, POST, OPTIONS"),
-                   ("access-control-max-age", "600"), ("access-control-allow-headers", "Accept, "
-                    "Accept-Language, Content-Language, Content-Type, X-API-Key")]
+        asked = self.headers.get("Access-Control-Request-Headers", "").lower().split(",")
+        allowed = {*CORS_HEADERS.lower().split(", "), ""}
+        wrong = [name for name, fine in (
+            ("origin", origin in CORS_ORIGINS),
+            ("method", self.headers["Access-Control-Request-Method"] in CORS_METHODS.split(", ")),
+            ("headers", allowed.issuperset(map(str.strip, asked)))) if not fine]
+        headers = [*extra, ("access-control-allow-methods", CORS_METHODS), (
+            "access-control-max-age", "600"), ("access-control-allow-headers", CORS_HEADERS)]
         if self.headers.get("Access-Control-Request-Private-Network") == "true":
             headers.append(("access-control-allow-private-network", "true"))
-        text = b"OK" if fine else b"Disallowed CORS origin"
-        self.send(200 if fine else 400, TEXT, text, headers)
+        text = f"Disallowed CORS {', '.join(wrong)}" if wrong else "OK"
+        self.send(400 if wrong else 200, TEXT, text.encode(), headers)
 
     def find(self, path):
         """(methods, parts) of the route that a path names, None where there is none."""
@@ -1823,6 +1843,8 @@ class Client:
     def __init__(self, url, key, attempts=7):
         import requests
 
+        if not re.fullmatch("[\x20-\x7e]*", key):
+            raise ValueError("--key must be printable ASCII, got other characters; correct it")
         self.requests, self.url, self.attempts = requests, url.rstrip("/"), attempts
         self.session = requests.Session()
         self.session.headers["X-API-Key"] = key
@@ -2149,10 +2171,9 @@ def plan_run(shape, tokens, machine, evals=1):
             "body": request_body(shape, batch, tokens, lr, evals, limit)}
 
 
-def plan_profile(shapes, flops, sizes, reach, machine):
+def plan_profile(shapes, per_token, flops, sizes, reach, machine):
     """`sizes` runs of `flops` each, from 1 / reach of to reach times the size that 20 tokens a
-    weight suggest [2], where a weight is 6 FLOPs; None where shapes or text end before that."""
-    per_token = np.array([training_flops(shape, machine.rule) for shape in shapes])
+    weight suggest [2], where a weight is 6 of the FLOPs per_token of each shape; None where shapes or text end before that."""
     tokens, weights = flops / per_token, np.log(per_token / 6)
     middle, reach = math.log(flops / 6 / 20) / 2, math.log(reach)
     wanted = np.linspace(middle - reach, middle + reach, sizes)
@@ -2173,11 +2194,12 @@ def plan_sweep(budget, unit, vocab_size, machine):
     raises ValueError when the smallest design costs more.
     """
     shapes, cheapest = ladder(vocab_size), math.inf
+    per_token = np.array([training_flops(shape, machine.rule) for shape in shapes])
 
     def design(top, spacing, reach, sizes):
         runs = []
         for k, count in enumerate(sizes):
-            profile = plan_profile(shapes, top / spacing**k, count, reach, machine)
+            profile = plan_profile(shapes, per_token, top / spacing**k, count, reach, machine)
             if profile is None or any(r["body"]["max_runtime_seconds"] > MOST_S for r in profile):
                 return None, math.inf
             runs += profile
@@ -2267,7 +2289,7 @@ def draw_law(axis, fit, name, label, flops, points=None):
     """The line of N_opt, D_opt or loss over `flops`, with its 95% band."""
     rows = [fit.at(c) for c in flops]
     axis.plot(flops, [r[name] for r in rows], color="C0")
-    if fit.samples is not None:
+    if f"{name}_interval" in rows[0]:
         low, high = np.array([r[f"{name}_interval"] for r in rows]).T
         axis.fill_between(flops, low, high, color="C0", alpha=0.2, label="95%")
         axis.legend()
@@ -2347,6 +2369,13 @@ def compare_methods(runs, budgets, rule):
 
 def fit_runs(args):
     """The verb fit: one table of runs in, exponents and optima out."""
+    for name, method, default in (("profile", "isoflop", "minimum"), ("starts", "chinchilla",
+                                                                      "grid")):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.method != method:
+            raise ValueError(f"--{name} must go with --method {method}, got --method "
+                             f"{args.method}; leave it out")
     table = load_runs(args.runs)
     runs = drop_highest(table, args.drop_worst, args.flops)
     if args.method == "chinchilla":
@@ -2385,13 +2414,20 @@ def print_fit(result, fit, args):
           f"{'' if fit.samples is not None else ': none, no bootstrap or no residuals'}")
     if args.method == "isoflop":
         print("minimum of each profile:")
-        for m in result["minima"]:
-            print(f"  {m['flops']:.3g} FLOPs | N {m['parameters']:.4g} | D {m['tokens']:.4g} | "
-                  f"loss {m['loss']:.4f}")
+        flops, medians = fit.runs["flops"], np.array([m["flops"] for m in result["minima"]])
+        nearest = np.abs(np.log(flops[:, None] / medians)).argmin(1)
+        for i, m in enumerate(result["minima"]):
+            low, high = flops[nearest == i].min(), flops[nearest == i].max()
+            merged = f" ({low:.3g} to {high:.3g} taken as one)" if high > 1.03 * low else ""
+            print(f"  {m['flops']:.3g} FLOPs{merged} | N {m['parameters']:.4g} | "
+                  f"D {m['tokens']:.4g} | loss {m['loss']:.4f}")
         print(f"N_opt ~ C^a, a = {interval_text(result, 'a', '.5f')}; D_opt ~ C^b, b = "
               f"{interval_text(result, 'b', '.5f')}")
         print(f"loss = E + K C^-gamma, E = {interval_text(result, 'E', '.4f')}, K = "
               f"{result['K']:.4g}, gamma = {interval_text(result, 'gamma', '.4f')}")
+        if len(result["minima"]) < 4:
+            print("note: 3 budgets cannot tell E, which is 0 here: the loss beyond them is a guess "
+                  "without an interval")
     else:
         print(f"L = E + A / N^alpha + B / D^beta, sum of Huber losses {result['objective']:.8f}")
         for name, form in (("E", ".4f"), ("A", ".2f"), ("B", ".1f"), ("alpha", ".4f"),
@@ -2412,10 +2448,13 @@ def make_machine(args):
     """The Machine of the flags; its speed measured here unless --speed says it."""
     if args.margin < 1:
         raise ValueError(f"--margin must be at least 1, got {args.margin}; runs would be cut off")
+    if args.speed is not None and args.device:
+        raise ValueError(f"--device must go without --speed, got {args.device}: nothing is "
+                         "measured; leave one out")
     if args.speed is not None:
         table = [(1.0, args.speed, 0.0)]
     else:
-        table = measure_speed(args.vocab_size, args.device, args.flops)
+        table = measure_speed(args.vocab_size, args.device or "auto", args.flops)
         print("measured: " + "; ".join(f"{speed:.3g} FLOP/s and {1e3 * step_s:.1f} ms a step at "
                                        f"{flops:.3g} FLOPs a token" for flops, speed, step_s in
                                        table), file=sys.stderr)
@@ -2432,10 +2471,13 @@ def plan(args):
                          f"of --target_s and --target_flops, got {args.runs or 'no table'}, "
                          f"{of_sweep} and {of_target}; give these")
     if args.runs is None:
+        if args.bootstrap:
+            raise ValueError(f"--bootstrap must go with a run table, got {args.bootstrap} and "
+                             "none; leave it out")
         return plan_new_sweep(args)
     runs = load_runs(args.runs)
     arrays = run_arrays(runs, args.flops)
-    fit = fit_sweep(arrays, args.bootstrap)
+    fit = fit_sweep(arrays, args.bootstrap or 1000)
     machine = make_machine(args)
     run = plan_target(fit, args.vocab_size, machine, args.target_flops, args.target_s)
     schedule = run["body"]["optimizer_config"]["lr_scheduler"]
@@ -2492,8 +2534,11 @@ BACK_END_FLAGS = {  # --flag: default, of the back end that alone takes it
 
 def read_users(path):
     """[(sunet_id, api_key)] of a CSV whose first row is sunet_id,api_key."""
-    with open(path, newline="", encoding="utf-8") as file:
-        header, *users = [tuple(row) for row in csv.reader(file) if row] or [()]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *users = [tuple(row) for row in csv.reader(file) if row] or [()]
+    except (ValueError, csv.Error) as problem:
+        raise ValueError(f"{path} must be CSV in UTF-8, got {problem}; correct it") from None
     if header != ("sunet_id", "api_key") or not users or any(
             len(user) != 2 or not all(user) for user in users) or any(
             len(set(column)) < len(users) for column in zip(*users, strict=True)):
@@ -2604,9 +2649,9 @@ def build_parser():
     add = verb(fit_runs, "fit", "exponents and optima from a table of runs")
     add("runs", help=".json, .jsonl or .csv")
     add("--method", default="isoflop", choices=("isoflop", "chinchilla"))
-    add("--profile", default="minimum", choices=PROFILE_METHODS,
+    add("--profile", choices=PROFILE_METHODS,
         help="isoflop: what the best run of a budget is (default: minimum)")
-    add("--starts", default="grid", choices=STARTS,
+    add("--starts", choices=STARTS,
         help="chinchilla: 4,500 starts or 16 of variable projection (default: grid)")
     add("--budget", type=positive, nargs="+", action="extend", default=[], metavar="C",
         help="FLOPs to extrapolate to")
@@ -2614,7 +2659,7 @@ def build_parser():
     add("--flops", default="exact", choices=("exact", "6N"),
         help="of a sweep's runs: all matrix products, or 6 N D (default: exact)")
     add("--drop_worst", type=samples, default=0, metavar="K", help="leave out the K highest losses")
-    add("--seed", type=int, default=42)
+    add("--seed", type=samples, default=42)
     add("--plot", metavar="PNG")
     add("--json", action="store_true", help="one JSON object")
 
@@ -2633,8 +2678,8 @@ def build_parser():
     add("--max_lr", type=positive, default=Machine.max_lr,
         help="from width 128 on, more below (default: %(default)s)")
     add("--margin", type=positive, default=1.3, help="time limit over the estimate")
-    add("--bootstrap", type=whole, default=1000, help="samples (default: 1000)")
-    add("--device", default="auto")
+    add("--bootstrap", type=whole, help="samples, of a target's fit (default: 1000)")
+    add("--device", help="to measure on (default: auto)")
     add("--out", help="file to write (default: plan.json; of a target, final.json)")
 
     add = verb(serve, "serve", "serve the training API")

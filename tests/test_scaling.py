@@ -157,6 +157,19 @@ def test_without_noise_every_profile_method_returns_the_exponents(method):
     assert found["E"] == pytest.approx(E, rel=0.02)  # a parabola's vertex is not on the curve
 
 
+def test_three_budgets_give_no_interval_of_the_loss_and_near_budgets_are_said_to_be_one(tmp_path, capsys):
+    runs = surface(3, 7, noise=0.003)
+    runs += [{**r, "flops": r["flops"] * 1.08, "parameters": r["parameters"] * 1.1} for r in runs[:7]]
+    argv = ["fit", str(write(tmp_path / "runs.jsonl", runs)), "--profile", "parabola", "--bootstrap", "50",
+            "--budget", "1e22"]  # fmt: skip
+    result = printed(capsys, [*argv, "--json"])
+    assert "parameters_interval" in result["optima"][0] and "loss_interval" not in result["optima"][0]
+    assert "a_interval" in result and "E_interval" not in result
+    scaling.main(argv)
+    out = capsys.readouterr().out
+    assert "note: 3 budgets cannot tell E" in out and "(1e+18 to 1.08e+18 taken as one)" in out
+
+
 def test_the_closed_form_is_the_best_of_all_splits_of_the_budget():
     n = np.geomspace(1e8, 1e11, 100_001)
     losses = scaling.ChinchillaFit.predict(THETA, n, 1e22 / 6 / n)
@@ -349,7 +362,7 @@ def test_twelve_hours_of_sweep_on_random_surfaces_predict_a_run_of_48_hours(rule
         for run, config in zip(runs, configs, strict=True):
             losses = law.run(config)["val_losses"]  # completed: within its time
             rows.append({**{k: run[k] for k in ("parameters", "tokens", "flops")}, "loss": losses[-1]})
-        run = scaling.plan_target(scaling.fit_sweep(scaling.run_arrays(rows), 20), 32_000, own, None, 172_800)
+        run = scaling.plan_target(scaling.fit_sweep(scaling.run_arrays(rows), 1), 32_000, own, 172_800 * 4e14)
         config = scaling.parse_config({**run["body"], "n_evals": 1})
         silent = scaling.Law(seed, noise=0.0, flops_per_s=1e18)  # learning rate and batch count, time does not
         (realised,) = silent.run(config)["val_losses"]
@@ -492,6 +505,12 @@ def test_other_bad_input_is_one_line(tmp_path, capsys):
     for argv in ([], [table], ["--target_s", "9"], [table, "--budget_s", "9"], ["--budget_s", "9", "--target_s", "9"],
                  ["--budget_s", "9", "--budget_flops", "9"], [table, "--target_s", "9", "--target_flops", "9"]):
         fails(capsys, ["plan", *argv], "plan needs one of --budget_s and --budget_flops, or a run table")
+    for argv, flag in ((["fit", table, "--starts", "projection"], "--starts must go with --method chinchilla"),
+                       (["fit", table, "--method", "chinchilla", "--profile", "akima"], "--profile must go with"),
+                       (["plan", "--budget_s", "9", "--speed", "9", "--device", "foo"], "--device must go without"),
+                       (["plan", "--budget_s", "9", "--bootstrap", "5"], "--bootstrap must go with a run table"),
+                       (["fit", table, "--seed", "-1"], "at least 0, got -1")):  # fmt: skip
+        fails(capsys, argv, flag)
     fails(capsys, ["plan", "--budget_s", "9", "--margin", "0.5"], "--margin must be at least 1")
     fails(capsys, ["plan", "--budget_s", "1", "--speed", "1e9"], "must pay for three profiles")
     fails(capsys, ["plan", table, "--target_s", "1", "--speed", "1e5"], "must pay for 20 steps")
@@ -499,6 +518,10 @@ def test_other_bad_input_is_one_line(tmp_path, capsys):
         scaling.fit_isoflop(surface(), "best")
     with pytest.raises(ValueError, match="starts must be grid or projection"):
         scaling.fit_chinchilla(*columns(surface()), starts="one")
+    with pytest.raises(ValueError, match="must have one length, got 2, 2 and 1"):
+        scaling.fit_chinchilla([1, 2], [1, 2], [1])
+    with pytest.raises(ValueError, match="runs must be dicts"):
+        scaling.fit_isoflop([1])
 
 
 def test_a_missing_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
@@ -847,7 +870,7 @@ def test_garbage_and_too_large_bodies_hurt_nobody(api):
                          (b"PRI * HTTP/2.0\r\n\r\n", b"HTTP/1.1 505"),
                          (b"GET http://[a/b HTTP/1.1\r\n\r\n", b"HTTP/1.1 400"),
                          (b"G" * 70_000, b""), (random.Random(0).randbytes(500), b""), (big, b"413"),
-                         (b"POST /submit HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"413"),
+                         (b"POST /submit HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"HTTP/1.1 400"),
                          (b"POST /submit HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"411"),
                          (b"POST /submit HTTP/1.1\r\nContent-Length: 50\r\n\r\n{", b"")):  # fmt: skip
         seen = b""
@@ -873,6 +896,11 @@ def test_cross_origin_requests(api):
                        "allow-private-network": "true"}  # fmt: skip
     bad = api.ask("OPTIONS", "/submit", key=None, Origin="http://evil", Access_Control_Request_Method="POST")
     assert (bad.status_code, bad.text) == (400, "Disallowed CORS origin")
+    for method, headers, wrong in (("DELETE", "x-api-key", "method"), ("POST", "X-API-Key, X-Evil", "headers"),
+                                   ("PUT", "X-Evil", "method, headers")):  # fmt: skip
+        bad = api.ask("OPTIONS", "/submit", key=None, Origin=origin, Access_Control_Request_Method=method,
+                      Access_Control_Request_Headers=headers)  # fmt: skip
+        assert (bad.status_code, bad.text) == (400, f"Disallowed CORS {wrong}")
     assert api.ask("GET", "/budget", Origin=origin).headers["access-control-allow-origin"] == origin
     assert "access-control-allow-origin" not in api.ask("GET", "/budget", Origin="http://evil").headers
 
@@ -1478,9 +1506,10 @@ def test_a_port_or_database_in_use_is_one_line(tmp_path, api, capsys, monkeypatc
 @pytest.mark.parametrize("text, pattern", [
     ("", "sunet_id,api_key"), ("name,key\na,1\n", "sunet_id"), ("sunet_id,api_key\n", "one row a user"),
     ("sunet_id,api_key\na,1\nb,1\n", "different"), ("sunet_id,api_key\na\n", "one row"),
+    (b"\xff\xfe", "users.csv must be CSV in UTF-8"),
 ])  # fmt: skip
 def test_bad_users_are_one_line(tmp_path, capsys, text, pattern):
-    (tmp_path / "users.csv").write_text(text)
+    (tmp_path / "users.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     fails(capsys, ["serve", "--db", str(tmp_path / "a.db"), "--users", str(tmp_path / "users.csv")], pattern)
 
 
@@ -1521,6 +1550,8 @@ def test_a_wrong_key_a_wrong_url_and_a_wrong_results_file_are_one_line(tmp_path,
     monkeypatch.setattr(scaling.time, "sleep", lambda seconds: None)
     argv = sweep_of(tmp_path, 1, api.url)
     fails(capsys, [*argv, "--key", "0"], "401 .*check --key")
+    for key in ("ключ", "a\nb"):
+        fails(capsys, [*argv, "--key", key], "--key must be printable ASCII")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))  # taken, and nobody listens
         fails(capsys, [*argv, "--url", f"http://127.0.0.1:{s.getsockname()[1]}"], "got ConnectionError")
