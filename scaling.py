@@ -557,7 +557,8 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
       distribution of mean 1 and variance 1/4; deviations are doubled to make up for the variance,
       and widened for the five constants. Drawing runs with replacement, as [3] does, leaves some
       out, and a fit that is nearly one of least absolute errors rests on few: its 95% intervals
-      held the truth 97 to 100% of the time.
+      held the truth 97 to 100% of the time. What these are worth, with 1% noise: 90 to 98% on 60
+      runs, 99 to 100% on 25, and of one constant or another 87 to 100% on grids of 48 and 100.
     details: objective, residuals (n,) of log L, predicted - measured.
     raises ValueError below 6 runs or 3 values of N or D, or when the loss does not fall with both.
     source: [2] equation (3), [3]
@@ -2173,7 +2174,8 @@ def plan_run(shape, tokens, machine, evals=1):
 
 def plan_profile(shapes, per_token, flops, sizes, reach, machine):
     """`sizes` runs of `flops` each, from 1 / reach of to reach times the size that 20 tokens a
-    weight suggest [2], where a weight is 6 of the FLOPs per_token of each shape; None where shapes or text end before that."""
+    weight suggest [2], where a weight is 6 of a shape's FLOPs per_token; None where shapes or text
+    end before that."""
     tokens, weights = flops / per_token, np.log(per_token / 6)
     middle, reach = math.log(flops / 6 / 20) / 2, math.log(reach)
     wanted = np.linspace(middle - reach, middle + reach, sizes)
@@ -2410,8 +2412,8 @@ def interval_text(row, name, form):
 
 
 def print_fit(result, fit, args):
-    print(f"{result['runs']} runs, {result['left_out']} left out, {args.method}; intervals are 95%"
-          f"{'' if fit.samples is not None else ': none, no bootstrap or no residuals'}")
+    print(f"{result['runs']} runs, {result['left_out']} left out, {args.method}; intervals are "
+          f"nominally 95%{'' if fit.samples is not None else ': none, no bootstrap or no residuals'}")
     if args.method == "isoflop":
         print("minimum of each profile:")
         flops, medians = fit.runs["flops"], np.array([m["flops"] for m in result["minima"]])
@@ -2437,11 +2439,19 @@ def print_fit(result, fit, args):
         print(f"at {row['flops']:.3g} FLOPs: N {interval_text(row, 'parameters', '.4g')} | D "
               f"{interval_text(row, 'tokens', '.4g')} | D/N "
               f"{row['tokens'] / row['parameters']:.1f} | loss {interval_text(row, 'loss', '.4f')}")
-    for method, row in result.get("methods", {}).items():
-        print(f"by {method}: " + (row.get("refused") or ", ".join(
-            [f"a {row['a']:.5f}", *(
-                f"N_opt({c:.3g}) {n:.4g} ({r:.2f} times the lowest)" for c, n, r in
-                zip(args.budget, row["parameters"], row["times_the_lowest"], strict=True))])))
+    print_methods(result.get("methods", {}), args.budget)
+
+
+def print_methods(methods, budgets):
+    """A line for each method of compare_methods; those refused for one reason share theirs."""
+    lines = {}
+    for method, row in methods.items():
+        text = row.get("refused") or ", ".join([f"a {row['a']:.5f}", *(
+            f"N_opt({c:.3g}) {n:.4g} ({r:.2f} times the lowest)" for c, n, r in
+            zip(budgets, row["parameters"], row["times_the_lowest"], strict=True))])
+        lines.setdefault(text, []).append(method)
+    for text, names in lines.items():
+        print(f"by {', '.join(names)}: {text}")
 
 
 def make_machine(args):
@@ -2506,8 +2516,9 @@ def plan(args):
               f"width {width}, " + ", ".join(f"{k} {v:.4g}" for k, v in rules.items()))
     print(f"predicted loss {run['loss']:.4f} ({low:.4f} to {high:.4f}), at "
           f"{run['flops'] / arrays['flops'].max():.1f} times the FLOPs of the largest run")
-    for method, row in methods.items():
-        print(f"by {method}: {row.get('refused') or 'N_opt {:.4g}'.format(row['parameters'][0])}")
+    if (tokens := fit.optimum(fit.theta, run["flops"])[1]) > machine.max_tokens:
+        print(f"note: {tokens:.3g} tokens would be best, a run may have {machine.max_tokens:.3g}")
+    print_methods(methods, [run["flops"]])
 
 
 def plan_new_sweep(args):
