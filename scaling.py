@@ -2412,8 +2412,9 @@ def interval_text(row, name, form):
 
 
 def print_fit(result, fit, args):
+    given = "nominally 95%" if fit.samples is not None else "left out: no bootstrap or residuals"
     print(f"{result['runs']} runs, {result['left_out']} left out, {args.method}; intervals are "
-          f"nominally 95%{'' if fit.samples is not None else ': none, no bootstrap or no residuals'}")
+          f"{given}")
     if args.method == "isoflop":
         print("minimum of each profile:")
         flops, medians = fit.runs["flops"], np.array([m["flops"] for m in result["minima"]])
