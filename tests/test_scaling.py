@@ -157,6 +157,19 @@ def test_without_noise_every_profile_method_returns_the_exponents(method):
     assert found["E"] == pytest.approx(E, rel=0.02)  # a parabola's vertex is not on the curve
 
 
+def test_three_budgets_give_no_interval_of_the_loss_and_near_budgets_are_said_to_be_one(tmp_path, capsys):
+    runs = surface(3, 7, noise=0.003)
+    runs += [{**r, "flops": r["flops"] * 1.08, "parameters": r["parameters"] * 1.1} for r in runs[:7]]
+    argv = ["fit", str(write(tmp_path / "runs.jsonl", runs)), "--profile", "parabola", "--bootstrap", "50",
+            "--budget", "1e22"]  # fmt: skip
+    result = printed(capsys, [*argv, "--json"])
+    assert "parameters_interval" in result["optima"][0] and "loss_interval" not in result["optima"][0]
+    assert "a_interval" in result and "E_interval" not in result
+    scaling.main(argv)
+    out = capsys.readouterr().out
+    assert "note: 3 budgets cannot tell E" in out and "(1e+18 to 1.08e+18 taken as one)" in out
+
+
 def test_the_closed_form_is_the_best_of_all_splits_of_the_budget():
     n = np.geomspace(1e8, 1e11, 100_001)
     losses = scaling.ChinchillaFit.predict(THETA, n, 1e22 / 6 / n)
@@ -323,22 +336,37 @@ def test_a_budget_in_flops_is_kept_and_one_too_small_is_refused_with_the_least()
     assert cost == pytest.approx(sum(r["flops"] for r in runs)) and cost <= 1e18
     with pytest.raises(ValueError, match="must pay for three profiles.*got 10 s; give at least"):
         scaling.plan_sweep(10, "s", 2048, machine("exact", 1e10))
+    with pytest.raises(ValueError, match="no profile has runs within 1 tokens and 43200 s; give more --max_tokens"):
+        scaling.plan_sweep(1e4, "s", 2048, machine("exact", max_tokens=1))
 
 
-def test_twelve_hours_of_sweep_on_random_surfaces_predict_a_run_of_48_hours():
-    """Realised loss within 1% of the optimum, prediction within 0.5%, on 20 surfaces."""
-    own = machine()
+def test_a_target_is_planned_up_to_the_largest_model_and_refused_beyond_with_the_right_advice():
+    fit = scaling.fit_chinchilla(*columns(surface()), 20, starts="projection")
+    run = scaling.plan_target(fit, 32_000, machine(), 1e23)  # 28e9 weights are best
+    assert run["parameters"] == pytest.approx(scaling.ChinchillaFit.optimum(THETA, 1e23)[0], rel=0.15)
+    for flops, seconds, asked in ((1e26, None, "1e\\+26 FLOPs"), (None, 1e12, "1e\\+12 s")):
+        with pytest.raises(ValueError, match=f"at most 8.*e\\+11 weights and 5e\\+11 tokens.*{asked}; lower"):
+            scaling.plan_target(fit, 32_000, machine(), flops, seconds)
+    with pytest.raises(ValueError, match="got 1e\\+09 FLOPs; raise it"):
+        scaling.plan_target(fit, 32_000, machine(), 1e9)
+
+
+@pytest.mark.parametrize("rule, surfaces", [("exact", 20), ("6N", 5)])
+def test_twelve_hours_of_sweep_on_random_surfaces_predict_a_run_of_48_hours(rule, surfaces):
+    """Realised loss within 1% of the optimum, prediction within 0.5%, with plan's defaults."""
+    own = machine(rule, eval_tokens=scaling.EVAL_TOKENS)
     runs, _ = scaling.plan_sweep(43_200, "s", 32_000, own)
-    n, d = (np.array([r[k] for r in runs], float) for k in ("parameters", "tokens"))
-    flops, worst = 4 * 43_200 * 4e14, [0.0, 0.0]
-    for seed in range(1, 21):
-        law, rng = scaling.Law(seed).theta, np.random.default_rng([seed, 1])
-        losses = scaling.ChinchillaFit.predict(law, n, d) * np.exp(0.002 * rng.standard_normal(len(n)))
-        fit = scaling.fit_chinchilla(n, d, losses, 20, starts="projection")
-        run = scaling.plan_target(fit, 32_000, own, flops)
-        assert run["flops"] == pytest.approx(flops, rel=0.01)
-        realised = scaling.ChinchillaFit.predict(law, run["parameters"], run["tokens"])
-        best = scaling.ChinchillaFit.optimum(law, flops)[2]
+    configs, worst = [scaling.parse_config(r["body"]) for r in runs], [0.0, 0.0]
+    for seed in range(1, surfaces + 1):
+        law, rows = scaling.Law(seed), []
+        for run, config in zip(runs, configs, strict=True):
+            losses = law.run(config)["val_losses"]  # completed: within its time
+            rows.append({**{k: run[k] for k in ("parameters", "tokens", "flops")}, "loss": losses[-1]})
+        run = scaling.plan_target(scaling.fit_sweep(scaling.run_arrays(rows), 1), 32_000, own, 172_800 * 4e14)
+        config = scaling.parse_config({**run["body"], "n_evals": 1})
+        silent = scaling.Law(seed, noise=0.0, flops_per_s=1e18)  # learning rate and batch count, time does not
+        (realised,) = silent.run(config)["val_losses"]
+        best = scaling.ChinchillaFit.optimum(law.theta, 172_800 * 4e14)[2]
         worst = [max(worst[0], realised / best - 1), max(worst[1], abs(run["loss"] / realised - 1))]
     assert worst[0] < 0.01 and worst[1] < 0.005, worst
 
@@ -463,6 +491,10 @@ def test_other_bad_input_is_one_line(tmp_path, capsys):
     fails(capsys, ["fit", tmp_path / "none.json"], "No such file")
     (tmp_path / "bad.jsonl").write_text('{"loss": 1}\n{"loss": ')
     fails(capsys, ["fit", tmp_path / "bad.jsonl"], "must be JSON, JSONL or CSV, got .*; repair")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    fails(capsys, ["fit", tmp_path / "deep.json"], "deep.json must be JSON, JSONL or CSV")
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    fails(capsys, ["fit", tmp_path / "bytes.json"], "bytes.json must be JSON, JSONL or CSV")
     fails(capsys, ["fit", table, "--drop_worst", "40"], "--drop_worst must leave runs, got 40 of 40")
     fails(capsys, ["fit", table, "--budget", "-1"], "must be above 0, got -1")
     few = write(tmp_path / "few.jsonl", surface()[:5])
@@ -473,6 +505,12 @@ def test_other_bad_input_is_one_line(tmp_path, capsys):
     for argv in ([], [table], ["--target_s", "9"], [table, "--budget_s", "9"], ["--budget_s", "9", "--target_s", "9"],
                  ["--budget_s", "9", "--budget_flops", "9"], [table, "--target_s", "9", "--target_flops", "9"]):
         fails(capsys, ["plan", *argv], "plan needs one of --budget_s and --budget_flops, or a run table")
+    for argv, flag in ((["fit", table, "--starts", "projection"], "--starts must go with --method chinchilla"),
+                       (["fit", table, "--method", "chinchilla", "--profile", "akima"], "--profile must go with"),
+                       (["plan", "--budget_s", "9", "--speed", "9", "--device", "foo"], "--device must go without"),
+                       (["plan", "--budget_s", "9", "--bootstrap", "5"], "--bootstrap must go with a run table"),
+                       (["fit", table, "--seed", "-1"], "at least 0, got -1")):  # fmt: skip
+        fails(capsys, argv, flag)
     fails(capsys, ["plan", "--budget_s", "9", "--margin", "0.5"], "--margin must be at least 1")
     fails(capsys, ["plan", "--budget_s", "1", "--speed", "1e9"], "must pay for three profiles")
     fails(capsys, ["plan", table, "--target_s", "1", "--speed", "1e5"], "must pay for 20 steps")
@@ -480,6 +518,10 @@ def test_other_bad_input_is_one_line(tmp_path, capsys):
         scaling.fit_isoflop(surface(), "best")
     with pytest.raises(ValueError, match="starts must be grid or projection"):
         scaling.fit_chinchilla(*columns(surface()), starts="one")
+    with pytest.raises(ValueError, match="must have one length, got 2, 2 and 1"):
+        scaling.fit_chinchilla([1, 2], [1, 2], [1])
+    with pytest.raises(ValueError, match="runs must be dicts"):
+        scaling.fit_isoflop([1])
 
 
 def test_a_missing_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
@@ -697,7 +739,8 @@ class Serving:
 
     def __init__(self, path, users=None, back_end=None):
         self.store = scaling.Store(path)
-        self.server = scaling.Server(("127.0.0.1", 0), self.store, users)
+        self.server = scaling.Server(("127.0.0.1", 0))
+        self.server.attach(self.store, users)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.back_end = back_end and back_end(self.store)
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -776,7 +819,7 @@ def test_unknown_paths_methods_and_slashes(api):
     answer = api.ask("GET", "/budget/?a=1&b=%20")
     assert (answer.status_code, answer.text) == (307, "")
     assert answer.headers["Location"] == f"{api.url}/budget?a=1&b=%20"
-    for path in ("/nope", "/experiment/", "/%2e%2e/etc/passwd"):
+    for path in ("/nope", "/experiment/", "/%2e%2e/etc/passwd", "//budget", "//x/budget"):
         assert (api.ask("GET", path).status_code, api.ask("GET", path).text) == (404, '{"detail":"Not Found"}')
 
 
@@ -823,8 +866,11 @@ def test_checks_come_in_the_contracts_order(api):
 def test_garbage_and_too_large_bodies_hurt_nobody(api):
     big = b"POST /submit HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
     for text, status in ((b"\r\n\r\n", b""), (b"GET\r\n\r\n", b""), (b"GET / HTTP/9.9\r\n\r\n", b""),
+                         (b"GET /budget\r\n\r\n", b"HTTP/1.1 401"), (b"\x16\x03\x01\x02\r\n\r\n", b"HTTP/1.1 400"),
+                         (b"PRI * HTTP/2.0\r\n\r\n", b"HTTP/1.1 505"),
+                         (b"GET http://[a/b HTTP/1.1\r\n\r\n", b"HTTP/1.1 400"),
                          (b"G" * 70_000, b""), (random.Random(0).randbytes(500), b""), (big, b"413"),
-                         (b"POST /submit HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"413"),
+                         (b"POST /submit HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"HTTP/1.1 400"),
                          (b"POST /submit HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"411"),
                          (b"POST /submit HTTP/1.1\r\nContent-Length: 50\r\n\r\n{", b"")):  # fmt: skip
         seen = b""
@@ -850,6 +896,11 @@ def test_cross_origin_requests(api):
                        "allow-private-network": "true"}  # fmt: skip
     bad = api.ask("OPTIONS", "/submit", key=None, Origin="http://evil", Access_Control_Request_Method="POST")
     assert (bad.status_code, bad.text) == (400, "Disallowed CORS origin")
+    for method, headers, wrong in (("DELETE", "x-api-key", "method"), ("POST", "X-API-Key, X-Evil", "headers"),
+                                   ("PUT", "X-Evil", "method, headers")):  # fmt: skip
+        bad = api.ask("OPTIONS", "/submit", key=None, Origin=origin, Access_Control_Request_Method=method,
+                      Access_Control_Request_Headers=headers)  # fmt: skip
+        assert (bad.status_code, bad.text) == (400, f"Disallowed CORS {wrong}")
     assert api.ask("GET", "/budget", Origin=origin).headers["access-control-allow-origin"] == origin
     assert "access-control-allow-origin" not in api.ask("GET", "/budget", Origin="http://evil").headers
 
@@ -1039,6 +1090,27 @@ def test_a_run_that_outlives_its_server_is_queued_again_and_failed_after_three_a
     store.close()
 
 
+def test_a_server_that_stops_in_order_does_not_count_the_attempt(tmp_path):
+    store = scaling.Store(tmp_path / "api.db")
+    store.seed_users(None)
+    store.write(store.submit, 1, scaling.parse_config(body()))
+    for _ in range(5):
+        assert len(store.write(store.dispatch, 1)) == 1
+        assert store.write(store.requeue, 1) == 1
+        assert store.write(store.recover) == (0, 0)
+    store.close()
+
+
+def test_a_locked_database_is_a_503_and_one_line(api, monkeypatch, capsys):
+    api.store.connection.execute("PRAGMA busy_timeout = 50")
+    other = sqlite3.connect(api.store.path)
+    other.execute("BEGIN IMMEDIATE")
+    assert api.ask("POST", "/submit", body()).status_code == 503
+    assert capsys.readouterr().err == "serve: POST '/submit': database is locked\n"
+    other.close()
+    assert api.submit(body()) == 1
+
+
 def test_what_fails_or_finds_the_disk_full_leaves_nothing_behind(tmp_path):
     store = scaling.Store(tmp_path / "api.db")
     store.seed_users(None)
@@ -1077,6 +1149,18 @@ def test_the_law_answers_at_once_and_always_the_same(law_api):
     n, d, loss = scaling.ChinchillaFit.optimum(law.theta, 1e20)
     assert law.loss(n, d) == pytest.approx(loss) == law.loss(n, d, *scaling.step_law(n, d))
     assert law.loss(n, d, 0.001) > loss < law.loss(n, d, None, 10_000)
+
+
+def test_a_run_that_the_law_cannot_answer_fails_alone(serving):
+    api = serving(back_end=lambda store: scaling.LawBackEnd(store, scaling.Law(flops_per_s=1e30)))
+    wide = {"head_dim": 2**33, "hidden_size": 7 * 2**33, "intermediate_size": 7 * 2**33}  # over 2^64 weights
+    api.wait_for(api.submit(body(wide, n_evals=1)), "completed")
+    many = api.wait_for(api.submit(body(train_batch_size=1, n_evals=2**20, total_train_tokens=2**29)), "failed")
+    assert "n_evals must be at most" in many["reason"]["failure"]
+    api.back_end.law = None  # whatever else may go wrong
+    assert "AttributeError" in api.wait_for(api.submit(body(model_seed=1)), "failed")["reason"]["failure"]
+    api.back_end.law = scaling.Law()
+    api.wait_for(api.submit(body(model_seed=2)), "completed")
 
 
 def test_a_simulated_run_stops_at_the_first_chunk_past_its_time():
@@ -1123,14 +1207,12 @@ def test_the_learning_rate_warms_up_from_its_first_value_and_ends_near_its_last(
 
 def test_training_reads_each_sequence_once_in_an_order_that_batches_do_not_change():
     orders = []
-    for batch in (4, 229):
-        run = object.__new__(scaling.TrainingRun)
-        run.train_ids = np.arange(2748 * 512 + 1, dtype=np.uint32)  # a chunk of 2,048 sequences, and 700
-        run.config, run.device = {"train_batch_size": batch}, torch.device("cpu")
-        orders.append(np.concatenate([run.sequences(s)[:, 0].numpy() for s in range(2748 // batch)]))
-    assert np.array_equal(np.sort(orders[0]), np.arange(2748) * 512)
-    assert np.array_equal(orders[1], orders[0][: len(orders[1])])
-    assert np.array_equal(orders[0][:2048], np.random.default_rng(0).permutation(2048) * 512)
+    for batch in (4, 21):  # of 84 sequences
+        run = make_run(np.arange(84 * 512 + 1, dtype=np.uint32), total_train_tokens=84 * 512, n_evals=1,
+                       train_batch_size=batch)  # fmt: skip
+        orders.append(np.concatenate([run.sequences(step)[:, 0].numpy() for step in range(84 // batch)]))
+    assert np.array_equal(np.sort(orders[0]), np.arange(84) * 512) and np.array_equal(*orders)
+    assert not np.array_equal(orders[0], np.sort(orders[0]))
 
 
 @pytest.mark.parametrize("optimizer", [
@@ -1177,6 +1259,28 @@ def corpus(tmp_path):
 
 
 LONG = dict(total_train_tokens=512 * 240, n_evals=240, max_runtime_seconds=3600)
+
+
+@needs_sigkill
+def test_a_worker_that_dies_before_it_is_asked_is_one_failed_run(api):
+    api.submit(body())
+    ((number, run_id, config),) = api.start()
+    back_end = scaling.TrainBackEnd(api.store, 1, "cpu", {}, 1)
+    back_end.link, worker = multiprocessing.Pipe()
+    back_end.process = multiprocessing.get_context("spawn").Process(target=int)
+    back_end.process.start()
+    back_end.process.join()
+    worker.close()
+    end = back_end.end_of(number, run_id, config)
+    assert end["reason"]["failure"] == "WorkerCrash: the worker process ended with exit code 0"
+
+
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_built():
+    for changes in ({"hidden_size": 2**20, "head_dim": 2**20, "num_attention_heads": 1, "num_key_value_heads": 1,
+                     "intermediate_size": 2**20}, {"num_hidden_layers": 10**9}):  # fmt: skip
+        config = scaling.parse_config({**tiny(), "architecture_config": {**TINY, **changes}})
+        with pytest.raises(ValueError, match="model must fit in .* GiB of free memory, got .* make it smaller"):
+            scaling.TrainingRun(config, np.arange(5000), np.arange(5000), torch.device("cpu"))
 
 
 @needs_sigkill
@@ -1386,6 +1490,9 @@ def test_a_port_or_database_in_use_is_one_line(tmp_path, api, capsys, monkeypatc
     monkeypatch.setattr(scaling, "LOCK_WAIT_S", 0.1)
     argv = ["serve", "--db", str(tmp_path / "other.db"), "--port", str(api.server.server_port)]
     fails(capsys, argv, "address must be free")
+    assert not (tmp_path / "other.db").exists()
+    fails(capsys, [*argv, "--port", "99999"], "address must be free, got 127.0.0.1:99999")
+    fails(capsys, ["serve", "--db", ":memory:", "--port", "0"], "--db must be a file")
     fails(capsys, ["serve", "--db", str(tmp_path / "api.db"), "--port", "0"], "stop the other server")
     c = sqlite3.connect(tmp_path / "locked.db")
     c.execute("CREATE TABLE t (a)")
@@ -1399,9 +1506,10 @@ def test_a_port_or_database_in_use_is_one_line(tmp_path, api, capsys, monkeypatc
 @pytest.mark.parametrize("text, pattern", [
     ("", "sunet_id,api_key"), ("name,key\na,1\n", "sunet_id"), ("sunet_id,api_key\n", "one row a user"),
     ("sunet_id,api_key\na,1\nb,1\n", "different"), ("sunet_id,api_key\na\n", "one row"),
+    (b"\xff\xfe", "users.csv must be CSV in UTF-8"),
 ])  # fmt: skip
 def test_bad_users_are_one_line(tmp_path, capsys, text, pattern):
-    (tmp_path / "users.csv").write_text(text)
+    (tmp_path / "users.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     fails(capsys, ["serve", "--db", str(tmp_path / "a.db"), "--users", str(tmp_path / "users.csv")], pattern)
 
 
@@ -1442,9 +1550,15 @@ def test_a_wrong_key_a_wrong_url_and_a_wrong_results_file_are_one_line(tmp_path,
     monkeypatch.setattr(scaling.time, "sleep", lambda seconds: None)
     argv = sweep_of(tmp_path, 1, api.url)
     fails(capsys, [*argv, "--key", "0"], "401 .*check --key")
+    for key in ("ключ", "a\nb"):
+        fails(capsys, [*argv, "--key", key], "--key must be printable ASCII")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))  # taken, and nobody listens
         fails(capsys, [*argv, "--url", f"http://127.0.0.1:{s.getsockname()[1]}"], "got ConnectionError")
     fails(capsys, [*argv, "--url", "nonsense"], "check --url")
+    for answer in ({}, [None], None, "x"):
+        monkeypatch.setattr(scaling.Client, "call", lambda *args, answer=answer: (200, answer, 1))
+        fails(capsys, argv, "must speak the training API, got another answer")
+    monkeypatch.undo()
     (tmp_path / "results.jsonl").write_text("not json\n")
     fails(capsys, argv, "results of a sweep")
