@@ -1,10 +1,213 @@
-"""Post-training on one device or under torchrun: SFT, expert iteration, GRPO and its family, DPO."""
+"""Post-training on one device or under torchrun: SFT, expert iteration, GRPO and its family, DPO.
+
+    python rl.py                                     # SFT, then GRPO, on additions: a CPU's demo
+    python rl.py sft --model out --data pairs.jsonl  # prompt and response pairs
+    python rl.py grpo --model MODEL --data train.jsonl --algorithm dr_grpo
+    torchrun --nproc_per_node 8 rl.py grpo ...       # the same update, prompts split over ranks
+
+Responses are sampled by model.py's `generate` from the weights that are trained: no second engine,
+so nothing to keep in step. A run leaves log.jsonl, checkpoint.pt and model/ in its --out_dir.
+
+Sources
+[1] CS336 assignment 5 (alignment) handout and its supplement, Stanford 2025
+[2] Shao et al. 2024, DeepSeekMath (GRPO), arXiv 2402.03300
+[3] Liu et al. 2025, Understanding R1-Zero-Like Training (Dr. GRPO), arXiv 2503.20783
+[4] Yu et al. 2025, DAPO, arXiv 2503.14476
+[5] Zheng et al. 2025, Group Sequence Policy Optimization (GSPO), arXiv 2507.18071
+[6] MiniMax 2025, MiniMax-M1 (CISPO), arXiv 2506.13585
+[7] Ahmadian et al. 2024, Back to Basics (RLOO), arXiv 2402.14740
+[8] Ye et al. 2019, Mastering Complex Control in MOBA Games (dual clip), arXiv 1912.09729
+[9] Schulman 2020, Approximating KL Divergence (k1, k2, k3), joschu.net/blog/kl-approx.html
+[10] Rafailov et al. 2023, Direct Preference Optimization, arXiv 2305.18290
+
+Dims: B sequences, T time, N tokens, C d_model, V vocab_size, G responses to a prompt.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
 
 import model as lm
+from bpe import Tokenizer
+
+# What each method is, in flags of `grpo`. A flag that is given goes before these.
+ALGORITHMS = {
+    "reinforce": dict(baseline="none", surrogate="reinforce", length_norm="response"),
+    "reinforce_baseline": dict(surrogate="reinforce", length_norm="response"),
+    "grpo": dict(normalize_by_std=True, length_norm="response"),  # [2]
+    "dr_grpo": dict(length_norm="constant"),  # [3]
+    "dapo": dict(normalize_by_std=True, clip_high=0.28, dynamic_sampling=4, overlong="mask"),  # [4]
+    "gspo": dict(normalize_by_std=True, ratio="sequence", clip_low=3e-4, clip_high=4e-4,
+                 length_norm="response"),  # [5]
+    "cispo": dict(normalize_by_std=True, surrogate="cispo", clip_high=5.0),  # [6]
+    "rloo": dict(baseline="leave_one_out", surrogate="reinforce", length_norm="constant"),  # [7]
+}
+
+# Texts that end a response, the first one that a tokenizer of ours has is appended in training.
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>")
+
+# Largest mean |log-probability when sampled - in training| of a token, by dtype of computing.
+MAX_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+
+# -------------------------------------------------------------------------------------------------
+# masks, entropy, log-probabilities
+
+
+def masked_normalize(tensor, mask, normalize_constant, dim=None):
+    """The sum over `dim` (None: all) of the elements where mask is 1, / normalize_constant.
+    source: [1] masked_normalize"""
+    kept = tensor.masked_fill(mask == 0, 0)  # not a product: what is masked may be inf
+    return (kept.sum() if dim is None else kept.sum(dim)) / normalize_constant
+
+
+def masked_mean(tensor, mask, dim=None):
+    """The mean over `dim` (None: all) of the elements where mask is 1; NaN where there is none.
+    source: [1] masked_mean"""
+    return masked_normalize(tensor, mask, (mask != 0).sum() if dim is None else (mask != 0).sum(dim),
+                            dim)
+
+
+def compute_entropy(logits):
+    """The entropy (...) in nats of softmax(logits), logits (..., V); equal ones give ln V.
+    source: [1] compute_entropy"""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    shifted = logits - logits.detach().amax(-1, keepdim=True)
+    shifted = shifted.clamp(min=torch.finfo(shifted.dtype).min)  # -inf has probability 0, not NaN
+    e = shifted.exp()
+    total = e.sum(-1)
+    return total.log() - (e * shifted).sum(-1) / total
+
+
+def spans(size, step):
+    """Slices that cut range(size) into runs of `step`."""
+    return [slice(start, start + step) for start in range(0, size, step)]
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    """Each chunk's logits are made, used and dropped, and made again in the backward pass, where
+    their gradient takes their place. In float32 a 16th of a chunk at a time, so that the most
+    memory is a chunk of logits and an eighth."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        log_probs, entropy = torch.empty(2, len(hidden), dtype=wide, device=hidden.device)
+        ctx.save_for_backward(hidden, weight, targets, entropy)
+        ctx.temperature, ctx.chunk, ctx.wide = temperature, chunk, wide
+        ctx.set_materialize_grads(False)
+        w = weight.to(hidden.dtype)
+        for rows in spans(len(hidden), chunk):
+            logits = hidden[rows] @ w.T
+            for part in spans(len(logits), -(-chunk // 16)):
+                x, t = logits[part].to(wide).div_(temperature), targets[rows][part]
+                log_probs[rows][part] = _softmax_in_place(x, t)
+                entropy[rows][part] = torch.special.entr(x).sum(-1)  # -p ln p
+        return log_probs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_log_probs, d_entropy):
+        hidden, weight, targets, entropy = ctx.saved_tensors
+        if d_log_probs is None:
+            d_log_probs = torch.zeros_like(entropy)
+        w = weight.to(hidden.dtype)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=ctx.wide)
+        for rows in spans(len(hidden), ctx.chunk):
+            logits = hidden[rows] @ w.T
+            for part in spans(len(logits), -(-ctx.chunk // 16)):
+                x, t = logits[part].to(ctx.wide).div_(ctx.temperature), targets[rows][part]
+                _softmax_in_place(x, t)
+                g = d_log_probs[rows][part].unsqueeze(-1)
+                if d_entropy is None:
+                    x.mul_(-g)  # d log p[t] / d z = onehot(t) - p
+                else:  # d entropy / d z = -p ln p - p entropy
+                    d = d_entropy[rows][part].unsqueeze(-1)
+                    surprise = torch.special.entr(x).mul_(d)
+                    x.mul_(-g - d * entropy[rows][part].unsqueeze(-1)).add_(surprise)
+                x.scatter_add_(-1, t.unsqueeze(-1), g)
+                logits[part] = x.div_(ctx.temperature)
+            d_hidden[rows] = logits @ w
+            if d_weight.dtype == logits.dtype:
+                d_weight.addmm_(logits.T, hidden[rows])
+            elif logits.is_cuda:  # adds up in float32, inside the matmul
+                torch.addmm(d_weight, logits.T, hidden[rows], out_dtype=ctx.wide, out=d_weight)
+            else:
+                d_weight += logits.T @ hidden[rows]
+        return d_hidden, d_weight.to(weight.dtype), None, None, None
+
+
+def _softmax_in_place(x, targets):
+    """Turns logits x (n, V) into probabilities; returns the targets' log-probabilities (n,)."""
+    picked, peak = x.gather(-1, targets.unsqueeze(-1)), x.amax(-1, keepdim=True)
+    total = x.sub_(peak).exp_().sum(-1, keepdim=True)
+    x.div_(total)
+    return (picked - peak - total.log()).squeeze(-1)
+
+
+def linear_log_probs(hidden, weight, targets, temperature=1.0, chunk=None):
+    """Log-probability of each target and entropy under softmax(hidden @ weight.T / temperature),
+    both (N,) float32, without the (N, V) logits.
+
+    hidden: (N, C); weight: (V, C); targets: (N,) int; chunk: tokens whose logits exist at one time
+    """
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    chunk = chunk or max(1, lm.CHUNK_LOGITS[kind] // weight.shape[0])
+    return _LinearLogProbs.apply(hidden, weight, targets, temperature, chunk)
+
+
+def token_log_probs(model, input_ids, labels, mask=None, temperature=1.0):
+    """(log-probabilities of labels, entropies), both (B, T): chunked and with 0 where the mask is
+    0 for a model of ours, plainly for any other that returns logits or an object with .logits."""
+    if not hasattr(model, "hidden_states"):
+        logits = model(input_ids)
+        logits = getattr(logits, "logits", logits)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        picked = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return picked - logits.logsumexp(-1), compute_entropy(logits)
+    mask = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
+    hidden = model.hidden_states(input_ids)[mask]
+    found = linear_log_probs(hidden, model.lm_head.weight, labels[mask], temperature)
+    return tuple(put(mask, values) for values in found)
+
+
+def put(mask, values):
+    """(B, T) with `values` (N,) in order where mask (B, T) is 1, and 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)
+
+
+def get_response_log_probs(model, input_ids, labels, return_token_entropy=False):
+    """{"log_probs": log p(labels), and if asked "token_entropy"}, each (B, T), of any model that
+    returns logits or an object with .logits. source: [1] get_response_log_probs"""
+    log_probs, entropy = token_log_probs(model, input_ids, labels)
+    found = {"log_probs": log_probs}
+    return {**found, "token_entropy": entropy} if return_token_entropy else found
+
+
+# -------------------------------------------------------------------------------------------------
+# text to tokens
 
 
 def encode_text(tokenizer, text):
-    """The ids of `text` alone, no token added: by our Tokenizer or one of Hugging Face."""
+    """The ids of `text` alone, none added: by a Tokenizer of ours or one with Hugging Face's
+    methods."""
     try:
         ids = tokenizer.encode(text, add_special_tokens=False)
     except TypeError:  # ours adds none
@@ -13,28 +216,1097 @@ def encode_text(tokenizer, text):
 
 
 def end_ids(tokenizer):
-    """The ids that end a text: the tokenizer's eos_token_id, or all of our special tokens."""
+    """The ids that end a text, the first one is appended to text; () where there is none."""
     if hasattr(tokenizer, "eos_token_id"):
         return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    return tuple(lm.special_ids(tokenizer))
+    ids = {text: i for i, text in lm.special_ids(tokenizer).items()}
+    return tuple(ids[text] for text in END_TOKENS if text in ids)
+
+
+def pad_id(tokenizer):
+    """An id to fill rows with: what is right of a row's end is neither seen nor counted."""
+    given = getattr(tokenizer, "pad_token_id", None)
+    return given if given is not None else next(iter(end_ids(tokenizer)), 0)
+
+
+def pad_pairs(pairs, pad=0, device="cpu"):
+    """{"input_ids", "labels", "response_mask"}, each (B, T), of pairs of lists (prompt ids,
+    response ids): labels are input_ids one token on, the mask has the labels in a response."""
+    length = max(len(prompt) + len(response) for prompt, response in pairs)
+    ids = torch.full((len(pairs), length), pad)
+    mask = torch.zeros(len(pairs), length - 1, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(pairs):
+        end = len(prompt) + len(response)
+        ids[i, :end] = torch.tensor([*prompt, *response])
+        mask[i, max(len(prompt), 1) - 1 : end - 1] = True
+    return {"input_ids": ids[:, :-1].to(device), "labels": ids[:, 1:].to(device),
+            "response_mask": mask.to(device)}
+
+
+def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
+    """{"input_ids", "labels", "response_mask"}, each (B, longest - 1): prompt and output are
+    tokenized apart and joined, rows padded on the right. source: [1] tokenize_prompt_and_output"""
+    pairs = [(encode_text(tokenizer, prompt), encode_text(tokenizer, output))
+             for prompt, output in zip(prompt_strs, output_strs, strict=True)]
+    return pad_pairs(pairs, pad_id(tokenizer))
+
+
+class PackedSFTDataset(torch.utils.data.Dataset):
+    """Instruction pairs (JSONL with prompt and response) in the Alpaca template, each between the
+    tokenizer's begin and end tokens, joined and cut every seq_length tokens: item i is
+    {"input_ids", "labels"}, each (seq_length,) int64, labels one token on across the cut.
+
+    shuffle: the order of the documents, by `seed`. source: [1] supplement, data_loading
+    """
+
+    def __init__(self, tokenizer, dataset_path, seq_length, shuffle, seed=0):
+        pairs = read_pairs(dataset_path)
+        order = np.random.default_rng(seed).permutation(len(pairs)) if shuffle else range(len(pairs))
+        begin, end = getattr(tokenizer, "bos_token_id", None), end_ids(tokenizer)[:1]
+        if not end:
+            raise ValueError("the tokenizer must have an end-of-text token to part documents, got "
+                             "none; add <|endoftext|>")
+        ids = []
+        for i in order:
+            document = encode_text(tokenizer, alpaca_text(*pairs[i]))
+            ids += [*([] if begin in (None, *end) else [begin]), *document, *end]
+        self.ids, self.seq_length = torch.tensor(ids), seq_length
+
+    def __len__(self):
+        return (len(self.ids) - 1) // self.seq_length
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(f"item must be in 0..{len(self) - 1}, got {i}")
+        window = self.ids[i * self.seq_length : (i + 1) * self.seq_length + 1]
+        return {"input_ids": window[:-1], "labels": window[1:]}
+
+
+def iterate_batches(dataset, batch_size, shuffle):
+    """One pass over `dataset` in batches, dicts of (batch_size, seq_length); the last may be
+    smaller. source: [1] supplement, data_loading"""
+    return torch.utils.data.DataLoader(dataset, batch_size=batch_size, shuffle=shuffle)
+
+
+# -------------------------------------------------------------------------------------------------
+# rewards, advantages and losses
+
+
+def grade(reward_fn, responses, ground_truths):
+    """The reward_fn(response, ground_truth) of each: dicts with reward, format_reward and
+    answer_reward. raises ValueError, naming the response, where reward_fn fails"""
+    grades = []
+    for response, truth in zip(responses, ground_truths, strict=True):
+        try:
+            found = reward_fn(response, truth)
+            if not math.isfinite(found["reward"]):
+                raise ValueError(f"reward {found['reward']}")
+        except Exception as error:  # anybody's function: whatever it raises is told the same way
+            raise ValueError(f"the reward function must grade every response, got {error!r} for "
+                             f"{response[:80]!r}; mend it") from error
+        grades.append(found)
+    return grades
+
+
+def compute_advantages(rewards, baseline="mean", normalize_by_std=False, eps=1e-6):
+    """Advantages (groups, G) of rewards (groups, G): less the baseline ("none", the group's
+    "mean", or for each response the mean of the others, "leave_one_out" [7]), and / (std + eps),
+    the unbiased one, if asked. A group of equal rewards gives exact zeros, not rounding / eps."""
+    G = rewards.shape[1]
+    if baseline == "none":
+        return rewards
+    if G == 1:
+        raise ValueError("group_size must be at least 2 with a baseline, got 1; raise it, or use "
+                         "--baseline none")
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if baseline == "leave_one_out":
+        advantages = advantages * (G / (G - 1))
+    if normalize_by_std:
+        advantages = advantages / (rewards.std(1, keepdim=True) + eps)
+    same = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    return advantages.masked_fill(same, 0)
+
+
+def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_ground_truths,
+                                     group_size, advantage_eps, normalize_by_std):
+    """(advantages (n,), raw rewards (n,), metadata) of n = groups * group_size responses, group by
+    group. source: [1] compute_group_normalized_rewards, equations 28 and 31"""
+    if len(rollout_responses) % group_size:
+        raise ValueError(f"responses must come in groups of {group_size}, got "
+                         f"{len(rollout_responses)}; give whole groups")
+    grades = grade(reward_fn, rollout_responses, repeated_ground_truths)
+    raw = torch.tensor([g["reward"] for g in grades], dtype=torch.float64)
+    groups = raw.view(-1, group_size)
+    advantages = compute_advantages(groups, "mean", normalize_by_std, advantage_eps).flatten()
+    same = (groups.amax(1) == groups.amin(1)).double().mean()
+    metadata = {"reward_mean": raw.mean().item(), "reward_std": raw.std().item(),
+                "reward_min": raw.min().item(), "reward_max": raw.max().item(),
+                "no_signal": same.item()}
+    return advantages.float(), raw.float(), metadata
+
+
+def policy_loss(log_probs, old_log_probs, advantages, mask=None, surrogate="clip", ratio="token",
+                clip_low=0.2, clip_high=0.2, dual_clip=0.0):
+    """(loss of each token (B, T), clipped low (B, T) bool, clipped high (B, T) bool).
+
+    log_probs, old_log_probs: (B, T), now and when sampled; advantages: (B, 1) or (B, T)
+    surrogate: with rho = exp(log_probs - old_log_probs), A the advantage, sg no gradient, it is
+    "reinforce" A log p; "ratio" rho A; "clip" min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A),
+    and where A < 0 at least dual_clip A, unless 0 [8]; "cispo" sg(min(rho, 1 + clip_high)) A log p
+    ratio: "token", or "sequence": the geometric mean of rho over the mask, for all its tokens [5]
+    source: [1] compute_grpo_clip_loss, [2] equation 3, [6] equation 4
+    """
+    if surrogate == "reinforce":
+        never = torch.zeros_like(log_probs, dtype=torch.bool)
+        return -advantages * log_probs, never, never
+    log_rho = log_probs - old_log_probs
+    if ratio == "sequence":
+        mask = torch.ones_like(log_rho) if mask is None else mask
+        total = masked_normalize(log_rho, mask, 1, dim=1)
+        log_rho = (total / mask.sum(1).clamp(min=1)).unsqueeze(1).expand_as(log_rho)
+    rho = log_rho.exp()
+    low, high = rho < 1 - clip_low, rho > 1 + clip_high
+    if surrogate == "ratio":
+        return -rho * advantages, low & False, high & False
+    if surrogate == "cispo":
+        return -rho.detach().clamp(max=1 + clip_high) * advantages * log_probs, low & False, high
+    gain = torch.minimum(rho * advantages, rho.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    if dual_clip:
+        gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
+    return -gain, low & (advantages < 0), high & (advantages > 0)
+
+
+def kl_estimate(log_probs, ref_log_probs, kind="k3"):
+    """An estimate (B, T) of KL(policy, reference) from the sampled tokens alone: k1 unbiased, k2
+    half the square, k3 never negative. In a loss k1's gradient has mean 0; k2's is the true one on
+    fresh samples. source: [9]"""
+    d = ref_log_probs - log_probs
+    return {"k1": lambda: -d, "k2": lambda: d.square() / 2, "k3": lambda: d.exp() - d - 1}[kind]()
+
+
+def token_weights(mask, length_norm, sequences, tokens, max_tokens):
+    """What the loss of each token counts in an update, (B, T): the mean over sequences of the mean
+    over their tokens ("response" [2]), the mean over tokens ("tokens" [4]), or the sum over
+    sequences * max_tokens ("constant" [3]). `sequences` and `tokens` are those of the whole
+    update: micro-batches and ranks add up to it, however it is cut."""
+    if length_norm == "response":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / sequences
+    return mask / (tokens if length_norm == "tokens" else sequences * max_tokens)
+
+
+def overlong_penalty(length, max_tokens, buffer):
+    """0 up to max_tokens - buffer tokens, falling to -1 at max_tokens. source: [4] equation 13"""
+    return -max(0.0, min(1.0, (length - (max_tokens - buffer)) / buffer)) if buffer else 0.0
+
+
+def compute_naive_policy_gradient_loss(raw_rewards_or_advantages, policy_log_probs):
+    """-A log p, (B, T), of A (B, 1). source: [1] compute_naive_policy_gradient_loss"""
+    return policy_loss(policy_log_probs, None, raw_rewards_or_advantages, surrogate="reinforce")[0]
+
+
+def compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange):
+    """(loss (B, T), {"clipped": (B, T) bool}) of advantages (B, 1). source: [1] equation 33"""
+    loss, low, high = policy_loss(policy_log_probs, old_log_probs, advantages, clip_low=cliprange,
+                                  clip_high=cliprange)
+    return loss, {"clipped": low | high, "clipped_low": low, "clipped_high": high}
+
+
+def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, advantages=None,
+                                 old_log_probs=None, cliprange=None):
+    """(loss (B, T), metadata) for loss_type no_baseline, reinforce_with_baseline, grpo_clip or
+    grpo_no_clip. source: [1] compute_policy_gradient_loss, and equation 34"""
+    old = {"old_log_probs": old_log_probs}
+    needs = {"no_baseline": {"raw_rewards": raw_rewards},
+             "reinforce_with_baseline": {"advantages": advantages},
+             "grpo_clip": {"advantages": advantages, **old, "cliprange": cliprange},
+             "grpo_no_clip": {"advantages": advantages, **old}}
+    kind = loss_type.lower().replace("-", "_")
+    if kind not in needs:
+        raise ValueError(f"loss_type must be one of {', '.join(needs)}, got {loss_type!r}; "
+                         "choose one")
+    missing = [name for name, value in needs[kind].items() if value is None]
+    if missing:
+        raise ValueError(f"loss_type {loss_type} needs {', '.join(missing)}, got none; pass them")
+    if kind == "grpo_clip":
+        return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
+    if kind == "grpo_no_clip":
+        return policy_loss(policy_log_probs, old_log_probs, advantages, surrogate="ratio")[0], {}
+    scale = raw_rewards if kind == "no_baseline" else advantages
+    return compute_naive_policy_gradient_loss(scale, policy_log_probs), {}
+
+
+def sft_microbatch_train_step(policy_log_probs, response_mask, gradient_accumulation_steps,
+                              normalize_constant=1.0):
+    """(loss, metadata) after loss.backward(): minus the sum of each response's log-probabilities
+    / normalize_constant, mean over the batch, / gradient_accumulation_steps. source: [1]"""
+    sums = masked_normalize(policy_log_probs, response_mask, normalize_constant, dim=-1)
+    loss = -sums.mean() / gradient_accumulation_steps
+    loss.backward()
+    return loss, {"response_tokens": response_mask.sum()}
+
+
+def grpo_microbatch_train_step(policy_log_probs, response_mask, gradient_accumulation_steps,
+                               loss_type, raw_rewards=None, advantages=None, old_log_probs=None,
+                               cliprange=None):
+    """(loss, metadata) after loss.backward(): the masked mean over each response, mean over the
+    batch, / gradient_accumulation_steps. source: [1] grpo_microbatch_train_step"""
+    losses, metadata = compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards,
+                                                    advantages, old_log_probs, cliprange)
+    loss = masked_mean(losses, response_mask, dim=1).mean() / gradient_accumulation_steps
+    loss.backward()
+    shares = {f"{name}_share": masked_mean(value.float(), response_mask)
+              for name, value in metadata.items()}
+    return loss, {**metadata, **shares}
+
+
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """-log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected))), of log-probabilities
+    (B,) of whole responses; ln 2 where policy and reference agree. source: [10] equation 7"""
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    return torch.logaddexp(torch.zeros_like(margin), -margin)
+
+
+def compute_per_instance_dpo_loss(lm, lm_ref, tokenizer, beta, prompt, response_chosen,
+                                  response_rejected):
+    """The DPO loss of one pair, a scalar: prompt and response in the Alpaca template, and the end
+    token. source: [1] supplement, dpo_loss"""
+    end = list(end_ids(tokenizer)[:1])
+    ids = [encode_text(tokenizer, alpaca_text(prompt, response)) + end
+           for response in (response_chosen, response_rejected)]
+
+    def log_probs(model):
+        device = next(model.parameters()).device
+        rows = [torch.tensor([row], device=device) for row in ids]
+        return torch.cat([token_log_probs(model, row[:, :-1], row[:, 1:])[0].sum(1) for row in rows])
+
+    policy = log_probs(lm)
+    with torch.no_grad():
+        reference = log_probs(lm_ref).to(policy.device)
+    return dpo_loss(*policy, *reference, beta)
+
+
+# -------------------------------------------------------------------------------------------------
+# rollouts
+
+
+class AnyModel(nn.Module):
+    """A model of others in the form that `lm.generate` takes, without a cache: the oracle's way."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.lm_head = model, nn.Identity()
+        own = getattr(model, "config", None)
+        self.config = SimpleNamespace(
+            vocab_size=getattr(own, "vocab_size", sys.maxsize),
+            context_length=getattr(own, "max_position_embeddings", sys.maxsize))
+
+    def hidden_states(self, ids, cache=None):
+        logits = self.model(ids)
+        return getattr(logits, "logits", logits)
 
 
 def rollout(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.0, group_size=1,
-            stop=(), seed=0):
+            stop=(), seed=0, first_row=0):
     """group_size sampled responses to each prompt, prompt by prompt: a list of dicts with
     prompt_index, prompt_ids, tokens (with the end token, if drawn), logprobs (of tokens, under
     softmax(logits / temperature)), text and finish_reason ("stop" or "length").
 
-    prompts: strings; stop: strings that end a response, which keeps them
+    prompts: strings, or lists of ids; stop: strings that end a response, which keeps them
+    seed, first_row: row r draws from (seed, first_row + r), whatever the other rows are
     raises ValueError where a prompt leaves no room for max_new_tokens in the model's context
     """
-    ids = [encode_text(tokenizer, prompt) for prompt in prompts]
-    longest, limit = max(map(len, ids), default=0), model.config.context_length
+    ids = [encode_text(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
+    if not ids:
+        return []
+    ours = hasattr(model, "hidden_states")
+    model = model if ours else AnyModel(model)
+    longest, limit = max(map(len, ids)), model.config.context_length
     if longest + max_new_tokens > limit:
         raise ValueError(f"a prompt and max_new_tokens must fit the context of {limit} tokens, got "
                          f"{longest} + {max_new_tokens}; drop long prompts or ask for fewer tokens")
     rows = lm.generate(model, ids, max_new_tokens, temperature, top_p=top_p, num_samples=group_size,
                        stop_ids=end_ids(tokenizer), stop_strings=tuple(stop), tokenizer=tokenizer,
-                       seed=seed)
+                       seed=seed, use_cache=ours, first_row=first_row)
     return [dict(prompt_index=r.prompt_index, prompt_ids=ids[r.prompt_index], tokens=r.tokens,
                  logprobs=r.logprobs, text=r.text, finish_reason=r.finish_reason) for r in rows]
+
+
+@torch.no_grad()
+def log_generations(model, tokenizer, prompts, ground_truths, reward_fn, max_new_tokens=256,
+                    temperature=1.0, top_p=1.0, stop=(), seed=0):
+    """{"examples": a dict for each prompt (prompt, response, ground_truth, rewards, mean entropy of
+    its tokens, length in tokens), "summary": their means, lengths also of the right and the wrong
+    (NaN where there is none)}. source: [1] log_generations"""
+    rows = rollout(model, tokenizer, prompts, max_new_tokens, temperature, top_p, 1, stop, seed)
+    grades = grade(reward_fn, [r["text"] for r in rows], ground_truths)
+    device, examples = next(model.parameters()).device, []
+    for row, prompt, truth, rewards in zip(rows, prompts, ground_truths, grades, strict=True):
+        batch = pad_pairs([(row["prompt_ids"], row["tokens"])], device=device)
+        mask = batch.pop("response_mask")
+        entropy = token_log_probs(model, *batch.values(), mask)[1]
+        examples.append(dict(prompt=prompt, response=row["text"], ground_truth=truth, **rewards,
+                             entropy=masked_mean(entropy, mask).item(), length=len(row["tokens"])))
+    right, wrong = ([e for e in examples if (e["reward"] > 0) == kind] for kind in (True, False))
+    means = {name: mean(e[name] for e in examples) for name in (*grades[0], "entropy", "length")}
+    return {"examples": examples, "summary": {
+        **means, "length_right": mean(e["length"] for e in right),
+        "length_wrong": mean(e["length"] for e in wrong)}}
+
+
+def mean(values):
+    """The arithmetic mean, NaN of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else math.nan
+
+
+# -------------------------------------------------------------------------------------------------
+# a run: what the verbs share
+
+
+class Run:
+    """The state of a run, and what every verb's step does with it."""
+
+    def __init__(self, args):
+        self.args, self.started = args, time.perf_counter()
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.device, self.out_dir = lm.resolve_device(args.device), Path(args.out_dir)
+        self.dtype, reason = lm.resolve_dtype(args.dtype, self.device)
+        self.max_gap = MAX_GAP[self.dtype] if args.max_gap is None else args.max_gap
+        self.checkpoint = self.out_dir / "checkpoint.pt"
+        if reason:
+            print(reason)
+        holds_a_run = any((self.out_dir / f).exists() for f in ("log.jsonl", "checkpoint.pt"))
+        if holds_a_run and not (args.resume or args.overwrite):
+            raise ValueError(f"out_dir must be a new folder, got {self.out_dir}, which holds a run;"
+                             " give --resume to go on, --overwrite to start anew, or another")
+        self.make_model()
+        self.optimizer = lm.AdamW(lm.optimizer_groups(self.model, args.weight_decay), args.lr,
+                                  (args.beta1, args.beta2))
+        # all that is random comes of the seed and these two counts, so that a run can go on
+        self.step = self.position = self.rollouts = 0
+        self.saved, self.signals, self.said, self.gap, self.dry = None, [], set(), 0.0, 0
+        args.prepare(self)
+        self.sum([0])  # all ranks are ready: rank 0 may write
+        if args.resume:
+            self.load()
+        if self.rank == 0:
+            self.log = self.open_log()
+        print(f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.ranks} x "
+              f"{self.device}, {str(self.dtype)[6:]}")
+
+    def make_model(self):
+        """The model to train, its tokenizer, and where one is needed a copy that stays."""
+        args = self.args
+        self.task = TASKS[args.task](args) if args.task else None
+        given = {f: getattr(args, f) for f in asdict(lm.ModelConfig())
+                 if getattr(args, f, None) is not None}
+        if args.model:
+            if set(given) - {"attention", "context_length"} or args.preset:
+                raise ValueError("a trained model has its shape, got --model and flags of a shape "
+                                 f"({', '.join(given) or 'preset'}); leave those out")
+            self.model, self.tokenizer = lm.load_model(args.model, self.device, torch.float32, **given)
+        elif self.task:
+            torch.manual_seed(args.seed)
+            self.tokenizer = self.task.tokenizer
+            config = lm.config_from_flags(args, vocab_size=self.tokenizer.vocab_size)
+            self.model = lm.TransformerLM(config).to(self.device)
+        else:
+            raise ValueError("--model or --task must say what to train, got neither; give one")
+        if self.tokenizer is None or not end_ids(self.tokenizer):
+            raise ValueError("the tokenizer must have a token that ends a text, got none; add "
+                             "<|endoftext|> to its special tokens")
+        if self.task and self.tokenizer.sha256 != self.task.tokenizer.sha256:
+            raise ValueError(f"--task {args.task} needs a model trained on it, got {args.model}, "
+                             f"which has another tokenizer; make one with sft --task {args.task}")
+        self.model.checkpoint_every = args.checkpoint_every
+        self.reference = None
+        if args.verb == "dpo" or getattr(args, "kl_coef", 0):
+            self.reference = copy.deepcopy(self.model).requires_grad_(False)
+
+    # ranks: each does its contiguous share of what all of them drew; sums make one result
+
+    def sum(self, values):
+        """The sums over all ranks, float64 tensor, of a list of numbers or a tensor."""
+        device = self.device if self.device.type == "cuda" else "cpu"
+        total = torch.as_tensor(values, dtype=torch.float64, device=device)
+        if self.ranks > 1:
+            dist.all_reduce(total)
+        return total.cpu()
+
+    def share(self, n):
+        """The slice of n things that is this rank's."""
+        return slice(n * self.rank // self.ranks, n * (self.rank + 1) // self.ranks)
+
+    def gather(self, values, n):
+        """All n numbers, of which each rank gives those of its share, on every rank."""
+        full = torch.zeros(n, dtype=torch.float64)
+        full[self.share(n)] = torch.as_tensor(values, dtype=torch.float64)
+        return self.sum(full)
+
+    def draw(self, items, n):
+        """The next n of `items`, which are gone through in shuffled passes; the same on all ranks."""
+        size, first = len(items), self.position
+        self.position += n
+        return [items[shuffled(size, self.args.seed, i // size)[i % size]]
+                for i in range(first, first + n)]
+
+    def update(self, rows, loss_of, names):
+        """One optimizer step on the sum of loss_of(micro-batch) over all rows of all ranks; returns
+        {name: sum} of the values that loss_of gives beside the loss, and the gradient's norm.
+
+        loss_of(rows): (scalar loss, values (len(names),) to add up), scaled for the whole update
+        """
+        args, total = self.args, torch.zeros(len(names), dtype=torch.float64)
+        self.optimizer.zero_grad(set_to_none=True)
+        rows = sorted(rows, key=row_length)  # rows of like length: little padding
+        for part in spans(len(rows), args.micro_batch_size):
+            with lm.compute_context(self.device, self.dtype):
+                loss, values = loss_of(rows[part])
+            loss.backward()
+            total += torch.stack([v.detach().double() for v in values]).cpu()
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        if self.ranks > 1:
+            self.sum_gradients(params)
+        norm = lm.clip_grad_norm_(params, args.grad_clip).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient must be finite, got norm {norm} at step "
+                                     f"{self.step + 1}; lower --lr, the last checkpoint is of step "
+                                     f"{self.saved}")
+        self.optimizer.step()
+        return {**dict(zip(names, self.sum(total).tolist(), strict=True)), "grad_norm": norm}
+
+    def sum_gradients(self, params):
+        """All-reduces the gradients, in one piece; a rank without rows has none and gives 0."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
+            p.grad = g.view_as(p)
+
+    @torch.no_grad()
+    def rollout(self, problems, group_size, temperature, top_p=1.0):
+        """Graded responses to this rank's share of `problems`, as `rollout` gives them, with the
+        keys reward, format_reward, answer_reward and group, the place in problems."""
+        args, mine = self.args, self.share(len(problems))
+        seed, self.rollouts = (args.seed << 20) + self.rollouts, self.rollouts + 1
+        rows, places = [], range(len(problems))[mine]
+        for part in spans(len(places), max(1, args.rollout_batch // group_size)):
+            chosen = [problems[i] for i in places[part]]
+            with lm.compute_context(self.device, self.dtype):
+                new = rollout(self.model, self.tokenizer, [p["prompt_ids"] for p in chosen],
+                              args.max_new_tokens, temperature, top_p, group_size, args.stop, seed,
+                              first_row=places[part][0] * group_size)
+            truths = [chosen[r["prompt_index"]]["answer"] for r in new]
+            for row, rewards in zip(new, grade(self.reward_fn, [r["text"] for r in new], truths),
+                                    strict=True):
+                row.update(rewards, group=places[part][row["prompt_index"]])
+            rows += new
+        return rows
+
+    @torch.no_grad()
+    def score(self, model, rows, name):
+        """Puts the log-probabilities of a row's tokens under `model` into row[name], a tensor, and
+        their entropies' sum into row["entropy"]."""
+        for part in spans(len(rows), self.args.micro_batch_size):
+            batch = self.collate(rows[part])
+            mask = batch["response_mask"]
+            with lm.compute_context(self.device, self.dtype):
+                found, entropy = token_log_probs(model, **batch_of(batch), mask=mask,
+                                                 temperature=self.args.temperature)
+            lengths = mask.sum(1).tolist()
+            for row, log_probs, h in zip(rows[part], found[mask].split(lengths), entropy.sum(1).tolist(),
+                                         strict=True):
+                row[name], row["entropy"] = log_probs, h
+
+    def collate(self, rows):
+        pairs = [(row["prompt_ids"], row["tokens"]) for row in rows]
+        return pad_pairs(pairs, pad_id(self.tokenizer), self.device)
+
+    # files
+
+    def open_log(self):
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        for old in [*self.out_dir.glob("checkpoint.pt*")] if self.args.overwrite else ():
+            old.unlink()
+        self.tokenizer.save(self.out_dir / "tokenizer.json")
+        first = {"flags": self.flags(), "device": str(self.device), "ranks": self.ranks,
+                 "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+        return lm.open_log(self.out_dir / "log.jsonl", self.step, first)
+
+    def flags(self):
+        skip = ("model_defaults", "resume", "overwrite", "run", "prepare", "take_step")
+        return {name: value for name, value in vars(self.args).items() if name not in skip}
+
+    def record(self, entry):
+        if self.rank == 0:
+            entry = {**entry, "elapsed_s": round(time.perf_counter() - self.started, 3)}
+            self.log.write(json.dumps(entry) + "\n")
+            self.log.flush()
+
+    def save(self):
+        if self.rank == 0:
+            lm.save_checkpoint(
+                self.model, self.optimizer, self.step, self.checkpoint, flags=self.flags(),
+                config=asdict(self.model.config), position=self.position, rollouts=self.rollouts,
+                dry=self.dry, elapsed_s=time.perf_counter() - self.started)
+        self.saved = self.step
+
+    def load(self):
+        try:
+            saved = lm.read_checkpoint(self.checkpoint)
+        except FileNotFoundError:
+            print(f"no checkpoint in {self.out_dir} yet: starting from the beginning")
+            return
+        saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]  # flags
+        lm.restore(saved, self.model, self.optimizer)
+        self.step = self.saved = saved["iteration"]
+        self.position, self.rollouts, self.dry = (saved[k] for k in ("position", "rollouts", "dry"))
+        self.started -= saved["elapsed_s"]
+        print(f"resumed {self.checkpoint} at step {self.step}")
+
+    def say_once(self, text):
+        if text not in self.said:
+            self.said.add(text)
+            print(text, flush=True)
+
+    # the loop
+
+    def run(self):
+        """Trains to max_steps; returns 0, or 128 + the signal that stopped it after a save."""
+        args = self.args
+        if self.step == 0:
+            self.validate()
+        while self.step < args.max_steps:
+            began = time.perf_counter()
+            lr = lm.lr_cosine_schedule(self.step + 1, args.lr, args.min_lr, args.warmup_steps,
+                                       args.max_steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            entry = args.take_step(self)
+            self.step += 1
+            seconds = time.perf_counter() - began
+            tokens = entry.pop("tokens")
+            entry = {"step": self.step, "lr": lr, **entry, "step_ms": seconds * 1e3,
+                     "tokens_per_s": tokens / seconds}
+            if self.step % args.log_every == 0 or self.step in (1, args.max_steps):
+                print(log_line(entry, args.max_steps), flush=True)
+                self.record(entry)
+            last = self.step == args.max_steps
+            stopping = int(self.sum([max(self.signals, default=0)]))
+            if self.step % args.save_every == 0 or last or stopping:
+                self.save()
+            if stopping:
+                print(f"signal {max(self.signals, default=stopping)}: saved at step {self.step}, "
+                      "--resume goes on")
+                return 128 + max(self.signals, default=stopping)
+            if self.step % args.eval_every == 0 or last:
+                self.validate(samples=args.eval_samples if last else 0)
+        if self.rank == 0:
+            lm.save_pretrained(self.model, self.tokenizer, self.out_dir / "model")
+        print(f"wrote {self.out_dir / 'model'} after {time.perf_counter() - self.started:.0f} s")
+        return 0
+
+    def validate(self, samples=0):
+        """Prints and logs the share of held-out problems that greedy responses solve; with samples,
+        also pass@1 and pass@samples."""
+        problems = self.held_out
+        if not problems:
+            return
+        entry, rollouts = {"step": self.step}, self.rollouts  # leaves the run as it is
+        for name, n, temperature in (("greedy", 1, 0), ("pass", samples, 1.0)):
+            if not n:
+                continue
+            rows = self.rollout(problems, n, temperature)
+            right = torch.tensor([r["reward"] == 1 for r in rows]).view(-1, n).sum(1).tolist()
+            for k in {1, n}:
+                key = "greedy" if name == "greedy" else f"pass@{k}"
+                found = sum(pass_at_k(n, c, k) for c in right)
+                entry[key] = self.sum([found]).item() / len(problems)
+        self.rollouts = rollouts
+        values = " | ".join(f"{k} {v:.1%}" for k, v in entry.items() if k != "step")
+        print(f"step {self.step}/{self.args.max_steps} | {len(problems)} held-out problems | {values}",
+              flush=True)
+        self.record(entry)
+
+
+def row_length(row):
+    return sum(len(row[k]) for k in ("prompt_ids", "tokens", "rejected") if k in row)
+
+
+def batch_of(batch):
+    return {"input_ids": batch["input_ids"], "labels": batch["labels"]}
+
+
+@functools.lru_cache(maxsize=4)
+def shuffled(size, seed, epoch):
+    """The order of one pass over `size` things."""
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+LOG_FORMATS = {  # of a step, in the order of the line; what a verb does not give is left out
+    "loss": "loss {:.4f}", "reward": "reward {:.3f}", "format_reward": "format {:.3f}",
+    "answer_reward": "answer {:.3f}", "kept": "kept {:.0f}", "no_signal": "no signal {:.0%}",
+    "truncated": "cut {:.0%}", "length": "len {:.1f}", "length_right": "right {:.1f}",
+    "length_wrong": "wrong {:.1f}", "entropy": "entropy {:.3f}", "clip_low": "clip- {:.2%}",
+    "clip_high": "clip+ {:.2%}", "kl": "kl {:.4f}", "accuracy": "accuracy {:.1%}",
+    "margin": "margin {:.3f}", "chosen": "chosen {:.2f}", "rejected": "rejected {:.2f}",
+    "gap": "gap {:.1e}", "grad_norm": "norm {:.2f}", "lr": "lr {:.1e}", "step_ms": "{:.0f} ms",
+    "tokens_per_s": "{:,.0f} tok/s", "rollout_share": "rollout {:.0%}"}
+
+
+def log_line(entry, max_steps):
+    shown = [form.format(entry[k]) for k, form in LOG_FORMATS.items() if k in entry]
+    return " | ".join([f"step {entry['step']}/{max_steps}", *shown])
+
+
+# -------------------------------------------------------------------------------------------------
+# the steps: supervised, expert iteration, policy gradients, preferences
+
+
+def sft_loss(run, rows, tokens):
+    """(cross entropy of the rows' response tokens / tokens, [it])."""
+    batch = run.collate(rows)
+    labels = batch["labels"].masked_fill(~batch["response_mask"], -100)
+    documents = None
+    if run.packed:  # a document's number is that of the ends before it
+        ends = batch["input_ids"] == end_ids(run.tokenizer)[0]
+        documents = ends.cumsum(1) - ends.long()
+    hidden = run.model.hidden_states(batch["input_ids"], documents=documents)
+    loss = lm.linear_cross_entropy(hidden, run.model.lm_head.weight, labels, reduction="sum") / tokens
+    return loss, [loss]
+
+
+def sft_step(run):
+    """One update on batch_size pairs: the mean loss over all their response tokens."""
+    rows = run.draw(run.examples, run.args.batch_size)
+    tokens = sum(len(row["tokens"]) for row in rows)
+    mine = rows[run.share(len(rows))]
+    entry = run.update(mine, functools.partial(sft_loss, run, tokens=tokens), ["loss"])
+    return {**entry, "tokens": sum(map(row_length, rows))}
+
+
+def ei_step(run):
+    """Expert iteration: sample, keep what is rewarded, train on it. source: [1] A5 algorithm 2"""
+    args, began = run.args, time.perf_counter()
+    problems = run.draw(run.problems, args.prompts_per_step)
+    rows = run.rollout(problems, args.group_size, args.temperature, args.top_p)
+    rollout_s = time.perf_counter() - began
+    run.score(run.model, rows, "log_probs")
+    good = run.gather([r["reward"] > 0 for r in rows], len(problems) * args.group_size)
+    entry = {**rollout_statistics(run, rows), "kept": int(good.sum()), "loss": math.nan}
+    number = good.cumsum(0) - 1  # of each kept response among all that are kept
+    first = len(problems) * run.rank // run.ranks * args.group_size
+    kept = {int(number[first + i]): r for i, r in enumerate(rows) if r["reward"] > 0}
+    say_when_dry(run, entry["kept"] == 0)
+    for epoch in range(args.epochs):
+        order = shuffled(entry["kept"], args.seed, (run.rollouts << 20) + epoch)
+        for part in spans(len(order), args.batch_size):
+            mine = [kept[i] for i in order[part].tolist() if i in kept]
+            tokens = run.sum([sum(len(r["tokens"]) for r in mine)]).item()
+            entry.update(run.update(mine, functools.partial(sft_loss, run, tokens=tokens), ["loss"]))
+    return {**entry, "rollout_share": rollout_s / (time.perf_counter() - began)}
+
+
+def rollout_statistics(run, rows):
+    """What the log says of all sampled responses of a step, on all ranks."""
+    groups = [[r["reward"] for r in rows[g]] for g in spans(len(rows), run.args.group_size)]
+    right, wrong = ([len(r["tokens"]) for r in rows if (r["reward"] == 1) == kind]
+                    for kind in (True, False))
+    lengths, total = [len(r["tokens"]) for r in rows], len(rows)
+    count, n_groups, n_right, n_wrong, tokens, seen, *sums = run.sum(
+        [total, len(groups), len(right), len(wrong), sum(lengths), sum(map(row_length, rows)),
+         sum(max(g) == min(g) for g in groups), sum(right), sum(wrong),
+         sum(r["finish_reason"] == "length" for r in rows), sum(r.get("entropy", 0) for r in rows),
+         *(sum(r[k] for r in rows) for k in ("reward", "format_reward", "answer_reward"))]).tolist()
+    same, right, wrong, cut, entropy, reward, form, answer = sums
+    entry = dict(tokens=seen, reward=reward / count, format_reward=form / count,
+                 answer_reward=answer / count, no_signal=same / n_groups, truncated=cut / count,
+                 length=tokens / count)
+    entry |= {"length_right": right / n_right} if n_right else {}
+    entry |= {"length_wrong": wrong / n_wrong} if n_wrong else {}
+    return {**entry, "entropy": entropy / tokens} if entropy else entry
+
+
+def say_when_dry(run, dry):
+    """Says it when many steps on end had nothing to learn from."""
+    run.dry = run.dry + 1 if dry else 0
+    if run.dry and run.dry % 10 == 0:
+        print(f"no response has taught anything for {run.dry} steps: all groups have equal rewards;"
+              " try easier problems, more SFT or a larger --group_size", flush=True)
+
+
+def sample_groups(run):
+    """(this rank's responses with their advantages, the log's numbers). With dynamic sampling,
+    groups with equal rewards are left out and others sampled in their place, up to that many
+    rounds. source: [4] section 3.2"""
+    args, n, G = run.args, run.args.prompts_per_step, run.args.group_size
+    sampled, kept, found = [], [], 0
+    for _ in range(max(1, args.dynamic_sampling)):
+        rows = run.rollout(run.draw(run.problems, n), G, args.temperature, args.top_p)
+        if run.reference is not None:
+            run.score(run.reference, rows, "ref_log_probs")
+        rewards = torch.tensor([shaped_reward(args, r) for r in rows], dtype=torch.float64).view(-1, G)
+        advantages = compute_advantages(rewards, args.baseline, args.normalize_by_std,
+                                        args.advantage_eps)
+        for row, advantage in zip(rows, advantages.flatten().tolist(), strict=True):
+            row["advantage"] = advantage
+        sampled += rows
+        if not args.dynamic_sampling:
+            kept = rows
+            break
+        plain = torch.tensor([r["reward"] for r in rows]).view(-1, G)
+        alive = run.gather(plain.amax(1) != plain.amin(1), n)
+        place = (found + alive.cumsum(0) - 1).long()
+        for row in rows:
+            if alive[row["group"]] and place[row["group"]] < n:
+                row["group"] = place[row["group"]].item()
+                kept.append(row)
+        found += int(alive.sum())
+        if found >= n:
+            break
+    return kept, rollout_statistics(run, sampled)
+
+
+def shaped_reward(args, row):
+    """A response's reward, less what its length and its distance from the reference cost."""
+    reward = row["reward"] + overlong_penalty(len(row["tokens"]), args.max_new_tokens,
+                                              args.overlong_buffer)
+    if args.kl_coef and args.kl_in == "reward":
+        sampled = torch.tensor(row["logprobs"], device=row["ref_log_probs"].device)
+        kl = kl_estimate(sampled, row["ref_log_probs"], args.kl)
+        reward -= args.kl_coef * kl.sum().item()
+    return reward
+
+
+def grpo_step(run):
+    """One step of policy gradients: sample groups, turn rewards into advantages, update.
+    source: [1] A5 algorithm 3"""
+    args, began = run.args, time.perf_counter()
+    run.gap = 0.0
+    rows, entry = sample_groups(run)
+    rollout_s = time.perf_counter() - began
+    if args.epochs * args.updates_per_rollout > 1:  # else the policy is the one that sampled
+        run.score(run.model, rows, "old_log_probs")
+    if args.overlong == "mask":
+        rows = [row for row in rows if row["finish_reason"] == "stop"]
+    updates = []
+    for update in range(args.epochs * args.updates_per_rollout):
+        part = update % args.updates_per_rollout
+        mine = [row for row in rows if row["group"] % args.updates_per_rollout == part]
+        sequences, tokens = run.sum([len(mine), sum(len(row["tokens"]) for row in mine)]).tolist()
+        if sequences:
+            loss_of = functools.partial(grpo_loss, run, sequences=sequences, tokens=tokens)
+            updates.append(run.update(mine, loss_of, GRPO_VALUES))
+    entry |= {name: mean(u[name] for u in updates) for name in (*GRPO_VALUES, "grad_norm")}
+    if run.reference is None:
+        del entry["kl"]
+    check_gap(run, entry)
+    run.say_once("a loss near zero is normal: advantages have mean zero in a group, and the ratio is"
+                 " 1 while the policy is the one that sampled; watch reward and norm instead")
+    say_when_dry(run, entry["no_signal"] == 1)
+    return {**entry, "rollout_share": rollout_s / (time.perf_counter() - began)}
+
+
+GRPO_VALUES = ("loss", "entropy", "clip_low", "clip_high", "kl", "gap")
+
+
+def grpo_loss(run, rows, sequences, tokens):
+    """(the rows' part of the loss of an update of that many sequences and tokens, GRPO_VALUES)."""
+    args, batch = run.args, run.collate(rows)
+    mask = batch["response_mask"]
+
+    def stored(name):  # values of the response tokens of each row, where the mask has them
+        values = torch.cat([torch.as_tensor(row[name]) for row in rows])
+        return put(mask, values.to(run.device))
+
+    log_probs, entropy = token_log_probs(run.model, **batch_of(batch), mask=mask,
+                                         temperature=args.temperature)
+    sampled = stored("logprobs")
+    old = stored("old_log_probs") if "old_log_probs" in rows[0] else log_probs.detach()
+    advantages = torch.tensor([[row["advantage"]] for row in rows], dtype=log_probs.dtype,
+                              device=run.device)
+    loss, low, high = policy_loss(log_probs, old, advantages, mask, args.surrogate, args.ratio,
+                                  args.clip_low, args.clip_high, args.dual_clip)
+    if args.importance_cap:  # what sampled and what trains differ by rounding only: truncated
+        loss = loss * (old - sampled).exp().clamp(max=args.importance_cap)
+    kl = torch.zeros_like(loss)
+    if run.reference is not None:
+        kl = kl_estimate(log_probs, stored("ref_log_probs"), args.kl)
+        if args.kl_in == "loss":
+            loss = loss + args.kl_coef * kl
+    if args.entropy_coef:
+        loss = loss - args.entropy_coef * entropy
+    weights = token_weights(mask, args.length_norm, sequences, tokens, args.max_new_tokens)
+    loss = (loss * weights).sum()
+    gap = (old - sampled).abs()
+    run.gap = max(run.gap, gap.max().item())
+    shares = [(value * mask).sum() / tokens for value in (entropy, low, high, kl, gap)]
+    return loss, [loss, *shares]
+
+
+def check_gap(run, entry):
+    """raises FloatingPointError where sampling and training disagree about log-probabilities."""
+    if entry["gap"] > run.max_gap:
+        raise FloatingPointError(
+            f"log-probabilities when sampled and in training must agree to {run.max_gap}, got a mean"
+            f" gap of {entry['gap']:.2e} (largest {run.gap:.2e}) at step {run.step + 1}; use --dtype "
+            "float32, or raise --max_gap")
+
+
+def dpo_losses(run, rows, pairs):
+    """(the rows' part of the mean DPO loss over `pairs` pairs, DPO_VALUES)."""
+    both = [(r["prompt_ids"], r["tokens"]) for r in rows] + [(r["prompt_ids"], r["rejected"])
+                                                             for r in rows]
+    batch = pad_pairs(both, pad_id(run.tokenizer), run.device)
+    mask = batch.pop("response_mask")
+
+    def log_probs(model):
+        return token_log_probs(model, **batch, mask=mask)[0].sum(1).split(len(rows))
+
+    chosen, rejected = log_probs(run.model)
+    with torch.no_grad():
+        ref_chosen, ref_rejected = log_probs(run.reference)
+    loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, run.args.beta).sum() / pairs
+    up, down = chosen - ref_chosen, rejected - ref_rejected
+    right = (up > down).double() + (up == down) / 2
+    values = (right, run.args.beta * (up - down), chosen, rejected, up, down)
+    return loss, [loss, *(value.sum() / pairs for value in values)]
+
+
+DPO_VALUES = ("loss", "accuracy", "margin", "chosen", "rejected", "chosen_change", "rejected_change")
+
+
+def dpo_step(run):
+    """One update on batch_size preference pairs. source: [10], [1] supplement"""
+    rows = run.draw(run.examples, run.args.batch_size)
+    loss_of = functools.partial(dpo_losses, run, pairs=len(rows))
+    entry = run.update(rows[run.share(len(rows))], loss_of, DPO_VALUES)
+    if max(entry["chosen_change"], entry["rejected_change"]) < -1:
+        run.say_once("both the chosen and the rejected responses have become less likely than under "
+                     "the reference: the margin may grow while both are unlearned; lower --lr, or "
+                     "raise --beta")
+    return {**entry, "tokens": 2 * sum(map(row_length, rows))}
+
+
+# -------------------------------------------------------------------------------------------------
+# what is trained on: tasks that are made here, and files
+
+
+@dataclass
+class Task:
+    """A task whose problems are made here: its tokenizer, the reward of (response, answer), and
+    problems(n), the first n of an endless list of dicts with prompt, answer and response (a
+    solution to learn from)."""
+
+    tokenizer: Tokenizer
+    reward_fn: Callable
+    problems: Callable
+
+
+def characters(text, *special):
+    """A tokenizer with an id for each character of `text` and each of the special texts."""
+    return Tokenizer({i: c.encode() for i, c in enumerate(text)}, [], ["<|endoftext|>", *special])
+
+
+def exact_reward(response, answer):
+    right = float(response.removesuffix("<|endoftext|>") == answer)
+    return {"reward": right, "format_reward": float(response.isdecimal()), "answer_reward": right}
+
+
+def addition_task(args):
+    def problems(n):
+        return [dict(prompt=prompt, answer=answer, response=answer)
+                for prompt, answer in addition_problems(n, args.digits, DATA_SEED)]
+
+    return Task(characters("0123456789+="), exact_reward, problems)
+
+
+TASKS = {"addition": addition_task}
+DATA_SEED = 0  # of tasks: apart from --seed, so that what is held out is so in every run
+
+
+def encode_problems(run, problems):
+    """Adds prompt_ids; drops, and counts, those that leave no room for a response."""
+    limit = run.model.config.context_length - run.args.max_new_tokens
+    problems = [{**p, "prompt_ids": encode_text(run.tokenizer, p["prompt"])} for p in problems]
+    return keep_fitting(problems, lambda p: len(p["prompt_ids"]), limit, "prompts")
+
+
+def encode_pairs(run, pairs):
+    """Dicts of prompt_ids and tokens (the response, and rejected where there is one, each with the
+    end token) of dicts with prompt and response; drops, and counts, what the context cannot hold."""
+    end, rows = end_ids(run.tokenizer)[0], []
+    for pair in pairs:
+        row = {"prompt_ids": encode_text(run.tokenizer, pair["prompt"])}
+        for name, key in (("tokens", "response"), ("rejected", "rejected")):
+            if key in pair:
+                row[name] = [*encode_text(run.tokenizer, pair[key]), end]
+        rows.append(row)
+    return keep_fitting(rows, lambda r: len(r["prompt_ids"]) - 1
+                        + max(len(r["tokens"]), len(r.get("rejected", ()))),
+                        run.model.config.context_length, "examples")
+
+
+def keep_fitting(rows, length, limit, what):
+    fitting = [row for row in rows if length(row) <= limit]
+    if len(fitting) < len(rows):
+        print(f"dropped {len(rows) - len(fitting):,} of {len(rows):,} {what}: they are longer than "
+              f"{limit} tokens, all that the context allows")
+    if not fitting:
+        raise ValueError(f"some {what} must fit into {limit} tokens, got none; raise "
+                         "--context_length or lower --max_new_tokens")
+    return fitting
+
+
+def prepare_problems(run):
+    """Problems to sample responses to, held-out ones, and their reward."""
+    args, task = run.args, run.task
+    if args.group_size == 1 and getattr(args, "baseline", "none") != "none":
+        raise ValueError("group_size must be at least 2 with a baseline, got 1; raise it, or use "
+                         "--baseline none")
+    problems = task.problems(args.eval_problems + args.examples + args.problems)
+    run.reward_fn = task.reward_fn
+    run.held_out = encode_problems(run, problems[: args.eval_problems])
+    run.problems = encode_problems(run, problems[args.eval_problems + args.examples :])
+
+
+def prepare_pairs(run):
+    """Pairs to learn from, and held-out problems where there are some."""
+    args, task, run.packed = run.args, run.task, False
+    problems = task.problems(args.eval_problems + args.examples)
+    run.reward_fn = task.reward_fn
+    run.held_out = encode_problems(run, problems[: args.eval_problems])
+    run.examples = encode_pairs(run, problems[args.eval_problems :])
+
+
+# -------------------------------------------------------------------------------------------------
+# verbs
+
+
+def train(args):
+    """Any of sft, ei, grpo and dpo."""
+    args.min_lr = args.lr if args.min_lr is None else args.min_lr
+    run = Run(args)
+    with lm.stop_politely(run.signals):
+        return run.run()
+
+
+def plot(logs, out):
+    """Draws reward or loss, and held-out accuracy, of each log.jsonl into the picture `out`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a plot needs matplotlib, got none; pip install matplotlib") from None
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    for axis, keys in zip(figure.subplots(1, 2), (("reward", "loss"), ("greedy",)), strict=True):
+        for path in map(Path, logs):
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            key = next((k for k in keys if any(k in r for r in records)), None)
+            points = [(r["elapsed_s"], r[key]) for r in records if key in r]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=f"{path.parent.name} {key}")
+        axis.set(xlabel="seconds", ylabel=" or ".join(keys))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(out, dpi=120)
+
+
+def add_run_flags(parser, **defaults):
+    add, at_least_1 = parser.add_argument, lm.positive(int)
+    whole, rate = lm.positive(int, zero=True), lm.positive(float, zero=True)
+    add("--model", help="a Hugging Face folder, or what a script here left")
+    add("--task", choices=TASKS, help="a task made here, instead of --data")
+    add("--data", help="JSONL")
+    add("--digits", type=at_least_1, default=3, help="of the numbers of the addition task")
+    add("--examples", type=at_least_1, default=3000, help="solved problems of a task, pairs of a file")
+    add("--problems", type=at_least_1, default=20_000, help="unsolved problems of a task")
+    add("--eval_problems", type=whole, default=500, help="held out")
+    add("--eval_samples", type=whole, default=8, help="to each at the end, for pass@k")
+    for name, steps in (("eval_every", 50), ("save_every", 50), ("log_every", 1)):
+        add(f"--{name}", type=at_least_1, default=steps, help="steps")
+    add("--max_new_tokens", type=at_least_1, default=256)
+    add("--stop", action="append", default=[], help="a string that ends a response")
+    add("--temperature", type=lm.positive(float), default=1.0, help="in sampling and in training")
+    add("--rollout_batch", type=at_least_1, default=512, help="responses sampled at a time")
+    add("--micro_batch_size", type=at_least_1, default=64, help="sequences a backward pass")
+    add("--max_steps", type=at_least_1, default=200)
+    add("--lr", type=lm.positive(float), default=1e-5)
+    add("--min_lr", type=rate, help="of a cosine at its end (default: --lr, no decay)")
+    add("--warmup_steps", type=whole, default=0)
+    for name, default in (("weight_decay", 0.0), ("beta1", 0.9), ("beta2", 0.95)):
+        add(f"--{name}", type=rate, default=default)
+    add("--grad_clip", type=lm.positive(float), default=1.0)
+    add("--checkpoint_every", type=at_least_1, nargs="*", default=[], help="recompute K blocks")
+    add("--max_gap", type=rate, help="stop beyond this mean gap of log-probabilities")
+    add("--out_dir", default="out_rl")
+    held = parser.add_mutually_exclusive_group().add_argument
+    held("--resume", action="store_true", help="go on with the run in --out_dir, same flags")
+    held("--overwrite", action="store_true", help="start anew in an --out_dir that holds a run")
+    add("--seed", type=whole, default=0)
+    add("--device", default="auto")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    lm.add_model_flags(parser, **TASK_MODEL)
+    parser.set_defaults(run=train, **defaults)
+
+
+TASK_MODEL = dict(context_length=16, d_model=128, num_layers=2, num_heads=4, d_ff=512)
+
+
+def add_rollout_flags(add):
+    add("--prompts_per_step", type=lm.positive(int), default=32)
+    add("--group_size", type=lm.positive(int), default=8, help="responses to a prompt")
+    add("--epochs", type=lm.positive(int), default=1, help="passes over the responses of a step")
+    add("--top_p", type=lm.positive(float), default=1.0)
+
+
+def add_grpo_flags(add):
+    add("--algorithm", choices=ALGORITHMS, help="a published set of the flags below")
+    add("--baseline", choices=("none", "mean", "leave_one_out"), default="mean")
+    add("--normalize_by_std", action=argparse.BooleanOptionalAction, default=False)
+    add("--advantage_eps", type=lm.positive(float), default=1e-6)
+    add("--surrogate", choices=("reinforce", "ratio", "clip", "cispo"), default="clip")
+    add("--ratio", choices=("token", "sequence"), default="token")
+    add("--clip_low", type=lm.positive(float), default=0.2)
+    add("--clip_high", type=lm.positive(float), default=0.2)
+    add("--dual_clip", type=lm.positive(float, zero=True), default=0.0, help="0: off; 3 is usual")
+    add("--length_norm", choices=("response", "tokens", "constant"), default="tokens")
+    add("--kl_coef", type=lm.positive(float, zero=True), default=0.0, help="0: no reference model")
+    add("--kl", choices=("k1", "k2", "k3"), default="k3", help="estimator")
+    add("--kl_in", choices=("loss", "reward"), default="loss")
+    add("--entropy_coef", type=lm.positive(float, zero=True), default=0.0, help="of a bonus")
+    add("--dynamic_sampling", type=lm.positive(int, zero=True), default=0, metavar="ROUNDS",
+        help="sample up to so many times for groups with a signal; 0: off")
+    add("--overlong", choices=("keep", "mask"), default="keep", help="responses that were cut off")
+    add("--overlong_buffer", type=lm.positive(int, zero=True), default=0,
+        help="last tokens of --max_new_tokens that cost reward; 0: off")
+    add("--updates_per_rollout", type=lm.positive(int), default=1, help="parts of a step's responses")
+    add("--importance_cap", type=lm.positive(float, zero=True), default=0.0,
+        help="truncated weights against the gap between sampling and training; 0: off")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(prog="rl.py", description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    p = verbs.add_parser("sft", help="learn from prompt and response pairs")
+    add_run_flags(p, prepare=prepare_pairs, take_step=sft_step)
+    p.add_argument("--batch_size", type=lm.positive(int), default=64)
+    p = verbs.add_parser("ei", help="expert iteration")
+    add_run_flags(p, prepare=prepare_problems, take_step=ei_step)
+    add_rollout_flags(p.add_argument)
+    p.add_argument("--batch_size", type=lm.positive(int), default=64)
+    p = verbs.add_parser("grpo", help="policy gradients from groups of responses")
+    add_run_flags(p, prepare=prepare_problems, take_step=grpo_step)
+    add_rollout_flags(p.add_argument)
+    add_grpo_flags(p.add_argument)
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
