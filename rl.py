@@ -24,12 +24,12 @@ Dims: B sequences, T time, N tokens, C d_model, V vocab_size, G responses to a p
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import json
 import math
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -251,6 +251,10 @@ def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
     return pad_pairs(pairs, pad_id(tokenizer))
 
 
+def alpaca_text(prompt, response):
+    return PROMPTS["alpaca"].replace("{question}", prompt) + response
+
+
 class PackedSFTDataset(torch.utils.data.Dataset):
     """Instruction pairs (JSONL with prompt and response) in the Alpaca template, each between the
     tokenizer's begin and end tokens, joined and cut every seq_length tokens: item i is
@@ -268,7 +272,7 @@ class PackedSFTDataset(torch.utils.data.Dataset):
                              "none; add <|endoftext|>")
         ids = []
         for i in order:
-            document = encode_text(tokenizer, alpaca_text(*pairs[i]))
+            document = encode_text(tokenizer, alpaca_text(pairs[i]["prompt"], pairs[i]["response"]))
             ids += [*([] if begin in (None, *end) else [begin]), *document, *end]
         self.ids, self.seq_length = torch.tensor(ids), seq_length
 
@@ -572,7 +576,6 @@ class Run:
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.device, self.out_dir = lm.resolve_device(args.device), Path(args.out_dir)
         self.dtype, reason = lm.resolve_dtype(args.dtype, self.device)
-        self.max_gap = MAX_GAP[self.dtype] if args.max_gap is None else args.max_gap
         self.checkpoint = self.out_dir / "checkpoint.pt"
         if reason:
             print(reason)
@@ -1047,9 +1050,10 @@ def grpo_loss(run, rows, sequences, tokens):
 
 def check_gap(run, entry):
     """raises FloatingPointError where sampling and training disagree about log-probabilities."""
-    if entry["gap"] > run.max_gap:
+    most = MAX_GAP[run.dtype] if run.args.max_gap is None else run.args.max_gap
+    if entry["gap"] > most:
         raise FloatingPointError(
-            f"log-probabilities when sampled and in training must agree to {run.max_gap}, got a mean"
+            f"log-probabilities when sampled and in training must agree to {most}, got a mean"
             f" gap of {entry['gap']:.2e} (largest {run.gap:.2e}) at step {run.step + 1}; use --dtype "
             "float32, or raise --max_gap")
 
@@ -1095,34 +1099,43 @@ def dpo_step(run):
 
 @dataclass
 class Task:
-    """A task whose problems are made here: its tokenizer, the reward of (response, answer), and
-    problems(n), the first n of an endless list of dicts with prompt, answer and response (a
-    solution to learn from)."""
+    """A task whose problems are made here: its tokenizer, the reward of (response, answer),
+    problems(n), the first n of an endless list of different ones, dicts with prompt and answer, and
+    solve(problem, rng), a response to learn from."""
 
     tokenizer: Tokenizer
     reward_fn: Callable
     problems: Callable
+    solve: Callable
 
 
-def characters(text, *special):
+def characters(text, special=()):
     """A tokenizer with an id for each character of `text` and each of the special texts."""
     return Tokenizer({i: c.encode() for i, c in enumerate(text)}, [], ["<|endoftext|>", *special])
 
 
-def exact_reward(response, answer):
-    right = float(response.removesuffix("<|endoftext|>") == answer)
-    return {"reward": right, "format_reward": float(response.isdecimal()), "answer_reward": right}
-
-
 def addition_task(args):
+    def reward(response, answer):
+        right = float(response == answer)
+        return {"reward": right, "format_reward": float(response.isdecimal()), "answer_reward": right}
+
+    return Task(characters("0123456789+="), reward,
+                lambda n: addition_problems(n, args.digits, DATA_SEED), lambda p, rng: p["answer"])
+
+
+def countdown_task(args):
     def problems(n):
-        return [dict(prompt=prompt, answer=answer, response=answer)
-                for prompt, answer in addition_problems(n, args.digits, DATA_SEED)]
+        of_each = -(-n // len(args.numbers))
+        made = zip(*(countdown_problems(of_each, k, DATA_SEED) for k in args.numbers), strict=True)
+        return [dict(prompt=countdown_prompt(p["numbers"], p["target"]),
+                     answer=(p["numbers"], p["target"])) for ps in made for p in ps][:n]
 
-    return Task(characters("0123456789+="), exact_reward, problems)
+    return Task(characters(COUNTDOWN_ALPHABET, COUNTDOWN_TAGS),
+                lambda response, answer: countdown_reward(response, *answer), problems,
+                lambda p, rng: countdown_trace(*p["answer"], rng))
 
 
-TASKS = {"addition": addition_task}
+TASKS = {"addition": addition_task, "countdown": countdown_task}
 DATA_SEED = 0  # of tasks: apart from --seed, so that what is held out is so in every run
 
 
@@ -1159,25 +1172,86 @@ def keep_fitting(rows, length, limit, what):
     return fitting
 
 
+def task_problems(args, task, extra=0):
+    """(held-out problems, solved ones to learn from, `extra` unsolved ones) of a task."""
+    held, end = args.eval_problems, args.eval_problems + args.examples
+    problems, rng = task.problems(end + extra), random.Random(DATA_SEED)
+    solved = problems[held:end] if not extra else []
+    return (problems[:held], [{**p, "response": task.solve(p, rng)} for p in solved],
+            problems[end:])
+
+
+def file_problems(path, prompt):
+    question = PROMPTS[prompt].replace
+    return [dict(prompt=question("{question}", p["question"]), answer=p["answer"])
+            for p in read_problems(path)]
+
+
+def reward_of(prompt, strict):
+    reward = r1_zero_reward if prompt == "r1_zero" else question_only_reward
+    return functools.partial(reward, strict=strict)
+
+
 def prepare_problems(run):
     """Problems to sample responses to, held-out ones, and their reward."""
-    args, task = run.args, run.task
+    args = run.args
     if args.group_size == 1 and getattr(args, "baseline", "none") != "none":
         raise ValueError("group_size must be at least 2 with a baseline, got 1; raise it, or use "
                          "--baseline none")
-    problems = task.problems(args.eval_problems + args.examples + args.problems)
-    run.reward_fn = task.reward_fn
-    run.held_out = encode_problems(run, problems[: args.eval_problems])
-    run.problems = encode_problems(run, problems[args.eval_problems + args.examples :])
+    if run.task:
+        run.reward_fn = run.task.reward_fn
+        held_out, _, problems = task_problems(args, run.task, args.problems)
+    else:
+        run.reward_fn = reward_of(args.prompt, args.strict_format)
+        args.stop = args.stop or list(STOPS.get(args.prompt, ()))
+        problems = file_problems(args.data, args.prompt)
+        held_out = file_problems(args.valid_data, args.prompt) if args.valid_data else []
+        unreadable = sum(not is_gradable(p["answer"]) for p in problems)
+        if unreadable:
+            print(f"{unreadable:,} of {len(problems):,} answers cannot be read, and reward nothing")
+    run.problems = encode_problems(run, problems)
+    run.held_out = encode_problems(run, held_out[: args.eval_problems]) if held_out else []
 
 
 def prepare_pairs(run):
     """Pairs to learn from, and held-out problems where there are some."""
-    args, task, run.packed = run.args, run.task, False
-    problems = task.problems(args.eval_problems + args.examples)
-    run.reward_fn = task.reward_fn
-    run.held_out = encode_problems(run, problems[: args.eval_problems])
-    run.examples = encode_pairs(run, problems[args.eval_problems :])
+    args, run.held_out = run.args, []
+    if run.task:
+        run.reward_fn = run.task.reward_fn
+        held_out, pairs, _ = task_problems(args, run.task)
+        run.held_out = encode_problems(run, held_out) if held_out else []
+    elif args.packed:
+        dataset = PackedSFTDataset(run.tokenizer, args.data, run.model.config.context_length, True,
+                                   args.seed)
+        windows = [[*item["input_ids"].tolist(), item["labels"][-1].item()] for item in dataset]
+        run.examples = [dict(prompt_ids=w[:1], tokens=w[1:]) for w in windows]
+        return
+    else:
+        pairs = read_pairs(args.data)
+        if args.correct_only:
+            reward_fn, read = reward_of(args.prompt, args.strict_format), len(pairs)
+            pairs = [p for p in pairs if p["ground_truth"] is not None
+                     and reward_fn(p["response"], p["ground_truth"])["reward"] == 1]
+            print(f"{len(pairs):,} of {read:,} examples have a right answer, and are used")
+        for pair in pairs:
+            pair["prompt"] = PROMPTS[args.prompt].replace("{question}", pair["prompt"])
+    run.examples = encode_pairs(run, pairs[: args.examples])
+
+
+def prepare_preferences(run):
+    """Pairs of a chosen and a rejected response."""
+    args, run.held_out = run.args, []
+    if run.task:  # the rejected response is that of another problem
+        pairs = task_problems(args, run.task)[1]
+        pairs = [{**p, "chosen": p["response"], "rejected": other["response"]}
+                 for p, other in zip(pairs, [*pairs[1:], pairs[0]], strict=True)
+                 if p["response"] != other["response"]]
+    else:
+        pairs = read_preferences(args.data)
+        for pair in pairs:
+            pair["prompt"] = PROMPTS[args.prompt].replace("{question}", pair["prompt"])
+    pairs = [{**p, "response": p["chosen"]} for p in pairs[: args.examples]]
+    run.examples = encode_pairs(run, pairs)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1216,18 +1290,19 @@ def add_run_flags(parser, **defaults):
     add, at_least_1 = parser.add_argument, lm.positive(int)
     whole, rate = lm.positive(int, zero=True), lm.positive(float, zero=True)
     add("--model", help="a Hugging Face folder, or what a script here left")
-    add("--task", choices=TASKS, help="a task made here, instead of --data")
-    add("--data", help="JSONL")
+    add("--task", choices=TASKS, help="problems made here, instead of --data")
+    add("--data", help="JSONL, JSON or csv of what the verb learns from")
+    add("--prompt", choices=PROMPTS, default="question_only", help="the template of --data")
+    add("--examples", type=at_least_1, default=3000, help="of --data, or solved ones of --task")
     add("--digits", type=at_least_1, default=3, help="of the numbers of the addition task")
-    add("--examples", type=at_least_1, default=3000, help="solved problems of a task, pairs of a file")
-    add("--problems", type=at_least_1, default=20_000, help="unsolved problems of a task")
+    add("--numbers", type=at_least_1, nargs="+", default=[3, 4], help="in a countdown problem")
     add("--eval_problems", type=whole, default=500, help="held out")
     add("--eval_samples", type=whole, default=8, help="to each at the end, for pass@k")
     for name, steps in (("eval_every", 50), ("save_every", 50), ("log_every", 1)):
         add(f"--{name}", type=at_least_1, default=steps, help="steps")
     add("--max_new_tokens", type=at_least_1, default=256)
     add("--stop", action="append", default=[], help="a string that ends a response")
-    add("--temperature", type=lm.positive(float), default=1.0, help="in sampling and in training")
+    add("--strict_format", action="store_true", help="tags exactly as the handout has them")
     add("--rollout_batch", type=at_least_1, default=512, help="responses sampled at a time")
     add("--micro_batch_size", type=at_least_1, default=64, help="sequences a backward pass")
     add("--max_steps", type=at_least_1, default=200)
@@ -1238,7 +1313,6 @@ def add_run_flags(parser, **defaults):
         add(f"--{name}", type=rate, default=default)
     add("--grad_clip", type=lm.positive(float), default=1.0)
     add("--checkpoint_every", type=at_least_1, nargs="*", default=[], help="recompute K blocks")
-    add("--max_gap", type=rate, help="stop beyond this mean gap of log-probabilities")
     add("--out_dir", default="out_rl")
     held = parser.add_mutually_exclusive_group().add_argument
     held("--resume", action="store_true", help="go on with the run in --out_dir, same flags")
@@ -1247,17 +1321,32 @@ def add_run_flags(parser, **defaults):
     add("--device", default="auto")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     lm.add_model_flags(parser, **TASK_MODEL)
-    parser.set_defaults(run=train, **defaults)
+    parser.set_defaults(run=train, temperature=1.0, **defaults)
 
 
 TASK_MODEL = dict(context_length=16, d_model=128, num_layers=2, num_heads=4, d_ff=512)
+
+
+def demo(args):
+    """SFT on few solved additions, GRPO on unsolved ones, and for control more SFT instead."""
+
+
+def bench(args):
+    pass
+
+
+def add_bench_flags(add):
+    add("--repeats", type=lm.positive(int), default=5)
 
 
 def add_rollout_flags(add):
     add("--prompts_per_step", type=lm.positive(int), default=32)
     add("--group_size", type=lm.positive(int), default=8, help="responses to a prompt")
     add("--epochs", type=lm.positive(int), default=1, help="passes over the responses of a step")
+    add("--temperature", type=lm.positive(float), default=1.0, help="in sampling and in training")
     add("--top_p", type=lm.positive(float), default=1.0)
+    add("--problems", type=lm.positive(int), default=20_000, help="unsolved ones of --task")
+    add("--valid_data", help="problems to evaluate on, like --data")
 
 
 def add_grpo_flags(add):
@@ -1283,30 +1372,100 @@ def add_grpo_flags(add):
     add("--updates_per_rollout", type=lm.positive(int), default=1, help="parts of a step's responses")
     add("--importance_cap", type=lm.positive(float, zero=True), default=0.0,
         help="truncated weights against the gap between sampling and training; 0: off")
+    add("--max_gap", type=lm.positive(float, zero=True),
+        help="stop beyond this mean gap (default: "
+        + ", ".join(f"{gap} in {str(dtype)[6:]}" for dtype, gap in MAX_GAP.items()) + ")")
 
 
 def build_parser():
     parser = argparse.ArgumentParser(prog="rl.py", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    p = verbs.add_parser("sft", help="learn from prompt and response pairs")
-    add_run_flags(p, prepare=prepare_pairs, take_step=sft_step)
-    p.add_argument("--batch_size", type=lm.positive(int), default=64)
-    p = verbs.add_parser("ei", help="expert iteration")
-    add_run_flags(p, prepare=prepare_problems, take_step=ei_step)
-    add_rollout_flags(p.add_argument)
-    p.add_argument("--batch_size", type=lm.positive(int), default=64)
-    p = verbs.add_parser("grpo", help="policy gradients from groups of responses")
-    add_run_flags(p, prepare=prepare_problems, take_step=grpo_step)
-    add_rollout_flags(p.add_argument)
-    add_grpo_flags(p.add_argument)
-    return parser
+
+    def add_verb(name, text, **defaults):
+        p = verbs.add_parser(name, help=text)
+        if "take_step" in defaults:
+            add_run_flags(p, **defaults)
+        else:
+            p.set_defaults(**defaults)
+        return p.add_argument
+
+    add = add_verb("sft", "learn from prompt and response pairs", prepare=prepare_pairs,
+                   take_step=sft_step)
+    add("--batch_size", type=lm.positive(int), default=64, help="pairs an update")
+    add("--packed", action="store_true", help="instruction pairs in the Alpaca template, end to end "
+        "in windows of context_length, apart from each other")
+    add("--correct_only", action="store_true", help="pairs whose response has the ground_truth")
+    add = add_verb("ei", "expert iteration: sample, keep the rewarded, learn from them",
+                   prepare=prepare_problems, take_step=ei_step)
+    add_rollout_flags(add)
+    add("--batch_size", type=lm.positive(int), default=64, help="responses an update")
+    add = add_verb("grpo", "policy gradients from groups of responses", prepare=prepare_problems,
+                   take_step=grpo_step)
+    add_rollout_flags(add)
+    add_grpo_flags(add)
+    add = add_verb("dpo", "learn from pairs of a chosen and a rejected response",
+                   prepare=prepare_preferences, take_step=dpo_step)
+    add("--batch_size", type=lm.positive(int), default=32, help="pairs an update")
+    add("--beta", type=lm.positive(float), default=0.1)
+    add_eval_parser(verbs)
+    add = add_verb("bench", "speed of rollouts, memory of log-probabilities", run=bench)
+    add_bench_flags(add)
+    add = add_verb("plot", "learning curves of runs", run=lambda args: plot(args.logs, args.out))
+    add("logs", nargs="+", metavar="LOG", help="log.jsonl files")
+    add("--out", default="curves.png")
+    add = add_verb("demo", "what no verb at all does: SFT, GRPO and a control on additions", run=demo)
+    add("--seed", type=lm.positive(int, zero=True), default=0)
+    add("--out_dir", default="out_rl")
+    return parser, verbs.choices
+
+
+def parse(argv):
+    """(parser, args): --algorithm, and the flags of the run that --resume goes on with, are
+    defaults, over which goes what is given."""
+    parser, verbs = build_parser()
+    args = parser.parse_args(argv)
+    if getattr(args, "resume", False):
+        verbs[args.verb].set_defaults(**{**lm.saved_flags(args.out_dir), "out_dir": args.out_dir})
+    if getattr(args, "algorithm", None):
+        verbs[args.verb].set_defaults(**ALGORITHMS[args.algorithm])
+    return parser, parser.parse_args(argv)
+
+
+def start_ranks(device):
+    """Joins the processes of torchrun; returns this one's device."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return device
+    kind = lm.resolve_device(device).type
+    if kind == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+    return device
 
 
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return args.run(args)
+    lm.print_any_text()
+    argv = sys.argv[1:] if argv is None else argv
+    parser, args = parse(argv or ["demo"])
+    try:
+        if hasattr(args, "device"):
+            args.device = start_ranks(args.device)
+        return args.run(args)
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        if dist.is_initialized() and dist.get_rank():
+            time.sleep(2)  # rank 0 may have the same to tell, and torchrun then ends this one
+        parser.exit(2, f"rl.py {args.verb}: error: {str(error).splitlines()[0]}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"rl.py {args.verb}: interrupted\n")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
+
+sys.modules.setdefault("rl", sys.modules[__name__])
+from rl_part import *  # noqa: E402, F403
 
 if __name__ == "__main__":
     sys.exit(main())
