@@ -30,6 +30,8 @@ import json
 import math
 import os
 import random
+import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -100,8 +102,8 @@ def spans(size, step):
 
 class _LinearLogProbs(torch.autograd.Function):
     """Each chunk's logits are made, used and dropped, and made again in the backward pass, where
-    their gradient takes their place. In float32 a 16th of a chunk at a time, so that the most
-    memory is a chunk of logits and an eighth."""
+    their gradient takes their place. In float32 a 32nd of a chunk at a time, so that the most
+    memory is a chunk of logits and a fifth."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
@@ -110,10 +112,10 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets, entropy)
         ctx.temperature, ctx.chunk, ctx.wide = temperature, chunk, wide
         ctx.set_materialize_grads(False)
-        w = weight.to(hidden.dtype)
+        w, buffer = weight.to(hidden.dtype), hidden.new_empty(min(chunk, len(hidden)), len(weight))
         for rows in spans(len(hidden), chunk):
-            logits = hidden[rows] @ w.T
-            for part in spans(len(logits), -(-chunk // 16)):
+            logits = torch.mm(hidden[rows], w.T, out=buffer[: len(hidden[rows])])
+            for part in spans(len(logits), -(-chunk // 32)):
                 x, t = logits[part].to(wide).div_(temperature), targets[rows][part]
                 log_probs[rows][part] = _softmax_in_place(x, t)
                 entropy[rows][part] = torch.special.entr(x).sum(-1)  # -p ln p
@@ -126,11 +128,12 @@ class _LinearLogProbs(torch.autograd.Function):
         if d_log_probs is None:
             d_log_probs = torch.zeros_like(entropy)
         w = weight.to(hidden.dtype)
+        buffer = hidden.new_empty(min(ctx.chunk, len(hidden)), len(weight))
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=ctx.wide)
         for rows in spans(len(hidden), ctx.chunk):
-            logits = hidden[rows] @ w.T
-            for part in spans(len(logits), -(-ctx.chunk // 16)):
+            logits = torch.mm(hidden[rows], w.T, out=buffer[: len(hidden[rows])])
+            for part in spans(len(logits), -(-ctx.chunk // 32)):
                 x, t = logits[part].to(ctx.wide).div_(ctx.temperature), targets[rows][part]
                 _softmax_in_place(x, t)
                 g = d_log_probs[rows][part].unsqueeze(-1)
@@ -872,7 +875,7 @@ def sft_loss(run, rows, tokens):
     batch = run.collate(rows)
     labels = batch["labels"].masked_fill(~batch["response_mask"], -100)
     documents = None
-    if run.packed:  # a document's number is that of the ends before it
+    if run.args.packed:  # a document's number is that of the ends before it
         ends = batch["input_ids"] == end_ids(run.tokenizer)[0]
         documents = ends.cumsum(1) - ends.long()
     hidden = run.model.hidden_states(batch["input_ids"], documents=documents)
@@ -1321,22 +1324,136 @@ def add_run_flags(parser, **defaults):
     add("--device", default="auto")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     lm.add_model_flags(parser, **TASK_MODEL)
-    parser.set_defaults(run=train, temperature=1.0, **defaults)
+    parser.set_defaults(run=train, temperature=1.0, packed=False, **defaults)
 
 
-TASK_MODEL = dict(context_length=16, d_model=128, num_layers=2, num_heads=4, d_ff=512)
+# The demonstration: flags that both stages share, those of SFT, of its continuation, and of GRPO.
+DEMO = "--task addition --examples 3000 --max_new_tokens 5 --eval_every 100 --save_every 1000"
+DEMO_SFT = "--max_steps 600 --lr 2e-3 --warmup_steps 50 --batch_size 64"
+DEMO_CONTROL = "--max_steps 1000000 --lr 1e-3 --batch_size 64 --log_every 100"
+DEMO_GRPO = ("--max_steps 200 --lr 3e-4 --prompts_per_step 64 --group_size 8 --eval_every 25 "
+             "--micro_batch_size 512 --log_every 10")
 
 
 def demo(args):
-    """SFT on few solved additions, GRPO on unsolved ones, and for control more SFT instead."""
+    """SFT on a few solved additions; then GRPO on unsolved ones and, beside it, more SFT."""
+    out, shared = Path(args.out_dir), [*DEMO.split(), "--seed", str(args.seed)]
+    torch.set_num_threads(1)  # the tensors are small, and the control has the other core
+
+    def command(verb, flags, name, model=None):
+        start = ["--model", str(out / model / "model")] if model else []
+        folder = ["--out_dir", str(out / name), *["--overwrite"] * args.overwrite]
+        words = [verb, *shared, *flags.split(), *start, *folder]
+        print(f"\npython rl.py {' '.join(words)}", flush=True)
+        return words
+
+    def run(words):
+        arguments = parse(words)[1]
+        return arguments.run(arguments)
+
+    if code := run(command("sft", DEMO_SFT, "sft")):
+        return code
+    words = command("sft", DEMO_CONTROL, "control", "sft")
+    control = subprocess.Popen([sys.executable, __file__, *words], stdout=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        if code := run(command("grpo", DEMO_GRPO, "grpo", "sft")):
+            return code
+    finally:
+        control.terminate()
+        control.wait()
+    logs = [out / name / "log.jsonl" for name in ("sft", "control", "grpo")]
+    print("\nheld-out problems solved")
+    for log in logs:
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        last = [r for r in records if "greedy" in r][-1]
+        shown = " | ".join(f"{k} {v:.1%}" for k, v in last.items() if k in ("greedy", "pass@1", "pass@8"))
+        print(f"{log.parent.name:8} {shown} | {last['elapsed_s']:.0f} s")
+    try:
+        plot(logs, out / "curves.png")
+    except ValueError as reason:
+        print(reason)
+    return 0
+
+
+# A model of a size that a laptop trains in minutes.
+TASK_MODEL = dict(context_length=16, d_model=128, num_layers=2, num_heads=4, d_ff=512)
 
 
 def bench(args):
-    pass
+    """Rollouts of random weights, cached in groups against the same prompts prefilled one by one,
+    and log-probabilities in chunks against all logits at once: tokens a second, memory."""
+    device = lm.resolve_device(args.device)
+    dtype, _ = lm.resolve_dtype(args.dtype, device)
+    config = lm.config_from_flags(args)
+    torch.manual_seed(0)
+    model = lm.TransformerLM(config).to(device=device, dtype=dtype)
+    V, n, G, new = config.vocab_size, args.prompts, args.group_size, args.new_tokens
+    prompts = torch.randint(V, (n, args.prompt_tokens)).tolist()
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {str(dtype)[6:]}, {device}, "
+          f"{n} prompts of {args.prompt_tokens} tokens, {G} responses of {new}")
+
+    def grouped():
+        return lm.generate(model, prompts, new, num_samples=G)
+
+    def repeated():
+        return lm.generate(model, [p for p in prompts for _ in range(G)], new)
+
+    rows = grouped()
+    batch = pad_pairs([(prompts[r.prompt_index], r.tokens) for r in rows], device=device)
+    few = {name: t[: args.micro_batch_size] for name, t in batch.items()}
+    mask = few.pop("response_mask")
+
+    def chunked():
+        return token_log_probs(model, **few, mask=mask)[0][mask]
+
+    def plain():
+        return token_log_probs(model.forward, **few)[0][mask]
+
+    with torch.no_grad():
+        sampled = torch.tensor([p for r in rows[: len(mask)] for p in r.logprobs], device=device)
+        gap, error = (sampled - chunked()).abs().mean().item(), (plain() - chunked()).abs().max().item()
+    if gap > MAX_GAP[dtype]:
+        raise ValueError(f"rollout and training must agree to {MAX_GAP[dtype]}, got {gap:.1e}; mend rl.py")
+    result = {"gap": gap, "chunked_error": error}
+    tokens = n * G * new
+    for name, call, count in (("rollout", grouped, tokens), ("rollout_repeated", repeated, tokens),
+                              ("chunked", lambda: chunked().sum().backward(), len(sampled)),
+                              ("plain", lambda: plain().sum().backward(), len(sampled))):
+        times, memory = timed(call, device, args.repeats)
+        result[f"{name}_tok_per_s"] = round(count / statistics.median(times), 1)
+        print(f"{name:16} {count / statistics.median(times):12,.0f} tok/s, {count / max(times):,.0f} to "
+              f"{count / min(times):,.0f}" + (f", {memory / 2**30:.2f} GiB more" if memory else ""))
+    print(json.dumps(result))
 
 
-def add_bench_flags(add):
-    add("--repeats", type=lm.positive(int), default=5)
+def timed(call, device, repeats):
+    """(seconds of each of `repeats` calls after one to warm up, most memory used above the start's
+    on CUDA, else None)."""
+    times, memory = [], None
+    call()
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            memory = torch.cuda.max_memory_allocated() - before
+        times.append(time.perf_counter() - began)
+    return times, memory
+
+
+def add_bench_flags(parser):
+    add, at_least_1 = parser.add_argument, lm.positive(int)
+    for name, default in (("prompts", 8), ("group_size", 8), ("prompt_tokens", 32), ("new_tokens", 64),
+                          ("micro_batch_size", 16), ("repeats", 5)):
+        add(f"--{name}", type=at_least_1, default=default)
+    add("--device", default="auto")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    lm.add_model_flags(parser, vocab_size=4096, context_length=256, d_model=256, num_layers=4, num_heads=4)
 
 
 def add_rollout_flags(add):
@@ -1408,14 +1525,15 @@ def build_parser():
     add("--batch_size", type=lm.positive(int), default=32, help="pairs an update")
     add("--beta", type=lm.positive(float), default=0.1)
     add_eval_parser(verbs)
-    add = add_verb("bench", "speed of rollouts, memory of log-probabilities", run=bench)
-    add_bench_flags(add)
+    add_verb("bench", "speed of rollouts, memory of log-probabilities", run=bench)
+    add_bench_flags(verbs.choices["bench"])
     add = add_verb("plot", "learning curves of runs", run=lambda args: plot(args.logs, args.out))
     add("logs", nargs="+", metavar="LOG", help="log.jsonl files")
     add("--out", default="curves.png")
     add = add_verb("demo", "what no verb at all does: SFT, GRPO and a control on additions", run=demo)
     add("--seed", type=lm.positive(int, zero=True), default=0)
     add("--out_dir", default="out_rl")
+    add("--overwrite", action="store_true", help="start anew in an --out_dir that holds one")
     return parser, verbs.choices
 
 
@@ -1432,8 +1550,8 @@ def parse(argv):
 
 
 def start_ranks(device):
-    """Joins the processes of torchrun; returns this one's device."""
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+    """Joins the processes of torchrun, once; returns this one's device."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1 or dist.is_initialized():
         return device
     kind = lm.resolve_device(device).type
     if kind == "cuda":
@@ -1449,6 +1567,7 @@ def main(argv=None):
     lm.print_any_text()
     argv = sys.argv[1:] if argv is None else argv
     parser, args = parse(argv or ["demo"])
+    joined = not dist.is_initialized()  # here, not by whoever calls this
     try:
         if hasattr(args, "device"):
             args.device = start_ranks(args.device)
@@ -1460,7 +1579,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         parser.exit(130, f"rl.py {args.verb}: interrupted\n")
     finally:
-        if dist.is_initialized():
+        if joined and dist.is_initialized():
             dist.destroy_process_group()
 
 

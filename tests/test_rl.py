@@ -1,0 +1,576 @@
+"""rl.py: losses against independent references, rollouts, and every verb in runs of seconds."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import model as lm
+import rl
+from bpe import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("same_random_numbers_in_every_order_of_tests", "one_thread")
+ROOT = Path(__file__).resolve().parent.parent
+F64 = dict(rtol=1e-9, atol=1e-12)  # two orders of adding up a few numbers in float64
+F32 = dict(rtol=1e-5, atol=1e-5)  # the same in float32, of values about 1
+
+
+def close(got, want, **tolerance):
+    torch.testing.assert_close(got, torch.as_tensor(want, dtype=got.dtype), **tolerance or F64)
+
+
+def tiny_model(vocab_size=12, **config):
+    torch.manual_seed(1)
+    shape = dict(vocab_size=vocab_size, context_length=24, d_model=16, num_layers=2, num_heads=2, d_ff=32)
+    return lm.TransformerLM(lm.ModelConfig(**{**shape, **config}))
+
+
+class Logits(torch.nn.Module):
+    """A model whose logits are a table (V, V) of the newest token: any model, for what needs no more."""
+
+    def __init__(self, vocab_size=5, wrapped=False, dtype=torch.float64):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(vocab_size, vocab_size, dtype=dtype))
+        self.wrapped = wrapped
+
+    def forward(self, ids):
+        logits = self.table[ids]
+        return SimpleNamespace(logits=logits) if self.wrapped else logits
+
+
+class Words:
+    """A tokenizer with Hugging Face's methods: an id a word, begin 1, end 2, pad 0."""
+
+    def __init__(self, bos=1, eos=2, pad=0):
+        self.bos_token_id, self.eos_token_id, self.pad_token_id, self.words = bos, eos, pad, {}
+
+    def encode(self, text, add_special_tokens=True):
+        ids = [self.words.setdefault(w, len(self.words) + 3) for w in text.split()]
+        return [self.bos_token_id, *ids] if add_special_tokens and self.bos_token_id else ids
+
+    def decode(self, ids):
+        words = {i: w for w, i in self.words.items()}
+        return " ".join(words.get(i, "?") for i in ids)
+
+
+# -------------------------------------------------------------------------------------------------
+# masks, entropy, log-probabilities
+
+
+def test_masked_mean_and_normalize_count_only_what_the_mask_has():
+    x = torch.tensor([[1.0, 2.0, math.inf], [4.0, math.nan, 6.0]], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
+    for m in (mask, mask.bool(), mask.float()):
+        close(rl.masked_normalize(x, m, 2.0), 6.5)
+        close(rl.masked_normalize(x, m, 2.0, dim=1), [1.5, 5.0])
+        close(rl.masked_mean(x, m), 13 / 4)
+        close(rl.masked_mean(x, m, dim=0), [2.5, 2.0, 6.0])
+    empty = rl.masked_mean(torch.ones(2, 2), torch.tensor([[1, 0], [1, 0]]), dim=0)
+    assert empty[0] == 1 and empty[1].isnan()  # as the handout's definition has it: 0 / 0
+
+
+def test_entropy_is_that_of_the_softmax_and_survives_extreme_logits():
+    logits = torch.randn(3, 4, 7, dtype=torch.float64, requires_grad=True)
+    p = torch.distributions.Categorical(logits=logits)
+    close(rl.compute_entropy(logits), p.entropy())
+    close(rl.compute_entropy(torch.zeros(5, 8)), torch.full((5,), math.log(8)), **F32)
+    extreme = torch.tensor([[1e4, 0.0, 0.0], [3.0, 3.0, -math.inf], [-1e30, 0.0, 0.0]])
+    close(rl.compute_entropy(extreme), [0.0, math.log(2), math.log(2)], **F32)
+    assert rl.compute_entropy(torch.zeros(4, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def plain_log_probs(hidden, weight, targets, temperature):
+    log_p = (hidden @ weight.T / temperature).log_softmax(-1)
+    return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.mark.parametrize("N, chunk", [(1, 1), (13, 4), (13, 100), (40, 16)])
+@pytest.mark.parametrize("uses", ["log_probs", "entropy", "both"])
+def test_chunked_log_probs_and_entropies_have_the_values_and_gradients_of_plain_ones(N, chunk, uses):
+    hidden, weight = torch.randn(N, 6).double().requires_grad_(), torch.randn(9, 6).double().requires_grad_()
+    targets, g = torch.randint(9, (N,)), torch.randn(2, N).double()
+    g[{"log_probs": 1, "entropy": 0}.get(uses, slice(0))] = 0
+    results = []
+    for function in (lambda *a: rl.linear_log_probs(*a, chunk=chunk), plain_log_probs):
+        values = function(hidden, weight, targets, 0.7)
+        loss = sum((v * w).sum() for v, w in zip(values, g) if w.any())
+        results.append((*values, *torch.autograd.grad(loss, (hidden, weight))))
+    for got, want in zip(*results, strict=True):
+        close(got, want)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Elements that tensors made inside hold at one time, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.seen:
+                    self.seen.add(key)
+                    self.now += size
+                    weakref.finalize(storage, self.free, key, size)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def free(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_and_entropies_hold_one_chunk_of_logits_and_a_quarter_at_most(dtype):
+    N, V, C, chunk = 512, 4096, 2, 128
+    hidden, weight = torch.randn(N, C, dtype=dtype), torch.randn(V, C, dtype=dtype)
+    hidden.requires_grad_(), weight.requires_grad_()
+    targets = torch.randint(V, (N,))
+    with PeakMemory() as memory:
+        log_probs, entropy = rl.linear_log_probs(hidden, weight, targets, chunk=chunk)
+        (log_probs.sum() + entropy.sum()).backward()
+    one_chunk = chunk * V * dtype.itemsize
+    small = 4 * (V * C + N * C) * 4  # gradients of both inputs and their sums, float32
+    assert one_chunk <= memory.peak <= 1.25 * one_chunk + small
+
+
+def test_log_probs_of_any_model_are_of_its_logits():
+    ids = torch.randint(5, (3, 7))
+    plain, wrapped = Logits(), Logits(wrapped=True)
+    wrapped.load_state_dict(plain.state_dict())
+    want = plain.table[ids[:, :-1]].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    for model in (plain, wrapped):
+        found = rl.get_response_log_probs(model, ids[:, :-1], ids[:, 1:], return_token_entropy=True)
+        close(found["log_probs"], want)
+        close(found["token_entropy"], rl.compute_entropy(plain.table[ids[:, :-1]]))
+    assert set(rl.get_response_log_probs(plain, ids[:, :-1], ids[:, 1:])) == {"log_probs"}
+
+
+def test_log_probs_of_our_model_are_those_of_its_full_logits_and_only_where_the_mask_asks():
+    model, ids = tiny_model(), torch.randint(12, (3, 9))
+    x, y = ids[:, :-1], ids[:, 1:]
+    found = rl.get_response_log_probs(model, x, y, return_token_entropy=True)
+    full = rl.get_response_log_probs(model.forward, x, y, return_token_entropy=True)  # any callable
+    for name, value in found.items():
+        close(value, full[name], **F32)
+    mask = torch.rand(3, 8) < 0.4
+    some, entropy = rl.token_log_probs(model, x, y, mask)
+    close(some, found["log_probs"] * mask, **F32)
+    close(entropy, found["token_entropy"] * mask, **F32)
+
+
+# -------------------------------------------------------------------------------------------------
+# text to tokens
+
+
+def test_prompt_and_output_are_tokenized_apart_padded_and_the_mask_is_on_the_labels_of_outputs():
+    tokenizer = Words()
+    got = rl.tokenize_prompt_and_output(["a b c", "a"], ["d", "b c"], tokenizer)
+    assert got["input_ids"].tolist() == [[3, 4, 5], [3, 4, 5]]
+    assert got["labels"].tolist() == [[4, 5, 6], [4, 5, 0]]
+    assert got["response_mask"].tolist() == [[False, False, True], [True, True, False]]
+    ours = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
+    got = rl.tokenize_prompt_and_output(["ab", ""], ["c<|endoftext|>", "xyz"], ours)
+    assert got["input_ids"].tolist() == [[97, 98, 99], [120, 121, 122]]
+    assert got["labels"].tolist() == [[98, 99, 256], [121, 122, 256]]  # padded with the end
+    assert got["response_mask"].tolist() == [[False, True, True], [True, True, False]]
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(path)
+
+
+def test_a_packed_dataset_cuts_the_joined_documents_and_shifts_labels_across_the_cut(tmp_path):
+    path = write_jsonl(tmp_path / "sft.jsonl", [{"prompt": f"p{i}", "response": "r " * i} for i in range(1, 9)])
+    tokenizer = Words()
+    template = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
+                "request.\n\n### Instruction:\n{}\n\n### Response:\n{}")  # fmt: skip
+    stream = []
+    for i in range(1, 9):
+        stream += tokenizer.encode(template.format(f"p{i}", "r " * i)) + [2]
+    data = rl.PackedSFTDataset(tokenizer, path, 7, shuffle=False)
+    assert len(data) == (len(stream) - 1) // 7
+    for i in range(len(data)):
+        assert data[i]["input_ids"].tolist() == stream[7 * i : 7 * i + 7]
+        assert data[i]["labels"].tolist() == stream[7 * i + 1 : 7 * i + 8]
+    assert len(list(data)) == len(data)  # ends, as a sequence does
+    batches = rl.iterate_batches(data, 4, shuffle=False)
+    assert len(batches) == math.ceil(len(data) / 4)
+    assert torch.cat([b["labels"] for b in batches]).equal(torch.stack([d["labels"] for d in data]))
+    mixed = rl.PackedSFTDataset(tokenizer, path, 7, shuffle=True)
+    assert len(mixed) == len(data) and mixed.ids.tolist() != stream
+    shuffled = [tuple(x.tolist()) for b in rl.iterate_batches(data, 4, shuffle=True) for x in b["labels"]]
+    assert sorted(shuffled) == sorted(tuple(d["labels"].tolist()) for d in data)
+    with pytest.raises(ValueError, match="end-of-text token"):
+        rl.PackedSFTDataset(Words(eos=None), path, 7, shuffle=False)
+
+
+def test_documents_in_one_row_do_not_see_each_other():
+    model = tiny_model()
+    a, b = torch.randint(12, (1, 5)), torch.randint(12, (1, 6))
+    packed = model.hidden_states(torch.cat((a, b), 1), documents=torch.tensor([[0] * 5 + [1] * 6]))
+    close(packed[:, :5], model.hidden_states(a), **F32)
+    close(packed[:, 5:], model.hidden_states(b), **F32)  # rotary positions are relative
+    model.checkpoint_every = (1,)
+    again = model.hidden_states(torch.cat((a, b), 1), documents=torch.tensor([[0] * 5 + [1] * 6]))
+    close(again, packed, **F32)
+
+
+# -------------------------------------------------------------------------------------------------
+# rewards, advantages and the handout's losses
+
+
+def test_group_normalized_rewards_are_those_of_a_worked_example():
+    raw = [0.2, 0.5, 0.0, 0.4, 0.9, 0.7, 0.2, 0.0]
+    graded = dict(zip("abcdefgh", raw, strict=True))
+
+    def reward(response, truth):
+        assert truth == "t"
+        return {"reward": graded[response], "format_reward": 1.0, "answer_reward": 1.0}
+
+    def compute(by_std, eps=1e-6):
+        return rl.compute_group_normalized_rewards(reward, list("abcdefgh"), ["t"] * 8, 4, eps, by_std)
+
+    advantages, rewards, metadata = compute(True)
+    want = [-0.33824, 1.01472, -1.24021, 0.56373, 1.07062, 0.59479, -0.59479, -1.07062]
+    close(advantages, want, rtol=0, atol=5e-6)  # the digits of `want`
+    close(rewards, raw, **F32)
+    assert metadata["reward_mean"] == pytest.approx(2.9 / 8)
+    close(compute(False)[0], [r - 0.275 for r in raw[:4]] + [r - 0.45 for r in raw[4:]], **F32)
+    with pytest.raises(ValueError, match="groups of 3, got 8"):
+        rl.compute_group_normalized_rewards(reward, list("abcdefgh"), ["t"] * 8, 3, 1e-6, True)
+
+
+def test_a_group_of_equal_rewards_gives_exactly_zero():
+    rewards = torch.tensor([[0.1] * 7, [1 / 3] * 7, [0.0] * 7], dtype=torch.float32)
+    assert (rewards - rewards.mean(1, keepdim=True)).any()  # what rounding leaves, before / eps
+    for baseline in ("mean", "leave_one_out"):
+        for by_std in (False, True):
+            assert not rl.compute_advantages(rewards, baseline, by_std).any()
+    with pytest.raises(ValueError, match="at least 2 with a baseline, got 1"):
+        rl.compute_advantages(rewards[:, :1])
+    assert rl.compute_advantages(rewards[:, :1], "none").equal(rewards[:, :1])
+
+
+def test_advantages_have_their_identities():
+    rewards = torch.rand(6, 5, dtype=torch.float64)
+    centred = rl.compute_advantages(rewards)
+    close(centred.sum(1), torch.zeros(6), rtol=0, atol=1e-14)
+    others = (rewards.sum(1, keepdim=True) - rewards) / 4
+    close(rl.compute_advantages(rewards, "leave_one_out"), rewards - others)
+    close(rl.compute_advantages(rewards, "leave_one_out"), 5 / 4 * centred)
+    scaled = rl.compute_advantages(rewards, normalize_by_std=True, eps=1e-30)
+    close(scaled.std(1), torch.ones(6))
+    close(rl.compute_advantages(10 * rewards, normalize_by_std=True, eps=1e-30), scaled)
+
+
+def test_a_reward_function_that_fails_is_named_with_its_response():
+    def broken(response, truth):
+        raise KeyError("boxed")
+
+    for function in (broken, lambda r, t: {"reward": math.nan}, lambda r, t: {}):
+        with pytest.raises(ValueError, match="reward function must grade every response.*'the response'"):
+            rl.grade(function, ["the response"], [""])
+
+
+def inputs_of_losses(B=4, T=6):
+    log_probs = torch.randn(B, T, dtype=torch.float64).mul(0.5).sub(1).requires_grad_()
+    old = (log_probs + torch.randn(B, T) * 0.4).detach()
+    mask = torch.arange(T) < torch.tensor([[T], [3], [1], [4]])
+    return log_probs, old, torch.randn(B, 1, dtype=torch.float64), mask
+
+
+def test_the_handouts_losses_are_their_formulas():
+    log_probs, old, advantages, mask = inputs_of_losses()
+    rewards = torch.rand(4, 1, dtype=torch.float64)
+    compute = rl.compute_policy_gradient_loss
+    close(compute(log_probs, "no_baseline", raw_rewards=rewards)[0], -rewards * log_probs)
+    close(compute(log_probs, "reinforce_with_baseline", advantages=advantages)[0], -advantages * log_probs)
+    close(rl.compute_naive_policy_gradient_loss(rewards, log_probs), -rewards * log_probs)
+    ratio = (log_probs - old).exp()
+    for kind in ("grpo_no_clip", "GRPO-No-Clip"):
+        close(compute(log_probs, kind, advantages=advantages, old_log_probs=old)[0], -ratio * advantages)
+    loss, metadata = compute(log_probs, "grpo_clip", None, advantages, old, 0.1)
+    clipped = ratio.clamp(0.9, 1.1) * advantages
+    close(loss, -torch.minimum(ratio * advantages, clipped))
+    close(loss, rl.compute_grpo_clip_loss(advantages, log_probs, old, 0.1)[0])
+    assert metadata["clipped"].equal(clipped < ratio * advantages)  # where the minimum is the clipped one
+    assert metadata["clipped"].any() and not metadata["clipped"].all()
+    for kind, words in (("grpo_clip", "advantages, old_log_probs, cliprange"), ("no_baseline", "raw_rewards")):
+        with pytest.raises(ValueError, match=f"needs {words}, got none"):
+            compute(log_probs, kind)
+    with pytest.raises(ValueError, match="loss_type must be one of"):
+        compute(log_probs, "ppo")
+
+
+def test_microbatch_steps_leave_the_gradient_of_the_loss_that_they_return():
+    log_probs, old, advantages, mask = inputs_of_losses()
+    loss, _ = rl.sft_microbatch_train_step(log_probs, mask, 2, 42.0)
+    want = -sum(log_probs[i][mask[i]].sum() / 42 for i in range(4)) / 4 / 2
+    close(loss, want)
+    close(log_probs.grad, torch.autograd.grad(want, log_probs)[0])
+    log_probs.grad = None
+    loss, metadata = rl.grpo_microbatch_train_step(log_probs, mask, 3, "grpo_clip", None, advantages, old, 0.2)
+    tokens = rl.compute_grpo_clip_loss(advantages, log_probs, old, 0.2)[0]
+    want = sum(tokens[i][mask[i]].mean() for i in range(4)) / 4 / 3
+    close(loss, want)
+    close(log_probs.grad, torch.autograd.grad(want, log_probs)[0])
+    assert 0 <= metadata["clipped_share"] <= 1
+
+
+# -------------------------------------------------------------------------------------------------
+# the GRPO family against a reference written token by token
+
+FAMILY = {
+    "reinforce": dict(surrogate="reinforce"),
+    "ratio": dict(surrogate="ratio"),
+    "clip": dict(),
+    "clip-higher": dict(clip_high=0.28),
+    "dual clip": dict(dual_clip=1.5),
+    "sequence ratio": dict(ratio="sequence", clip_low=0.05, clip_high=0.1),
+    "sequence ratio without clip": dict(ratio="sequence", surrogate="ratio"),
+    "cispo": dict(surrogate="cispo", clip_high=0.1),
+    "k1": dict(kl_coef=0.3, kl="k1"),
+    "k2": dict(kl_coef=0.3, kl="k2"),
+    "k3": dict(kl_coef=0.3, kl="k3"),
+    "entropy bonus": dict(entropy_coef=0.2),
+    "truncated importance weights": dict(importance_cap=1.1),
+    "all at once": dict(clip_high=0.3, dual_clip=2.0, kl_coef=0.1, entropy_coef=0.1, importance_cap=1.2),
+}
+
+
+def grpo_flags(**changes):
+    return rl.parse(["grpo"])[1].__class__(**{**vars(rl.parse(["grpo"])[1]), **changes})
+
+
+def fake_run(model, device="cpu", **changes):
+    run = SimpleNamespace(model=model, args=grpo_flags(**changes), device=torch.device(device), gap=0.0,
+                          reference=True if changes.get("kl_coef") else None)  # fmt: skip
+    run.collate = lambda rows: rl.pad_pairs([(r["prompt_ids"], r["tokens"]) for r in rows])
+    return run
+
+
+def sampled_rows(model, lengths=(4, 1, 6, 3), noise=0.4, V=5):
+    """Rows as sample_groups gives them; what was stored differs from the model by `noise`."""
+    rows = []
+    for length in lengths:
+        ids = torch.randint(V, (2 + length,))
+        exact = model(ids[None, 1:-1])[0].log_softmax(-1).gather(-1, ids[2:, None])[:, 0].detach()
+        rows.append(dict(prompt_ids=ids[:2].tolist(), tokens=ids[2:].tolist(),
+                         advantage=torch.randn(()).item(), finish_reason="stop"))  # fmt: skip
+        for name in ("logprobs", "old_log_probs", "ref_log_probs"):
+            rows[-1][name] = exact + noise * torch.randn(length, dtype=torch.float64)
+    return rows
+
+
+def reference_loss(model, rows, f, temperature):
+    """The loss of FAMILY's flags f: loops over sequences and tokens, scalars only."""
+    total, all_tokens = 0, sum(len(r["tokens"]) for r in rows)
+    for row in rows:
+        ids, n, A = row["prompt_ids"] + row["tokens"], len(row["tokens"]), row["advantage"]
+        distributions = [torch.softmax(model.table[ids[1 + t]] / temperature, 0) for t in range(n)]
+        p = [d[ids[2 + t]] for t, d in enumerate(distributions)]
+        ratios = [p[t] / math.exp(row["old_log_probs"][t]) for t in range(n)]
+        if f.ratio == "sequence":
+            ratios = [math.prod(ratios) ** (1 / n)] * n
+        for t, rho in enumerate(ratios):
+            if f.surrogate == "reinforce":
+                objective = A * p[t].log()
+            elif f.surrogate == "ratio":
+                objective = rho * A
+            elif f.surrogate == "cispo":
+                objective = min(rho.item(), 1 + f.clip_high) * A * p[t].log()
+            else:
+                objective = min(rho * A, min(max(rho, 1 - f.clip_low), 1 + f.clip_high) * A)
+                if f.dual_clip and A < 0:
+                    objective = max(objective, f.dual_clip * A)
+            if f.importance_cap:
+                objective = objective * min(math.exp(row["old_log_probs"][t] - row["logprobs"][t]), f.importance_cap)
+            if f.kl_coef:
+                r = math.exp(row["ref_log_probs"][t]) / p[t]
+                kl = {"k1": -r.log(), "k2": r.log() ** 2 / 2, "k3": r - 1 - r.log()}[f.kl]
+                objective = objective - f.kl_coef * kl
+            entropy = -sum(q * q.log() for q in distributions[t])
+            objective = objective + f.entropy_coef * entropy
+            weight = {"response": 1 / (n * len(rows)), "tokens": 1 / all_tokens,
+                      "constant": 1 / (f.max_new_tokens * len(rows))}[f.length_norm]  # fmt: skip
+            total = total - weight * objective
+    return total
+
+
+@pytest.mark.parametrize("length_norm", ["response", "tokens", "constant"])
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_member_of_the_family_has_the_value_and_gradient_of_its_formula(name, length_norm):
+    changes = dict(FAMILY[name], length_norm=length_norm, max_new_tokens=8, temperature=1.3)
+    model = Logits()
+    run, rows = fake_run(model, **changes), sampled_rows(model)
+    loss, values = rl.grpo_loss(run, rows, sequences=len(rows), tokens=sum(len(r["tokens"]) for r in rows))
+    want = reference_loss(model, rows, run.args, 1.3)
+    close(loss, want, rtol=1e-6, atol=1e-9)
+    (got_gradient,), (want_gradient,) = (torch.autograd.grad(x, model.table) for x in (loss, want))
+    close(got_gradient, want_gradient, rtol=1e-6, atol=1e-9)
+    assert all(torch.isfinite(torch.as_tensor(v)) for v in values)
+
+
+def gradient(model, rows, **changes):
+    run = fake_run(model, **changes)
+    loss, values = rl.grpo_loss(run, rows, len(rows), sum(len(r["tokens"]) for r in rows))
+    return torch.autograd.grad(loss, model.table)[0], dict(zip(rl.GRPO_VALUES, values, strict=True))
+
+
+def test_on_policy_all_ratio_losses_have_reinforces_gradient_and_clip_nothing():
+    model = Logits()
+    rows = sampled_rows(model, noise=0)
+    for row in rows:
+        del row["old_log_probs"]
+    want, _ = gradient(model, rows, surrogate="reinforce")
+    for changes in (dict(), dict(dual_clip=3.0), dict(surrogate="ratio"), dict(surrogate="cispo"),
+                    dict(ratio="sequence", length_norm="response")):  # fmt: skip
+        got, values = gradient(model, rows, **changes)
+        if "length_norm" in changes:
+            want, _ = gradient(model, rows, surrogate="reinforce", length_norm="response")
+        close(got, want)
+        assert values["clip_low"] == values["clip_high"] == 0 and values["gap"] < 1e-12
+
+
+def test_grpo_is_dr_grpo_up_to_a_scale_when_all_responses_have_the_greatest_length():
+    model = Logits()
+    rows = sampled_rows(model, lengths=(6, 6, 6))
+    losses = [gradient(model, rows, length_norm=n, max_new_tokens=6)[0] for n in ("response", "constant", "tokens")]
+    close(losses[1], losses[0])
+    close(losses[2], losses[0])
+
+
+def test_the_loss_of_an_update_does_not_depend_on_how_it_is_cut_into_micro_batches():
+    model = Logits()
+    rows = sampled_rows(model)
+    tokens = sum(len(r["tokens"]) for r in rows)
+    for length_norm in ("response", "tokens", "constant"):
+        run = fake_run(model, length_norm=length_norm, clip_high=0.3, ratio="sequence")
+        whole, _ = rl.grpo_loss(run, rows, len(rows), tokens)
+        parts = [rl.grpo_loss(run, [r], len(rows), tokens)[0] for r in rows]
+        close(sum(parts), whole)
+
+
+def test_kl_estimates_agree_with_the_kl_on_average_and_k3_is_never_negative():
+    p, q = (torch.randn(6, dtype=torch.float64).softmax(0) for _ in range(2))
+    exact = (p * (p / q).log()).sum()
+    for kind in ("k1", "k3"):  # unbiased: their mean over all outcomes, weighted by p
+        close((p * rl.kl_estimate(p.log(), q.log(), kind)).sum(), exact)
+    assert (rl.kl_estimate(torch.randn(99), torch.randn(99), "k3") >= 0).all()
+    close(rl.kl_estimate(p.log(), q.log(), "k2"), (p / q).log() ** 2 / 2)
+
+
+def test_the_overlong_penalty_falls_from_zero_to_minus_one_over_the_buffer():
+    penalties = [rl.overlong_penalty(n, 20, 4) for n in (1, 16, 17, 18, 20, 25)]
+    assert penalties == [0, 0, -0.25, -0.5, -1, -1]
+    assert rl.overlong_penalty(20, 20, 0) == 0
+
+
+def test_dpo_is_ln_2_where_the_policy_is_the_reference_and_else_its_formula():
+    tokenizer, policy, reference = Words(), Logits(99), Logits(99, wrapped=True)
+    pair = ("what now", "this one please", "that")
+    same = rl.compute_per_instance_dpo_loss(policy, policy, tokenizer, 0.5, *pair)
+    close(same, math.log(2))
+    loss = rl.compute_per_instance_dpo_loss(policy, reference, tokenizer, 0.5, *pair)
+
+    def log_prob(model, response):
+        text = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
+                f"request.\n\n### Instruction:\nwhat now\n\n### Response:\n{response}")  # fmt: skip
+        ids = [*tokenizer.encode(text, add_special_tokens=False), 2]
+        return sum(model.table[a].log_softmax(0)[b] for a, b in zip(ids, ids[1:]))
+
+    margin = sum(sign * log_prob(model, response) for sign, model, response in
+                 ((1, policy, pair[1]), (-1, policy, pair[2]), (-1, reference, pair[1]), (1, reference, pair[2])))
+    close(loss, -torch.sigmoid(0.5 * margin).log())
+    loss.backward()
+    assert policy.table.grad.any() and reference.table.grad is None
+    assert rl.dpo_loss(*torch.tensor([-1e4, 0.0, 0.0, -1e4]), 1.0).isfinite()
+
+
+# -------------------------------------------------------------------------------------------------
+# rollouts
+
+DIGITS = Tokenizer({i: c.encode() for i, c in enumerate("0123456789+=")}, [], ["<|endoftext|>"])
+
+
+def digit_model(**config):
+    return tiny_model(DIGITS.vocab_size, **config)
+
+
+def test_log_probs_of_a_rollout_are_those_of_training():
+    model = digit_model()
+    for temperature in (1.0, 0.6):
+        rows = rl.rollout(model, DIGITS, ["1+2=", "34+567="], 10, temperature, group_size=3, seed=5)
+        assert [r["prompt_index"] for r in rows] == [0, 0, 0, 1, 1, 1]
+        batch = rl.pad_pairs([(r["prompt_ids"], r["tokens"]) for r in rows])
+        mask = batch.pop("response_mask")
+        found = rl.token_log_probs(model, **batch, mask=mask, temperature=temperature)[0][mask]
+        sampled = torch.tensor([p for r in rows for p in r["logprobs"]])
+        assert (found - sampled).abs().max() < 1e-4
+
+
+def test_a_rollout_is_the_same_however_its_prompts_are_split_and_for_any_model():
+    model, prompts = digit_model(), ["1+2=", "34+567=", "8+8=", "9="]
+    whole = rl.rollout(model, DIGITS, prompts, 6, group_size=2, seed=3)
+    parts = [r for i in (0, 2) for r in
+             rl.rollout(model, DIGITS, prompts[i : i + 2], 6, group_size=2, seed=3, first_row=2 * i)]
+    foreign = rl.rollout(torch.nn.Sequential(model), DIGITS, prompts, 6, group_size=2, seed=3)
+    for other in (parts, foreign):
+        assert [r["tokens"] for r in other] == [r["tokens"] for r in whole]
+    assert [r["tokens"] for r in rl.rollout(model, DIGITS, prompts, 6, group_size=2, seed=4)] != \
+        [r["tokens"] for r in whole]  # fmt: skip
+
+
+def test_a_rollout_ends_at_the_end_token_or_behind_a_stop_string():
+    model = digit_model()
+    rows = rl.rollout(model, DIGITS, ["1="], 20, group_size=40, stop=["7"], seed=0)
+    ended = {r["finish_reason"] for r in rows}
+    assert ended == {"stop", "length"} or ended == {"stop"}
+    for row in rows:
+        last = row["tokens"][-1]
+        assert (row["finish_reason"] == "stop") == (last in (DIGITS.special_ids["<|endoftext|>"], 7))
+        assert "<|endoftext|>" not in row["text"] and ("7" in row["text"]) == (last == 7)
+    with pytest.raises(ValueError, match="fit the context of 24 tokens, got 2 \\+ 23"):
+        rl.rollout(model, DIGITS, ["1="], 23)
+    assert rl.rollout(model, DIGITS, [], 4) == []
+
+
+def test_only_end_tokens_end_a_text_not_all_special_ones():
+    tags = Tokenizer(DIGITS.vocab, [], ["<|endoftext|>", "<think>", "</answer>"])
+    assert rl.end_ids(tags) == (tags.special_ids["<|endoftext|>"],)
+    assert rl.end_ids(Words(eos=9)) == (9,) and rl.end_ids(Words(eos=None)) == ()
+    assert rl.pad_id(Words(pad=None)) == 2 and rl.pad_id(Words(pad=None, eos=None)) == 0
+
+
+def test_log_generations_gives_examples_and_the_means_over_them():
+    def reward(response, truth):
+        right = float(len(response) % 2 == 0)
+        return {"reward": right, "format_reward": 1.0, "answer_reward": right}
+
+    for model in (digit_model(), torch.nn.Sequential(digit_model())):
+        log = rl.log_generations(model, DIGITS, ["1+1=", "2+2=", "5="], ["2", "4", "5"], reward, max_new_tokens=8)
+        lengths = [e["length"] for e in log["examples"]]
+        assert log["summary"]["length"] == pytest.approx(sum(lengths) / 3)
+        assert [e["ground_truth"] for e in log["examples"]] == ["2", "4", "5"]
+        right = [e["length"] for e in log["examples"] if e["reward"]]
+        if right:
+            assert log["summary"]["length_right"] == pytest.approx(sum(right) / len(right))
+        assert 0 < log["summary"]["entropy"] <= math.log(13)
