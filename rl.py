@@ -80,8 +80,8 @@ def masked_normalize(tensor, mask, normalize_constant, dim=None):
 def masked_mean(tensor, mask, dim=None):
     """The mean over `dim` (None: all) of the elements where mask is 1; NaN where there is none.
     source: [1] masked_mean"""
-    return masked_normalize(tensor, mask, (mask != 0).sum() if dim is None else (mask != 0).sum(dim),
-                            dim)
+    kept = mask != 0
+    return masked_normalize(tensor, mask, kept.sum() if dim is None else kept.sum(dim), dim)
 
 
 def compute_entropy(logits):
@@ -193,7 +193,7 @@ def token_log_probs(model, input_ids, labels, mask=None, temperature=1.0):
 
 def put(mask, values):
     """(B, T) with `values` (N,) in order where mask (B, T) is 1, and 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def get_response_log_probs(model, input_ids, labels, return_token_entropy=False):
@@ -268,7 +268,7 @@ class PackedSFTDataset(torch.utils.data.Dataset):
 
     def __init__(self, tokenizer, dataset_path, seq_length, shuffle, seed=0):
         pairs = read_pairs(dataset_path)
-        order = np.random.default_rng(seed).permutation(len(pairs)) if shuffle else range(len(pairs))
+        order = shuffled(len(pairs), seed, 0) if shuffle else range(len(pairs))
         begin, end = getattr(tokenizer, "bos_token_id", None), end_ids(tokenizer)[:1]
         if not end:
             raise ValueError("the tokenizer must have an end-of-text token to part documents, got "
@@ -482,9 +482,8 @@ def compute_per_instance_dpo_loss(lm, lm_ref, tokenizer, beta, prompt, response_
            for response in (response_chosen, response_rejected)]
 
     def log_probs(model):
-        device = next(model.parameters()).device
-        rows = [torch.tensor([row], device=device) for row in ids]
-        return torch.cat([token_log_probs(model, row[:, :-1], row[:, 1:])[0].sum(1) for row in rows])
+        rows = [torch.tensor([row], device=next(model.parameters()).device) for row in ids]
+        return torch.cat([token_log_probs(model, r[:, :-1], r[:, 1:])[0].sum(1) for r in rows])
 
     policy = log_probs(lm)
     with torch.no_grad():
@@ -611,7 +610,8 @@ class Run:
             if set(given) - {"attention", "context_length"} or args.preset:
                 raise ValueError("a trained model has its shape, got --model and flags of a shape "
                                  f"({', '.join(given) or 'preset'}); leave those out")
-            self.model, self.tokenizer = lm.load_model(args.model, self.device, torch.float32, **given)
+            self.model, self.tokenizer = lm.load_model(args.model, self.device, torch.float32,
+                                                       **given)
         elif self.task:
             torch.manual_seed(args.seed)
             self.tokenizer = self.task.tokenizer
@@ -651,7 +651,7 @@ class Run:
         return self.sum(full)
 
     def draw(self, items, n):
-        """The next n of `items`, which are gone through in shuffled passes; the same on all ranks."""
+        """The next n of `items`, gone through in shuffled passes; the same on all ranks."""
         size, first = len(items), self.position
         self.position += n
         return [items[shuffled(size, self.args.seed, i // size)[i % size]]
@@ -715,19 +715,17 @@ class Run:
         """Puts the log-probabilities of a row's tokens under `model` into row[name], a tensor, and
         their entropies' sum into row["entropy"]."""
         for part in spans(len(rows), self.args.micro_batch_size):
-            batch = self.collate(rows[part])
-            mask = batch["response_mask"]
+            ids, labels, mask = self.collate(rows[part])
             with lm.compute_context(self.device, self.dtype):
-                found, entropy = token_log_probs(model, **batch_of(batch), mask=mask,
-                                                 temperature=self.args.temperature)
-            lengths = mask.sum(1).tolist()
-            for row, log_probs, h in zip(rows[part], found[mask].split(lengths), entropy.sum(1).tolist(),
-                                         strict=True):
+                found, entropy = token_log_probs(model, ids, labels, mask, self.args.temperature)
+            of_rows = found[mask].split(mask.sum(1).tolist())
+            for row, log_probs, h in zip(rows[part], of_rows, entropy.sum(1).tolist(), strict=True):
                 row[name], row["entropy"] = log_probs, h
 
     def collate(self, rows):
+        """(input ids, labels, response mask), each (B, T)."""
         pairs = [(row["prompt_ids"], row["tokens"]) for row in rows]
-        return pad_pairs(pairs, pad_id(self.tokenizer), self.device)
+        return tuple(pad_pairs(pairs, pad_id(self.tokenizer), self.device).values())
 
     # files
 
@@ -824,24 +822,20 @@ class Run:
             if not n:
                 continue
             rows = self.rollout(problems, n, temperature)
-            right = torch.tensor([r["reward"] == 1 for r in rows]).view(-1, n).sum(1).tolist()
+            right = torch.tensor([r["reward"] > 0 for r in rows]).view(-1, n).sum(1).tolist()
             for k in {1, n}:
                 key = "greedy" if name == "greedy" else f"pass@{k}"
                 found = sum(pass_at_k(n, c, k) for c in right)
                 entry[key] = self.sum([found]).item() / len(problems)
         self.rollouts = rollouts
         values = " | ".join(f"{k} {v:.1%}" for k, v in entry.items() if k != "step")
-        print(f"step {self.step}/{self.args.max_steps} | {len(problems)} held-out problems | {values}",
-              flush=True)
+        print(f"step {self.step}/{self.args.max_steps} | of {len(problems)} held-out problems | "
+              f"{values}", flush=True)
         self.record(entry)
 
 
 def row_length(row):
     return sum(len(row[k]) for k in ("prompt_ids", "tokens", "rejected") if k in row)
-
-
-def batch_of(batch):
-    return {"input_ids": batch["input_ids"], "labels": batch["labels"]}
 
 
 @functools.lru_cache(maxsize=4)
@@ -872,14 +866,14 @@ def log_line(entry, max_steps):
 
 def sft_loss(run, rows, tokens):
     """(cross entropy of the rows' response tokens / tokens, [it])."""
-    batch = run.collate(rows)
-    labels = batch["labels"].masked_fill(~batch["response_mask"], -100)
+    ids, labels, mask = run.collate(rows)
     documents = None
     if run.args.packed:  # a document's number is that of the ends before it
-        ends = batch["input_ids"] == end_ids(run.tokenizer)[0]
+        ends = ids == end_ids(run.tokenizer)[0]
         documents = ends.cumsum(1) - ends.long()
-    hidden = run.model.hidden_states(batch["input_ids"], documents=documents)
-    loss = lm.linear_cross_entropy(hidden, run.model.lm_head.weight, labels, reduction="sum") / tokens
+    hidden = run.model.hidden_states(ids, documents=documents)
+    loss = lm.linear_cross_entropy(hidden, run.model.lm_head.weight,
+                                   labels.masked_fill(~mask, -100), reduction="sum") / tokens
     return loss, [loss]
 
 
@@ -900,7 +894,7 @@ def ei_step(run):
     rollout_s = time.perf_counter() - began
     run.score(run.model, rows, "log_probs")
     good = run.gather([r["reward"] > 0 for r in rows], len(problems) * args.group_size)
-    entry = {**rollout_statistics(run, rows), "kept": int(good.sum()), "loss": math.nan}
+    entry = {**rollout_statistics(run, rows), "kept": int(good.sum())}
     number = good.cumsum(0) - 1  # of each kept response among all that are kept
     first = len(problems) * run.rank // run.ranks * args.group_size
     kept = {int(number[first + i]): r for i, r in enumerate(rows) if r["reward"] > 0}
@@ -910,14 +904,15 @@ def ei_step(run):
         for part in spans(len(order), args.batch_size):
             mine = [kept[i] for i in order[part].tolist() if i in kept]
             tokens = run.sum([sum(len(r["tokens"]) for r in mine)]).item()
-            entry.update(run.update(mine, functools.partial(sft_loss, run, tokens=tokens), ["loss"]))
+            loss_of = functools.partial(sft_loss, run, tokens=tokens)
+            entry.update(run.update(mine, loss_of, ["loss"]))
     return {**entry, "rollout_share": rollout_s / (time.perf_counter() - began)}
 
 
 def rollout_statistics(run, rows):
     """What the log says of all sampled responses of a step, on all ranks."""
     groups = [[r["reward"] for r in rows[g]] for g in spans(len(rows), run.args.group_size)]
-    right, wrong = ([len(r["tokens"]) for r in rows if (r["reward"] == 1) == kind]
+    right, wrong = ([len(r["tokens"]) for r in rows if (r["reward"] > 0) == kind]
                     for kind in (True, False))
     lengths, total = [len(r["tokens"]) for r in rows], len(rows)
     count, n_groups, n_right, n_wrong, tokens, seen, *sums = run.sum(
@@ -952,8 +947,8 @@ def sample_groups(run):
         rows = run.rollout(run.draw(run.problems, n), G, args.temperature, args.top_p)
         if run.reference is not None:
             run.score(run.reference, rows, "ref_log_probs")
-        rewards = torch.tensor([shaped_reward(args, r) for r in rows], dtype=torch.float64).view(-1, G)
-        advantages = compute_advantages(rewards, args.baseline, args.normalize_by_std,
+        rewards = torch.tensor([shaped_reward(args, r) for r in rows], dtype=torch.float64)
+        advantages = compute_advantages(rewards.view(-1, G), args.baseline, args.normalize_by_std,
                                         args.advantage_eps)
         for row, advantage in zip(rows, advantages.flatten().tolist(), strict=True):
             row["advantage"] = advantage
@@ -1004,12 +999,12 @@ def grpo_step(run):
         if sequences:
             loss_of = functools.partial(grpo_loss, run, sequences=sequences, tokens=tokens)
             updates.append(run.update(mine, loss_of, GRPO_VALUES))
-    entry |= {name: mean(u[name] for u in updates) for name in (*GRPO_VALUES, "grad_norm")}
-    if run.reference is None:
-        del entry["kl"]
-    check_gap(run, entry)
-    run.say_once("a loss near zero is normal: advantages have mean zero in a group, and the ratio is"
-                 " 1 while the policy is the one that sampled; watch reward and norm instead")
+    for name in (*GRPO_VALUES, "grad_norm") if updates else ():
+        if name != "kl" or run.reference is not None:
+            entry[name] = mean(update[name] for update in updates)
+    check_gap(run, entry.get("gap", 0))
+    run.say_once("a loss near zero is normal: advantages have mean zero in a group, and the ratio "
+                 "is 1 while the policy is the one that sampled; watch reward and norm instead")
     say_when_dry(run, entry["no_signal"] == 1)
     return {**entry, "rollout_share": rollout_s / (time.perf_counter() - began)}
 
@@ -1019,15 +1014,14 @@ GRPO_VALUES = ("loss", "entropy", "clip_low", "clip_high", "kl", "gap")
 
 def grpo_loss(run, rows, sequences, tokens):
     """(the rows' part of the loss of an update of that many sequences and tokens, GRPO_VALUES)."""
-    args, batch = run.args, run.collate(rows)
-    mask = batch["response_mask"]
+    args = run.args
+    ids, labels, mask = run.collate(rows)
 
     def stored(name):  # values of the response tokens of each row, where the mask has them
         values = torch.cat([torch.as_tensor(row[name]) for row in rows])
         return put(mask, values.to(run.device))
 
-    log_probs, entropy = token_log_probs(run.model, **batch_of(batch), mask=mask,
-                                         temperature=args.temperature)
+    log_probs, entropy = token_log_probs(run.model, ids, labels, mask, args.temperature)
     sampled = stored("logprobs")
     old = stored("old_log_probs") if "old_log_probs" in rows[0] else log_probs.detach()
     advantages = torch.tensor([[row["advantage"]] for row in rows], dtype=log_probs.dtype,
@@ -1051,14 +1045,14 @@ def grpo_loss(run, rows, sequences, tokens):
     return loss, [loss, *shares]
 
 
-def check_gap(run, entry):
+def check_gap(run, gap):
     """raises FloatingPointError where sampling and training disagree about log-probabilities."""
     most = MAX_GAP[run.dtype] if run.args.max_gap is None else run.args.max_gap
-    if entry["gap"] > most:
+    if gap > most:
         raise FloatingPointError(
             f"log-probabilities when sampled and in training must agree to {most}, got a mean"
-            f" gap of {entry['gap']:.2e} (largest {run.gap:.2e}) at step {run.step + 1}; use --dtype "
-            "float32, or raise --max_gap")
+            f" gap of {gap:.2e} (largest on rank 0 {run.gap:.2e}) at step {run.step + 1}; use "
+            "--dtype float32, or raise --max_gap")
 
 
 def dpo_losses(run, rows, pairs):
@@ -1081,7 +1075,8 @@ def dpo_losses(run, rows, pairs):
     return loss, [loss, *(value.sum() / pairs for value in values)]
 
 
-DPO_VALUES = ("loss", "accuracy", "margin", "chosen", "rejected", "chosen_change", "rejected_change")
+DPO_VALUES = ("loss", "accuracy", "margin", "chosen", "rejected", "chosen_change",
+              "rejected_change")
 
 
 def dpo_step(run):
@@ -1090,9 +1085,9 @@ def dpo_step(run):
     loss_of = functools.partial(dpo_losses, run, pairs=len(rows))
     entry = run.update(rows[run.share(len(rows))], loss_of, DPO_VALUES)
     if max(entry["chosen_change"], entry["rejected_change"]) < -1:
-        run.say_once("both the chosen and the rejected responses have become less likely than under "
-                     "the reference: the margin may grow while both are unlearned; lower --lr, or "
-                     "raise --beta")
+        run.say_once("warning: chosen and rejected responses have both become less likely than "
+                     "under the reference: the margin grows while both are unlearned; lower --lr, "
+                     "or raise --beta")
     return {**entry, "tokens": 2 * sum(map(row_length, rows))}
 
 
@@ -1119,8 +1114,8 @@ def characters(text, special=()):
 
 def addition_task(args):
     def reward(response, answer):
-        right = float(response == answer)
-        return {"reward": right, "format_reward": float(response.isdecimal()), "answer_reward": right}
+        right, number = float(response == answer), float(response.isdecimal())
+        return {"reward": right, "format_reward": number, "answer_reward": right}
 
     return Task(characters("0123456789+="), reward,
                 lambda n: addition_problems(n, args.digits, DATA_SEED), lambda p, rng: p["answer"])
@@ -1151,7 +1146,7 @@ def encode_problems(run, problems):
 
 def encode_pairs(run, pairs):
     """Dicts of prompt_ids and tokens (the response, and rejected where there is one, each with the
-    end token) of dicts with prompt and response; drops, and counts, what the context cannot hold."""
+    end token) of dicts with prompt and response; drops, and counts, those too long."""
     end, rows = end_ids(run.tokenizer)[0], []
     for pair in pairs:
         row = {"prompt_ids": encode_text(run.tokenizer, pair["prompt"])}
@@ -1348,7 +1343,7 @@ def demo(args):
         return words
 
     def run(words):
-        arguments = parse(words)[1]
+        arguments = parse(words)
         return arguments.run(arguments)
 
     if code := run(command("sft", DEMO_SFT, "sft")):
@@ -1367,8 +1362,8 @@ def demo(args):
     for log in logs:
         records = [json.loads(line) for line in log.read_text().splitlines()]
         last = [r for r in records if "greedy" in r][-1]
-        shown = " | ".join(f"{k} {v:.1%}" for k, v in last.items() if k in ("greedy", "pass@1", "pass@8"))
-        print(f"{log.parent.name:8} {shown} | {last['elapsed_s']:.0f} s")
+        shown = [f"{k} {v:.1%}" for k, v in last.items() if k in ("greedy", "pass@1", "pass@8")]
+        print(" | ".join([f"{log.parent.name:8}", *shown, f"{last['elapsed_s']:.0f} s"]))
     try:
         plot(logs, out / "curves.png")
     except ValueError as reason:
@@ -1412,18 +1407,21 @@ def bench(args):
 
     with torch.no_grad():
         sampled = torch.tensor([p for r in rows[: len(mask)] for p in r.logprobs], device=device)
-        gap, error = (sampled - chunked()).abs().mean().item(), (plain() - chunked()).abs().max().item()
+        gap = (sampled - chunked()).abs().mean().item()
+        error = (plain() - chunked()).abs().max().item()
     if gap > MAX_GAP[dtype]:
-        raise ValueError(f"rollout and training must agree to {MAX_GAP[dtype]}, got {gap:.1e}; mend rl.py")
+        raise ValueError(f"rollout and training must agree to {MAX_GAP[dtype]}, got a mean gap of "
+                         f"{gap:.1e}; do not trust this machine")
     result = {"gap": gap, "chunked_error": error}
     tokens = n * G * new
     for name, call, count in (("rollout", grouped, tokens), ("rollout_repeated", repeated, tokens),
                               ("chunked", lambda: chunked().sum().backward(), len(sampled)),
                               ("plain", lambda: plain().sum().backward(), len(sampled))):
         times, memory = timed(call, device, args.repeats)
-        result[f"{name}_tok_per_s"] = round(count / statistics.median(times), 1)
-        print(f"{name:16} {count / statistics.median(times):12,.0f} tok/s, {count / max(times):,.0f} to "
-              f"{count / min(times):,.0f}" + (f", {memory / 2**30:.2f} GiB more" if memory else ""))
+        rate, low, high = (count / f(times) for f in (statistics.median, max, min))
+        result[f"{name}_tok_per_s"] = round(rate, 1)
+        print(f"{name:16} {rate:12,.0f} tok/s, {low:,.0f} to {high:,.0f}"
+              f"{f', {memory / 2**30:.2f} GiB more' if memory else ''}")
     print(json.dumps(result))
 
 
@@ -1448,12 +1446,13 @@ def timed(call, device, repeats):
 
 def add_bench_flags(parser):
     add, at_least_1 = parser.add_argument, lm.positive(int)
-    for name, default in (("prompts", 8), ("group_size", 8), ("prompt_tokens", 32), ("new_tokens", 64),
-                          ("micro_batch_size", 16), ("repeats", 5)):
+    for name, default in (("prompts", 8), ("group_size", 8), ("prompt_tokens", 32),
+                          ("new_tokens", 64), ("micro_batch_size", 16), ("repeats", 5)):
         add(f"--{name}", type=at_least_1, default=default)
     add("--device", default="auto")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    lm.add_model_flags(parser, vocab_size=4096, context_length=256, d_model=256, num_layers=4, num_heads=4)
+    lm.add_model_flags(parser, vocab_size=4096, context_length=256, d_model=256, num_layers=4,
+                       num_heads=4)
 
 
 def add_rollout_flags(add):
@@ -1538,15 +1537,18 @@ def build_parser():
 
 
 def parse(argv):
-    """(parser, args): --algorithm, and the flags of the run that --resume goes on with, are
-    defaults, over which goes what is given."""
+    """The flags in argv, over those of --algorithm and of the run that --resume goes on with."""
     parser, verbs = build_parser()
     args = parser.parse_args(argv)
-    if getattr(args, "resume", False):
-        verbs[args.verb].set_defaults(**{**lm.saved_flags(args.out_dir), "out_dir": args.out_dir})
+    if getattr(args, "take_step", None) and args.resume:
+        saved = lm.saved_flags(args.out_dir)
+        if saved.get("verb", args.verb) != args.verb:
+            raise ValueError(f"--resume must go on with the same verb, got {args.verb} for a run of "
+                             f"{saved['verb']}; give another --out_dir")
+        verbs[args.verb].set_defaults(**{**saved, "out_dir": args.out_dir})
     if getattr(args, "algorithm", None):
         verbs[args.verb].set_defaults(**ALGORITHMS[args.algorithm])
-    return parser, parser.parse_args(argv)
+    return parser.parse_args(argv)
 
 
 def start_ranks(device):
@@ -1565,22 +1567,27 @@ def start_ranks(device):
 
 def main(argv=None):
     lm.print_any_text()
-    argv = sys.argv[1:] if argv is None else argv
-    parser, args = parse(argv or ["demo"])
     joined = not dist.is_initialized()  # here, not by whoever calls this
     try:
+        args = parse((sys.argv[1:] if argv is None else argv) or ["demo"])
         if hasattr(args, "device"):
             args.device = start_ranks(args.device)
         return args.run(args)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        if dist.is_initialized() and dist.get_rank():
-            time.sleep(2)  # rank 0 may have the same to tell, and torchrun then ends this one
-        parser.exit(2, f"rl.py {args.verb}: error: {str(error).splitlines()[0]}\n")
+        return fail(str(error).splitlines()[0], 2)
     except KeyboardInterrupt:
-        parser.exit(130, f"rl.py {args.verb}: interrupted\n")
+        return fail("interrupted", 130)
     finally:
         if joined and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def fail(message, code):
+    """Tells the error in one line and exits."""
+    if dist.is_initialized() and dist.get_rank():
+        time.sleep(2)  # rank 0 may have the same to tell, and torchrun then ends this one
+    print(f"rl.py: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 sys.modules.setdefault("rl", sys.modules[__name__])

@@ -357,13 +357,13 @@ FAMILY = {
 
 
 def grpo_flags(**changes):
-    return rl.parse(["grpo"])[1].__class__(**{**vars(rl.parse(["grpo"])[1]), **changes})
+    return SimpleNamespace(**{**vars(rl.parse(["grpo"])), **changes})
 
 
 def fake_run(model, device="cpu", **changes):
     run = SimpleNamespace(model=model, args=grpo_flags(**changes), device=torch.device(device), gap=0.0,
                           reference=True if changes.get("kl_coef") else None)  # fmt: skip
-    run.collate = lambda rows: rl.pad_pairs([(r["prompt_ids"], r["tokens"]) for r in rows])
+    run.collate = lambda rows: rl.pad_pairs([(r["prompt_ids"], r["tokens"]) for r in rows]).values()
     return run
 
 
