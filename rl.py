@@ -603,6 +603,12 @@ class Run:
     def make_model(self):
         """The model to train, its tokenizer, and where one is needed a copy that stays."""
         args = self.args
+        of_files = [name for name in ("data", "valid_data", "packed", "correct_only",
+                                      "strict_format") if getattr(args, name, None)]
+        if (args.task and of_files) or not (args.task or args.data):
+            raise ValueError("--task or --data must say what to learn from, got "
+                             f"{' and '.join(['task', *of_files]) if of_files else 'neither'}; give "
+                             "one of them and the flags that go with it")
         self.task = TASKS[args.task](args) if args.task else None
         given = {f: getattr(args, f) for f in asdict(lm.ModelConfig())
                  if getattr(args, f, None) is not None}
@@ -1351,13 +1357,15 @@ def demo(args):
     words = command("sft", DEMO_CONTROL, "control", "sft")
     control = subprocess.Popen([sys.executable, __file__, *words], stdout=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+    logs = [out / name / "log.jsonl" for name in ("sft", "control", "grpo")]
     try:
         if code := run(command("grpo", DEMO_GRPO, "grpo", "sft")):
             return code
+        while control.poll() is None and not (logs[1].exists() and "greedy" in logs[1].read_text()):
+            time.sleep(0.1)
     finally:
         control.terminate()
         control.wait()
-    logs = [out / name / "log.jsonl" for name in ("sft", "control", "grpo")]
     print("\nheld-out problems solved")
     for log in logs:
         records = [json.loads(line) for line in log.read_text().splitlines()]

@@ -574,3 +574,263 @@ def test_log_generations_gives_examples_and_the_means_over_them():
         if right:
             assert log["summary"]["length_right"] == pytest.approx(sum(right) / len(right))
         assert 0 < log["summary"]["entropy"] <= math.log(13)
+
+
+# -------------------------------------------------------------------------------------------------
+# verbs
+
+TINY = ("--task addition --digits 1 --max_new_tokens 3 --eval_problems 6 --eval_samples 2 --examples 30 "
+        "--max_steps 4 --save_every 1 --eval_every 2 --device cpu --lr 3e-3").split()  # fmt: skip
+SHAPE = "--context_length 12 --d_model 16 --num_layers 1 --num_heads 2 --d_ff 16".split()
+SAMPLED = "--problems 60 --prompts_per_step 6 --group_size 8 --rollout_batch 16 --micro_batch_size 10".split()
+VERBS = {
+    "sft": ["--batch_size", "6"],
+    "ei": [*SAMPLED, "--batch_size", "4", "--epochs", "2"],
+    "grpo": [*SAMPLED, *"--kl_coef 0.1 --kl_in reward --dynamic_sampling 3 --updates_per_rollout 2 --epochs 2 "
+             "--entropy_coef 0.01 --length_norm response".split()],
+    "dpo": ["--batch_size", "6"],
+}  # fmt: skip
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def steps(out):
+    """What the log says of each step, but for times."""
+    timed = {"elapsed_s", "step_ms", "tokens_per_s", "rollout_share"}
+    return [{k: v for k, v in r.items() if k not in timed} for r in records(out)[1:]]
+
+
+def fails(capsys, argv, *patterns):
+    """main(argv) exits with 2 and one line on stderr that has all patterns."""
+    with pytest.raises(SystemExit) as stop:
+        rl.main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    for pattern in patterns:
+        assert re.search(pattern, error[-1]), error
+    assert "Traceback" not in "".join(error)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A model that knows some additions of one digit: what the other verbs start from."""
+    out = tmp_path_factory.mktemp("start") / "sft"
+    assert rl.main(["sft", *TINY, *SHAPE, "--max_steps", "60", "--save_every", "60", "--eval_every", "60",
+                    "--lr", "0.02", "--out_dir", str(out)]) == 0  # fmt: skip
+    return out / "model"
+
+
+def flags(verb, start, out, *more):
+    return [verb, *TINY, *VERBS[verb], "--model", str(start), "--out_dir", str(out), *more]
+
+
+def test_sft_learns_and_leaves_log_checkpoint_and_model(start):
+    first, *rest = records(start.parent)
+    losses = [r["loss"] for r in rest if "loss" in r]
+    assert first["flags"]["task"] == "addition" and len(losses) == 60
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert "pass@2" in rest[-1] and rest[-1]["step"] == 60
+    model, tokenizer = lm.load_model(start)
+    assert tokenizer.sha256 == DIGITS.sha256
+    assert lm.read_checkpoint(start.parent / "checkpoint.pt")["iteration"] == 60
+
+
+def test_a_step_of_grpo_logs_what_happened(start, tmp_path, capsys):
+    assert rl.main(flags("grpo", start, tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert out.count("a loss near zero is normal") == 1
+    line = next(line for line in out.splitlines() if line.startswith("step 2/4 | loss"))
+    for word in ("reward", "format", "answer", "no signal", "len", "wrong", "entropy", "clip-", "clip+", "kl",
+                 "gap", "norm", "tok/s", "rollout"):  # fmt: skip
+        assert f"| {word} " in line or word == "tok/s" and word in line, (word, line)
+    assert all(r["gap"] < 1e-4 for r in records(tmp_path) if "gap" in r)
+    assert all(math.isfinite(v) for r in steps(tmp_path) for v in r.values())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_run_that_is_resumed_gives_the_same_numbers_bit_for_bit(verb, start, tmp_path):
+    assert rl.main(flags(verb, start, tmp_path / "whole")) == 0
+    assert rl.main(flags(verb, start, tmp_path / "cut", "--max_steps", "2")) == 0
+    assert rl.main([verb, "--resume", "--out_dir", str(tmp_path / "cut"), "--max_steps", "4"]) == 0
+    whole, cut = (steps(tmp_path / name) for name in ("whole", "cut"))
+    cut = [r for r in cut if "pass@2" not in r or r["step"] == 4]  # the end of the first part
+    assert [r for r in cut if "loss" in r] == [r for r in whole if "loss" in r]
+    assert cut[-1] == whole[-1]
+    weights = [lm.read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut")]
+    for name, tensor in weights[0]["model"].items():
+        assert tensor.equal(weights[1]["model"][name])
+
+
+def test_a_run_that_is_killed_goes_on_bit_for_bit(start, tmp_path):
+    argv = flags("grpo", start, tmp_path / "killed", "--max_steps", "100000", "--eval_every", "100000")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, ROOT / "rl.py", *argv], env=env, stdout=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "killed" / "checkpoint.pt.prev").exists():  # two steps are saved
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    saved = lm.read_checkpoint(tmp_path / "killed" / "checkpoint.pt")["iteration"]
+    end = str(saved + 2)
+    assert rl.main(["grpo", "--resume", "--out_dir", str(tmp_path / "killed"), "--max_steps", end]) == 0
+    assert rl.main(flags("grpo", start, tmp_path / "whole", "--max_steps", end, "--eval_every", "100000")) == 0
+    assert steps(tmp_path / "killed") == steps(tmp_path / "whole")
+
+
+def test_two_ranks_give_the_result_of_one(start, tmp_path):
+    code = ("import sys, torch, rl\nfrom test_rl import VERBS, flags\nfrom pathlib import Path\n"
+            "torch.distributed.init_process_group('gloo')\n"
+            "for verb in VERBS:\n    assert rl.main(flags(verb, sys.argv[1], Path(sys.argv[2]) / verb)) == 0\n"
+            "torch.distributed.destroy_process_group()\n")  # fmt: skip
+    (tmp_path / "ranks.py").write_text(code)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           tmp_path / "ranks.py", start, tmp_path / "two"], env=env, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for verb in VERBS:
+        assert rl.main(flags(verb, start, tmp_path / "one" / verb)) == 0
+        one, two = (steps(tmp_path / n / verb) for n in ("one", "two"))
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):  # the order of adding up differs
+            assert a.keys() == b.keys()
+            assert {k: pytest.approx(v, rel=1e-3, abs=1e-4) for k, v in a.items() if k != "gap"} == \
+                {k: v for k, v in b.items() if k != "gap"}  # fmt: skip
+
+
+def test_expert_iteration_trains_on_what_is_rewarded_alone(start, tmp_path, monkeypatch):
+    trained = []
+    plain = rl.sft_loss
+    monkeypatch.setattr(rl, "sft_loss", lambda run, rows, tokens: (trained.extend(rows), plain(run, rows, tokens))[1])
+    assert rl.main(flags("ei", start, tmp_path)) == 0
+    assert trained and all(row["reward"] == 1 for row in trained)
+    assert sum(r["kept"] for r in records(tmp_path) if "kept" in r) * 2 == len(trained)  # two epochs
+
+
+def test_dpo_starts_at_ln_2_and_learns_to_prefer(start, tmp_path):
+    assert rl.main(flags("dpo", start, tmp_path, "--max_steps", "40", "--lr", "0.01", "--save_every", "40")) == 0
+    losses = [r for r in records(tmp_path) if "loss" in r]
+    assert losses[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[0]["accuracy"] == 0.5  # ties count half
+    assert sum(r["accuracy"] for r in losses[-5:]) / 5 > 0.9
+    assert {"chosen", "rejected", "margin"} <= losses[0].keys()
+
+
+def byte_model(folder, **config):
+    """A model of bytes in a Hugging Face folder."""
+    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
+    lm.save_pretrained(tiny_model(tokenizer.vocab_size, **config), tokenizer, folder)
+    return ["--model", str(folder), "--device", "cpu", "--max_steps", "2", "--lr", "1e-3"]
+
+
+def test_files_are_learnt_from_in_every_verb_and_what_is_too_long_is_counted(tmp_path, capsys):
+    base = byte_model(tmp_path / "m", context_length=64)
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [
+        {"prompt": "1+1=", "response": "\\boxed{2}", "ground_truth": "2"},
+        {"prompt": "1+2=", "response": "\\boxed{4}", "ground_truth": "3"},
+        {"prompt": "1+3=", "response": "\\boxed{4}" + " " * 60, "ground_truth": "4"}])  # fmt: skip
+    sft = ["sft", *base, "--data", pairs, "--batch_size", "2"]
+    assert rl.main([*sft, "--out_dir", str(tmp_path / "a")]) == 0
+    assert "dropped 1 of 3 examples" in capsys.readouterr().out
+    assert rl.main([*sft, "--correct_only", "--out_dir", str(tmp_path / "b")]) == 0
+    assert "2 of 3 examples have a right answer" in capsys.readouterr().out
+    assert rl.main([*sft, "--packed", "--out_dir", str(tmp_path / "c")]) == 0
+    problems = write_jsonl(tmp_path / "p.jsonl", [{"question": "1+1?", "answer": "#### 2"},
+                                                  {"question": "?" * 70, "answer": "#### 3"}])  # fmt: skip
+    grpo = ["grpo", *base, "--data", problems, "--valid_data", problems, "--max_new_tokens", "4",
+            "--prompts_per_step", "1", "--group_size", "2", "--eval_samples", "0"]  # fmt: skip
+    assert rl.main([*grpo, "--out_dir", str(tmp_path / "d")]) == 0
+    assert "dropped 1 of 2 prompts" in capsys.readouterr().out
+    assert records(tmp_path / "d")[-1]["greedy"] in (0, 1)
+    preferences = write_jsonl(tmp_path / "f.jsonl", [{"prompt": "hi", "chosen": "yes", "rejected": "no"}])
+    assert rl.main(["dpo", *base, "--data", preferences, "--batch_size", "1", "--out_dir", str(tmp_path / "e")]) == 0
+
+
+def test_countdown_runs_through_sft_and_grpo(tmp_path):
+    common = ("--task countdown --numbers 3 --max_new_tokens 40 --eval_problems 3 --examples 20 --max_steps 2 "
+              "--device cpu --eval_samples 0").split()  # fmt: skip
+    shape = "--context_length 128 --d_model 16 --num_layers 1 --num_heads 2 --d_ff 16".split()
+    assert rl.main(["sft", *common, *shape, "--batch_size", "4", "--out_dir", str(tmp_path / "sft")]) == 0
+    assert rl.main(["grpo", *common, "--model", str(tmp_path / "sft/model"), "--problems", "9", "--prompts_per_step",
+                    "2", "--group_size", "2", "--algorithm", "dr_grpo", "--out_dir", str(tmp_path / "grpo")]) == 0  # fmt: skip
+    assert records(tmp_path / "grpo")[0]["flags"]["length_norm"] == "constant"
+
+
+def test_an_algorithm_is_a_set_of_flags_that_others_override():
+    for name, changes in rl.ALGORITHMS.items():
+        args = vars(rl.parse(["grpo", "--algorithm", name]))
+        assert {k: args[k] for k in changes} == changes
+    args = rl.parse(["grpo", "--algorithm", "dapo", "--clip_high", "0.4"])
+    assert (args.clip_high, args.overlong) == (0.4, "mask")
+
+
+def test_held_out_problems_are_in_no_training_set(start):
+    args = rl.parse(flags("grpo", start, "x"))
+    task = rl.addition_task(args)
+    held, solved, _ = rl.task_problems(args, task)
+    held_again, _, unsolved = rl.task_problems(args, task, args.problems)
+    prompts = [{p["prompt"] for p in part} for part in (held, solved, unsolved)]
+    assert held == held_again and [len(p) for p in prompts] == [6, 30, 60]
+    assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])
+
+
+def test_it_is_said_when_nothing_has_taught_anything_for_many_steps(tmp_path, capsys):
+    argv = ["grpo", *TINY, *SHAPE, *SAMPLED, "--max_steps", "10", "--eval_problems", "0", "--prompts_per_step", "1",
+            "--group_size", "2", "--out_dir", str(tmp_path)]  # fmt: skip
+    assert rl.main(argv) == 0
+    assert capsys.readouterr().out.count("taught anything for 10 steps") == 1
+
+
+def test_a_gap_between_sampling_and_training_stops_the_run(start, tmp_path, capsys):
+    fails(capsys, flags("grpo", start, tmp_path, "--max_gap", "0"), "must agree to 0.0, got a mean gap of .* at step 1")
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(start, tmp_path, capsys):
+    fails(capsys, flags("sft", start, tmp_path, "--lr", "1e30"), "gradient must be finite.*at step")
+
+
+def test_bad_input_is_refused_in_one_line(start, tmp_path, capsys, monkeypatch):
+    out, task = ["--out_dir", str(tmp_path / "out")], ["--task", "addition", "--device", "cpu"]
+    model = ["--model", str(start), *out]
+    fails(capsys, ["grpo", "--data", "x", *out], "--model or --task must say what to train")
+    fails(capsys, ["sft", *task, "--packed", *out], "--task or --data must .* got task and packed")
+    fails(capsys, ["grpo", *task, "--group_size", "1", *out], "at least 2 with a baseline")
+    fails(capsys, ["sft", *task, *model, "--d_model", "8"], "leave those out")
+    fails(capsys, ["grpo", *model], "--task or --data must")
+    fails(capsys, ["sft", "--task", "countdown", *model], "another tokenizer")
+    fails(capsys, ["sft", *model, "--data", str(tmp_path / "none.jsonl")], "none.jsonl")
+    empty = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": "", "response": "x"}])
+    fails(capsys, ["sft", *model, "--data", empty], "empty.jsonl:1")
+    missing = write_jsonl(tmp_path / "missing.jsonl", [{"prompt": "a", "other": "x"}])
+    fails(capsys, ["sft", *model, "--data", missing], "missing.jsonl:1")
+    fails(capsys, ["grpo", *task, "--max_new_tokens", "50", *SHAPE, *out], "some prompts must fit")
+    fails(capsys, ["grpo", *task, "--resume", "--out_dir", str(start.parent)], "same verb, got grpo for a run of sft")
+    fails(capsys, ["sft", *task, "--out_dir", str(start.parent)], "holds a run")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"]}))
+    fails(capsys, ["sft", "--model", str(tmp_path / "odd"), *task, *out], "Mamba")
+    lm.save_pretrained(tiny_model(12), Tokenizer(dict(list(DIGITS.vocab.items())[:12]), [], []), tmp_path / "endless")
+    fails(capsys, ["sft", "--model", str(tmp_path / "endless"), "--data", missing, *out], "token that ends a text")
+    assert not (tmp_path / "out").exists()  # refused before any work
+
+
+def test_bench_ends_in_one_line_of_json(capsys):
+    assert not rl.main("bench --prompts 2 --group_size 2 --prompt_tokens 4 --new_tokens 4 --repeats 2 --device cpu "
+                       "--vocab_size 50 --context_length 16 --d_model 16 --num_layers 1 --num_heads 2".split())  # fmt: skip
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["rollout_tok_per_s"] > 0 and result["gap"] < 1e-4
+
+
+def test_the_demonstration_compares_grpo_with_more_sft(tmp_path, capsys, monkeypatch):
+    small = ["--examples 30 --digits 1 --eval_problems 4 --eval_samples 2 --device cpu", "--max_steps 3"]
+    monkeypatch.setattr(rl, "DEMO", f"{rl.DEMO} {small[0]}")
+    monkeypatch.setattr(rl, "DEMO_SFT", small[1])
+    monkeypatch.setattr(rl, "DEMO_GRPO", "--max_steps 2 --prompts_per_step 2 --group_size 2 --problems 10")
+    monkeypatch.setattr(rl, "DEMO_CONTROL", "--max_steps 2")
+    assert rl.main(["demo", "--out_dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    table = out[out.index("held-out problems solved") :].splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["sft", "control", "grpo"]
