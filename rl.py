@@ -24,6 +24,7 @@ Dims: B sequences, T time, N tokens, C d_model, V vocab_size, G responses to a p
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import json
@@ -226,6 +227,20 @@ def end_ids(tokenizer):
     return tuple(ids[text] for text in END_TOKENS if text in ids)
 
 
+def begin_ids(tokenizer):
+    """The id that begins a text, as a tuple; () where there is none, or where it is the end's."""
+    if hasattr(tokenizer, "eos_token_id"):
+        begin = getattr(tokenizer, "bos_token_id", None)
+        return () if begin in (None, tokenizer.eos_token_id) else (begin,)
+    return tuple(i for i, text in lm.special_ids(tokenizer).items() if text == "<|begin_of_text|>")
+
+
+def encode_prompt(tokenizer, text):
+    """The ids of a text that begins a sequence."""
+    begin, ids = begin_ids(tokenizer), encode_text(tokenizer, text)
+    return ids if ids[:1] == list(begin) else [*begin, *ids]
+
+
 def pad_id(tokenizer):
     """An id to fill rows with: what is right of a row's end is neither seen nor counted."""
     given = getattr(tokenizer, "pad_token_id", None)
@@ -269,14 +284,14 @@ class PackedSFTDataset(torch.utils.data.Dataset):
     def __init__(self, tokenizer, dataset_path, seq_length, shuffle, seed=0):
         pairs = read_pairs(dataset_path)
         order = shuffled(len(pairs), seed, 0) if shuffle else range(len(pairs))
-        begin, end = getattr(tokenizer, "bos_token_id", None), end_ids(tokenizer)[:1]
+        end = end_ids(tokenizer)[:1]
         if not end:
             raise ValueError("the tokenizer must have an end-of-text token to part documents, got "
                              "none; add <|endoftext|>")
         ids = []
         for i in order:
-            document = encode_text(tokenizer, alpaca_text(pairs[i]["prompt"], pairs[i]["response"]))
-            ids += [*([] if begin in (None, *end) else [begin]), *document, *end]
+            text = alpaca_text(pairs[i]["prompt"], pairs[i]["response"])
+            ids += [*encode_prompt(tokenizer, text), *end]
         self.ids, self.seq_length = torch.tensor(ids), seq_length
 
     def __len__(self):
@@ -478,7 +493,7 @@ def compute_per_instance_dpo_loss(lm, lm_ref, tokenizer, beta, prompt, response_
     """The DPO loss of one pair, a scalar: prompt and response in the Alpaca template, and the end
     token. source: [1] supplement, dpo_loss"""
     end = list(end_ids(tokenizer)[:1])
-    ids = [encode_text(tokenizer, alpaca_text(prompt, response)) + end
+    ids = [encode_prompt(tokenizer, alpaca_text(prompt, response)) + end
            for response in (response_chosen, response_rejected)]
 
     def log_probs(model):
@@ -521,7 +536,7 @@ def rollout(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.
     seed, first_row: row r draws from (seed, first_row + r), whatever the other rows are
     raises ValueError where a prompt leaves no room for max_new_tokens in the model's context
     """
-    ids = [encode_text(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
+    ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
     if not ids:
         return []
     ours = hasattr(model, "hidden_states")
@@ -676,7 +691,7 @@ class Run:
             with lm.compute_context(self.device, self.dtype):
                 loss, values = loss_of(rows[part])
             loss.backward()
-            total += torch.stack([v.detach().double() for v in values]).cpu()
+            total += torch.stack([v.detach() for v in values]).cpu()
         params = [p for p in self.model.parameters() if p.requires_grad]
         if self.ranks > 1:
             self.sum_gradients(params)
@@ -828,7 +843,7 @@ class Run:
             if not n:
                 continue
             rows = self.rollout(problems, n, temperature)
-            right = torch.tensor([r["reward"] > 0 for r in rows]).view(-1, n).sum(1).tolist()
+            right = [sum(r["reward"] > 0 for r in rows[g]) for g in spans(len(rows), n)]
             for k in {1, n}:
                 key = "greedy" if name == "greedy" else f"pass@{k}"
                 found = sum(pass_at_k(n, c, k) for c in right)
@@ -917,13 +932,13 @@ def ei_step(run):
 
 def rollout_statistics(run, rows):
     """What the log says of all sampled responses of a step, on all ranks."""
-    groups = [[r["reward"] for r in rows[g]] for g in spans(len(rows), run.args.group_size)]
+    groups = [{r["reward"] for r in rows[g]} for g in spans(len(rows), run.args.group_size)]
     right, wrong = ([len(r["tokens"]) for r in rows if (r["reward"] > 0) == kind]
                     for kind in (True, False))
     lengths, total = [len(r["tokens"]) for r in rows], len(rows)
     count, n_groups, n_right, n_wrong, tokens, seen, *sums = run.sum(
         [total, len(groups), len(right), len(wrong), sum(lengths), sum(map(row_length, rows)),
-         sum(max(g) == min(g) for g in groups), sum(right), sum(wrong),
+         sum(len(group) == 1 for group in groups), sum(right), sum(wrong),
          sum(r["finish_reason"] == "length" for r in rows), sum(r.get("entropy", 0) for r in rows),
          *(sum(r[k] for r in rows) for k in ("reward", "format_reward", "answer_reward"))]).tolist()
     same, right, wrong, cut, entropy, reward, form, answer = sums
@@ -954,7 +969,7 @@ def sample_groups(run):
         if run.reference is not None:
             run.score(run.reference, rows, "ref_log_probs")
         rewards = torch.tensor([shaped_reward(args, r) for r in rows], dtype=torch.float64)
-        advantages = compute_advantages(rewards.view(-1, G), args.baseline, args.normalize_by_std,
+        advantages = compute_advantages(rewards.view(len(rows) // G, G), args.baseline, args.normalize_by_std,
                                         args.advantage_eps)
         for row, advantage in zip(rows, advantages.flatten().tolist(), strict=True):
             row["advantage"] = advantage
@@ -962,8 +977,8 @@ def sample_groups(run):
         if not args.dynamic_sampling:
             kept = rows
             break
-        plain = torch.tensor([r["reward"] for r in rows]).view(-1, G)
-        alive = run.gather(plain.amax(1) != plain.amin(1), n)
+        groups = [{r["reward"] for r in rows[g]} for g in spans(len(rows), G)]
+        alive = run.gather([len(group) > 1 for group in groups], n)
         place = (found + alive.cumsum(0) - 1).long()
         for row in rows:
             if alive[row["group"]] and place[row["group"]] < n:
@@ -1011,7 +1026,7 @@ def grpo_step(run):
     check_gap(run, entry.get("gap", 0))
     run.say_once("a loss near zero is normal: advantages have mean zero in a group, and the ratio "
                  "is 1 while the policy is the one that sampled; watch reward and norm instead")
-    say_when_dry(run, entry["no_signal"] == 1)
+    say_when_dry(run, not run.sum([sum(row["advantage"] != 0 for row in rows)]).item())
     return {**entry, "rollout_share": rollout_s / (time.perf_counter() - began)}
 
 
@@ -1076,7 +1091,7 @@ def dpo_losses(run, rows, pairs):
         ref_chosen, ref_rejected = log_probs(run.reference)
     loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, run.args.beta).sum() / pairs
     up, down = chosen - ref_chosen, rejected - ref_rejected
-    right = (up > down).double() + (up == down) / 2
+    right = (up > down).float() + (up == down) / 2
     values = (right, run.args.beta * (up - down), chosen, rejected, up, down)
     return loss, [loss, *(value.sum() / pairs for value in values)]
 
@@ -1146,7 +1161,7 @@ DATA_SEED = 0  # of tasks: apart from --seed, so that what is held out is so in 
 def encode_problems(run, problems):
     """Adds prompt_ids; drops, and counts, those that leave no room for a response."""
     limit = run.model.config.context_length - run.args.max_new_tokens
-    problems = [{**p, "prompt_ids": encode_text(run.tokenizer, p["prompt"])} for p in problems]
+    problems = [{**p, "prompt_ids": encode_prompt(run.tokenizer, p["prompt"])} for p in problems]
     return keep_fitting(problems, lambda p: len(p["prompt_ids"]), limit, "prompts")
 
 
@@ -1155,7 +1170,7 @@ def encode_pairs(run, pairs):
     end token) of dicts with prompt and response; drops, and counts, those too long."""
     end, rows = end_ids(run.tokenizer)[0], []
     for pair in pairs:
-        row = {"prompt_ids": encode_text(run.tokenizer, pair["prompt"])}
+        row = {"prompt_ids": encode_prompt(run.tokenizer, pair["prompt"])}
         for name, key in (("tokens", "response"), ("rejected", "rejected")):
             if key in pair:
                 row[name] = [*encode_text(run.tokenizer, pair[key]), end]
@@ -1568,26 +1583,28 @@ def start_ranks(device):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     return device
 
 
 def main(argv=None):
     lm.print_any_text()
     joined = not dist.is_initialized()  # here, not by whoever calls this
-    try:
-        args = parse((sys.argv[1:] if argv is None else argv) or ["demo"])
-        if hasattr(args, "device"):
-            args.device = start_ranks(args.device)
-        return args.run(args)
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        return fail(str(error).splitlines()[0], 2)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    finally:
-        if joined and dist.is_initialized():
-            dist.destroy_process_group()
+    with contextlib.ExitStack() as stack:
+        if int(os.environ.get("RANK") or 0):  # rank 0 speaks for all
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        try:
+            args = parse((sys.argv[1:] if argv is None else argv) or ["demo"])
+            if hasattr(args, "device"):
+                args.device = start_ranks(args.device)
+            return args.run(args)
+        except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+            return fail(str(error).splitlines()[0], 2)
+        except KeyboardInterrupt:
+            return fail("interrupted", 130)
+        finally:
+            if joined and dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def fail(message, code):

@@ -204,7 +204,7 @@ def test_a_packed_dataset_cuts_the_joined_documents_and_shifts_labels_across_the
                 "request.\n\n### Instruction:\n{}\n\n### Response:\n{}")  # fmt: skip
     stream = []
     for i in range(1, 9):
-        stream += tokenizer.encode(template.format(f"p{i}", "r " * i)) + [2]
+        stream += [*tokenizer.encode(template.format(f"p{i}", "r " * i)), 2]
     data = rl.PackedSFTDataset(tokenizer, path, 7, shuffle=False)
     assert len(data) == (len(stream) - 1) // 7
     for i in range(len(data)):
@@ -494,7 +494,7 @@ def test_dpo_is_ln_2_where_the_policy_is_the_reference_and_else_its_formula():
     def log_prob(model, response):
         text = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
                 f"request.\n\n### Instruction:\nwhat now\n\n### Response:\n{response}")  # fmt: skip
-        ids = [*tokenizer.encode(text, add_special_tokens=False), 2]
+        ids = [*tokenizer.encode(text), 2]
         return sum(model.table[a].log_softmax(0)[b] for a, b in zip(ids, ids[1:]))
 
     margin = sum(sign * log_prob(model, response) for sign, model, response in
@@ -810,8 +810,8 @@ def test_bad_input_is_refused_in_one_line(start, tmp_path, capsys, monkeypatch):
     fails(capsys, ["grpo", *task, "--resume", "--out_dir", str(start.parent)], "same verb, got grpo for a run of sft")
     fails(capsys, ["sft", *task, "--out_dir", str(start.parent)], "holds a run")
     (tmp_path / "odd").mkdir()
-    (tmp_path / "odd/config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"]}))
-    fails(capsys, ["sft", "--model", str(tmp_path / "odd"), *task, *out], "Mamba")
+    (tmp_path / "odd/config.json").write_text(json.dumps({"model_type": "mamba"}))
+    fails(capsys, ["sft", "--model", str(tmp_path / "odd"), *task, *out], "mamba")
     lm.save_pretrained(tiny_model(12), Tokenizer(dict(list(DIGITS.vocab.items())[:12]), [], []), tmp_path / "endless")
     fails(capsys, ["sft", "--model", str(tmp_path / "endless"), "--data", missing, *out], "token that ends a text")
     assert not (tmp_path / "out").exists()  # refused before any work
