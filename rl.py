@@ -606,6 +606,7 @@ class Run:
         # all that is random comes of the seed and these two counts, so that a run can go on
         self.step = self.position = self.rollouts = 0
         self.saved, self.signals, self.said, self.gap, self.dry = None, [], set(), 0.0, 0
+        self.sampler = None
         args.prepare(self)
         self.sum([0])  # all ranks are ready: rank 0 may write
         if args.resume:
@@ -711,24 +712,37 @@ class Run:
         for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
             p.grad = g.view_as(p)
 
+    def cast_model(self):
+        """The model as autocast would compute it, its matrices cast once instead of every token."""
+        if self.dtype == torch.float32:
+            return self.model
+        if self.sampler is None:
+            self.sampler = copy.deepcopy(self.model)
+            for p in self.sampler.parameters():  # gains and biases stay, as under autocast
+                p.data = p.data.to(self.dtype) if p.dim() > 1 else p.data
+        for ours, theirs in zip(self.sampler.parameters(), self.model.parameters(), strict=True):
+            ours.data.copy_(theirs)
+        return self.sampler
+
     @torch.no_grad()
     def rollout(self, problems, group_size, temperature, top_p=1.0):
         """Graded responses to this rank's share of `problems`, as `rollout` gives them, with the
         keys reward, format_reward, answer_reward and group, the place in problems."""
-        args, mine = self.args, self.share(len(problems))
+        args, model = self.args, self.cast_model()
         seed, self.rollouts = (args.seed << 20) + self.rollouts, self.rollouts + 1
-        rows, places = [], range(len(problems))[mine]
+        rows, places = [], range(len(problems))[self.share(len(problems))]
         for part in spans(len(places), max(1, args.rollout_batch // group_size)):
             chosen = [problems[i] for i in places[part]]
             with lm.compute_context(self.device, self.dtype):
-                new = rollout(self.model, self.tokenizer, [p["prompt_ids"] for p in chosen],
-                              args.max_new_tokens, temperature, top_p, group_size, args.stop, seed,
-                              first_row=places[part][0] * group_size)
-            truths = [chosen[r["prompt_index"]]["answer"] for r in new]
-            for row, rewards in zip(new, grade(self.reward_fn, [r["text"] for r in new], truths),
-                                    strict=True):
-                row.update(rewards, group=places[part][row["prompt_index"]])
-            rows += new
+                rows += rollout(model, self.tokenizer, [p["prompt_ids"] for p in chosen],
+                                args.max_new_tokens, temperature, top_p, group_size, args.stop,
+                                seed, first_row=places[part][0] * group_size)
+        for i, row in enumerate(rows):
+            row["group"] = places[i // group_size]
+        truths = [problems[row["group"]]["answer"] for row in rows]
+        for row, found in zip(rows, grade(self.reward_fn, [r["text"] for r in rows], truths),
+                              strict=True):
+            row.update(found)
         return rows
 
     @torch.no_grad()

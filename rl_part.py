@@ -773,7 +773,7 @@ def same_tuple(answer, gold):
 def same_matrix(answer, gold):
     a, g = answer.value, gold.value
     return [*map(len, a)] == [*map(len, g)] and all(
-        same(x, y) for row, other in zip(a, g, strict=True) for x, y in zip(row, other, strict=True))
+        map(same, itertools.chain(*a), itertools.chain(*g)))
 
 
 def same_text(answer, gold):
@@ -913,8 +913,9 @@ def read_mmlu(path):
             raise ValueError(f"{file} must be csv, got: {error}; give another file") from None
         for i, row in enumerate(rows, 1):
             if len(row) != 6 or row[5].strip() not in {*"ABCD"} or not row[0].strip():
-                raise ValueError(f"{file}:{i} must be a question, four options and a letter of A to "
-                                 f"D, got {len(row)} fields, the last {row[-1][:20]!r}; correct it")
+                raise ValueError(f"{file}:{i} must be a question, four options and a letter of A "
+                                 f"to D, got {len(row)} fields, the last {row[-1][:20]!r}; correct "
+                                 "it")
             examples.append({"subject": subject, "question": row[0], "options": row[1:5],
                              "answer": row[5].strip()})
     if not examples:
@@ -999,7 +1000,7 @@ def read_generations(folder):
 
 def open_generations(args, rank, barrier):
     """(what there is already, this rank's file to add to); the file's first record is the flags."""
-    flags = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "run")}
+    flags = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "run", "device")}
     folder = Path(args.out_dir)
     done, old = read_generations(folder)
     if old is not None and not (args.resume or args.overwrite):
@@ -1141,17 +1142,20 @@ COUNTDOWN_ALPHABET = "0123456789+-*/=() no"  # of prompts and traces, beside the
 
 
 def addition_problems(n, digits, seed):
-    """n different sums of two numbers below 10**digits: {"prompt": "348+77=", "answer": "425"}."""
-    base = 10**digits
+    """n different sums of two numbers below 10**digits, {"prompt": "348+77=", "answer": "425"}; a
+    greater n only adds to them."""
+    base, rng, pairs = 10**digits, random.Random(seed), {}
     if n > base * base:
         raise ValueError(f"there are {base * base} sums of {digits} digits, got n {n}; lower it")
-    pairs = (divmod(i, base) for i in random.Random(seed).sample(range(base * base), n))
+    while len(pairs) < n:
+        pairs[rng.randrange(base), rng.randrange(base)] = None
     return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
 
 
 def countdown_problems(n, count, seed):
     """n different problems, [{"numbers", "target", "solution"}]: of `count` numbers, 1 to 99, make
-    target, 1 to 99, by + - * /, each number used once; there is a way over positive integers."""
+    target, 1 to 99, by + - * /, each number used once; there is a way over positive integers. A
+    greater n only adds to them. raises ValueError when so many are not found"""
     rng, found = random.Random(seed), {}
     for _ in range(1000 * (n + 1)):
         if len(found) == n:

@@ -539,6 +539,20 @@ def test_a_rollout_is_the_same_however_its_prompts_are_split_and_for_any_model()
         [r["tokens"] for r in whole]  # fmt: skip
 
 
+def test_matrices_that_are_cast_once_sample_as_under_autocast():
+    run = SimpleNamespace(model=digit_model(qkv_bias=True), dtype=torch.bfloat16, sampler=None)
+    for _ in range(2):  # the second time after an update
+        with torch.no_grad(), lm.compute_context(torch.device("cpu"), run.dtype):
+            live, cast = (rl.rollout(m, DIGITS, ["1+2=", "34+567="], 8, group_size=4)
+                          for m in (run.model, rl.Run.cast_model(run)))  # fmt: skip
+        assert live == cast
+        for p in run.model.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+    assert run.sampler.lm_head.weight.dtype == torch.bfloat16
+    run.dtype = torch.float32
+    assert rl.Run.cast_model(run) is run.model
+
+
 def test_a_rollout_ends_at_the_end_token_or_behind_a_stop_string():
     model = digit_model()
     rows = rl.rollout(model, DIGITS, ["1="], 20, group_size=40, stop=["7"], seed=0)
