@@ -622,9 +622,9 @@ class Run:
         of_files = [name for name in ("data", "valid_data", "packed", "correct_only",
                                       "strict_format") if getattr(args, name, None)]
         if (args.task and of_files) or not (args.task or args.data):
-            raise ValueError("--task or --data must say what to learn from, got "
-                             f"{' and '.join(['task', *of_files]) if of_files else 'neither'}; give "
-                             "one of them and the flags that go with it")
+            got = " and ".join(["task", *of_files]) if of_files else "neither"
+            raise ValueError(f"--task or --data must say what to learn from, got {got}; give one "
+                             "of them and the flags that go with it")
         self.task = TASKS[args.task](args) if args.task else None
         given = {f: getattr(args, f) for f in asdict(lm.ModelConfig())
                  if getattr(args, f, None) is not None}
@@ -747,15 +747,18 @@ class Run:
 
     @torch.no_grad()
     def score(self, model, rows, name):
-        """Puts the log-probabilities of a row's tokens under `model` into row[name], a tensor, and
-        their entropies' sum into row["entropy"]."""
+        """Puts the log-probabilities of a row's tokens under `model` into row[name], a tensor;
+        returns the sum of their entropies."""
+        total = 0.0
         for part in spans(len(rows), self.args.micro_batch_size):
             ids, labels, mask = self.collate(rows[part])
             with lm.compute_context(self.device, self.dtype):
                 found, entropy = token_log_probs(model, ids, labels, mask, self.args.temperature)
+            total += entropy.sum().item()
             of_rows = found[mask].split(mask.sum(1).tolist())
-            for row, log_probs, h in zip(rows[part], of_rows, entropy.sum(1).tolist(), strict=True):
-                row[name], row["entropy"] = log_probs, h
+            for row, log_probs in zip(rows[part], of_rows, strict=True):
+                row[name] = log_probs
+        return total
 
     def collate(self, rows):
         """(input ids, labels, response mask), each (B, T)."""
@@ -927,9 +930,10 @@ def ei_step(run):
     problems = run.draw(run.problems, args.prompts_per_step)
     rows = run.rollout(problems, args.group_size, args.temperature, args.top_p)
     rollout_s = time.perf_counter() - began
-    run.score(run.model, rows, "log_probs")
+    entropy, tokens = run.sum([run.score(run.model, rows, "log_probs"),
+                               sum(len(row["tokens"]) for row in rows)]).tolist()
     good = run.gather([r["reward"] > 0 for r in rows], len(problems) * args.group_size)
-    entry = {**rollout_statistics(run, rows), "kept": int(good.sum())}
+    entry = {**rollout_statistics(run, rows), "kept": int(good.sum()), "entropy": entropy / tokens}
     number = good.cumsum(0) - 1  # of each kept response among all that are kept
     first = len(problems) * run.rank // run.ranks * args.group_size
     kept = {int(number[first + i]): r for i, r in enumerate(rows) if r["reward"] > 0}
@@ -946,22 +950,23 @@ def ei_step(run):
 
 def rollout_statistics(run, rows):
     """What the log says of all sampled responses of a step, on all ranks."""
-    groups = [{r["reward"] for r in rows[g]} for g in spans(len(rows), run.args.group_size)]
-    right, wrong = ([len(r["tokens"]) for r in rows if (r["reward"] > 0) == kind]
-                    for kind in (True, False))
-    lengths, total = [len(r["tokens"]) for r in rows], len(rows)
-    count, n_groups, n_right, n_wrong, tokens, seen, *sums = run.sum(
-        [total, len(groups), len(right), len(wrong), sum(lengths), sum(map(row_length, rows)),
-         sum(len(group) == 1 for group in groups), sum(right), sum(wrong),
-         sum(r["finish_reason"] == "length" for r in rows), sum(r.get("entropy", 0) for r in rows),
-         *(sum(r[k] for r in rows) for k in ("reward", "format_reward", "answer_reward"))]).tolist()
-    same, right, wrong, cut, entropy, reward, form, answer = sums
-    entry = dict(tokens=seen, reward=reward / count, format_reward=form / count,
-                 answer_reward=answer / count, no_signal=same / n_groups, truncated=cut / count,
-                 length=tokens / count)
-    entry |= {"length_right": right / n_right} if n_right else {}
-    entry |= {"length_wrong": wrong / n_wrong} if n_wrong else {}
-    return {**entry, "entropy": entropy / tokens} if entropy else entry
+    G, right = run.args.group_size, [r for r in rows if r["reward"] > 0]
+    sums = dict(
+        count=len(rows), seen=sum(map(row_length, rows)),
+        tokens=sum(len(r["tokens"]) for r in rows), right=len(right),
+        right_tokens=sum(len(r["tokens"]) for r in right),
+        cut=sum(r["finish_reason"] == "length" for r in rows),
+        same=sum(len({r["reward"] for r in rows[g]}) == 1 for g in spans(len(rows), G)),
+        **{k: sum(r[k] for r in rows) for k in ("reward", "format_reward", "answer_reward")})
+    s = SimpleNamespace(**dict(zip(sums, run.sum([*sums.values()]).tolist(), strict=True)))
+    entry = dict(tokens=s.seen, reward=s.reward / s.count, format_reward=s.format_reward / s.count,
+                 answer_reward=s.answer_reward / s.count, no_signal=s.same / (s.count / G),
+                 truncated=s.cut / s.count, length=s.tokens / s.count)
+    if s.right:
+        entry["length_right"] = s.right_tokens / s.right
+    if s.right < s.count:
+        entry["length_wrong"] = (s.tokens - s.right_tokens) / (s.count - s.right)
+    return entry
 
 
 def say_when_dry(run, dry):
@@ -983,8 +988,8 @@ def sample_groups(run):
         if run.reference is not None:
             run.score(run.reference, rows, "ref_log_probs")
         rewards = torch.tensor([shaped_reward(args, r) for r in rows], dtype=torch.float64)
-        advantages = compute_advantages(rewards.view(len(rows) // G, G), args.baseline, args.normalize_by_std,
-                                        args.advantage_eps)
+        advantages = compute_advantages(rewards.view(len(rows) // G, G), args.baseline,
+                                        args.normalize_by_std, args.advantage_eps)
         for row, advantage in zip(rows, advantages.flatten().tolist(), strict=True):
             row["advantage"] = advantage
         sampled += rows
@@ -1413,72 +1418,50 @@ TASK_MODEL = dict(context_length=16, d_model=128, num_layers=2, num_heads=4, d_f
 
 
 def bench(args):
-    """Rollouts of random weights, cached in groups against the same prompts prefilled one by one,
-    and log-probabilities in chunks against all logits at once: tokens a second, memory."""
+    """Rollouts of random weights, groups against the same prompts prefilled one by one, and the
+    gradient of log-probabilities, in chunks against all logits at once: tokens a second, memory."""
     device = lm.resolve_device(args.device)
     dtype, _ = lm.resolve_dtype(args.dtype, device)
-    config = lm.config_from_flags(args)
     torch.manual_seed(0)
-    model = lm.TransformerLM(config).to(device=device, dtype=dtype)
-    V, n, G, new = config.vocab_size, args.prompts, args.group_size, args.new_tokens
-    prompts = torch.randint(V, (n, args.prompt_tokens)).tolist()
+    model = lm.TransformerLM(lm.config_from_flags(args)).to(device=device, dtype=dtype)
+    V, G, new = model.config.vocab_size, args.group_size, args.new_tokens
+    prompts = torch.randint(V, (args.prompts, args.prompt_tokens)).tolist()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {str(dtype)[6:]}, {device}, "
-          f"{n} prompts of {args.prompt_tokens} tokens, {G} responses of {new}")
-
-    def grouped():
-        return lm.generate(model, prompts, new, num_samples=G)
-
-    def repeated():
-        return lm.generate(model, [p for p in prompts for _ in range(G)], new)
-
-    rows = grouped()
-    batch = pad_pairs([(prompts[r.prompt_index], r.tokens) for r in rows], device=device)
-    few = {name: t[: args.micro_batch_size] for name, t in batch.items()}
-    mask = few.pop("response_mask")
-
-    def chunked():
-        return token_log_probs(model, **few, mask=mask)[0][mask]
-
-    def plain():
-        return token_log_probs(model.forward, **few)[0][mask]
-
+          f"{args.prompts} prompts of {args.prompt_tokens} tokens, {G} responses of {new}")
+    rows = lm.generate(model, prompts, new, num_samples=G)[: args.micro_batch_size]
+    ids, labels, mask = pad_pairs([(prompts[r.prompt_index], r.tokens) for r in rows],
+                                  device=device).values()
+    chunked, plain = (lambda m=m: token_log_probs(m, ids, labels, mask)[0][mask]
+                      for m in (model, model.forward))
     with torch.no_grad():
-        sampled = torch.tensor([p for r in rows[: len(mask)] for p in r.logprobs], device=device)
-        gap = (sampled - chunked()).abs().mean().item()
-        error = (plain() - chunked()).abs().max().item()
-    if gap > MAX_GAP[dtype]:
+        gap = (torch.tensor([r.logprobs for r in rows], device=device).flatten() - chunked()).abs()
+        result = {"gap": gap.mean().item(), "error": (plain() - chunked()).abs().max().item()}
+    if result["gap"] > MAX_GAP[dtype]:
         raise ValueError(f"rollout and training must agree to {MAX_GAP[dtype]}, got a mean gap of "
-                         f"{gap:.1e}; do not trust this machine")
-    result = {"gap": gap, "chunked_error": error}
-    tokens = n * G * new
-    for name, call, count in (("rollout", grouped, tokens), ("rollout_repeated", repeated, tokens),
-                              ("chunked", lambda: chunked().sum().backward(), len(sampled)),
-                              ("plain", lambda: plain().sum().backward(), len(sampled))):
-        times, memory = timed(call, device, args.repeats)
-        rate, low, high = (count / f(times) for f in (statistics.median, max, min))
-        result[f"{name}_tok_per_s"] = round(rate, 1)
-        print(f"{name:16} {rate:12,.0f} tok/s, {low:,.0f} to {high:,.0f}"
-              f"{f', {memory / 2**30:.2f} GiB more' if memory else ''}")
+                         f"{result['gap']:.1e}; do not trust this machine")
+    many, few = args.prompts * G * new, len(rows) * new
+    for name, tokens, call in (
+        ("rollout", many, lambda: lm.generate(model, prompts, new, num_samples=G)),
+        ("rollout_repeated", many, lambda: lm.generate(
+            model, [p for p in prompts for _ in range(G)], new)),
+        ("log_probs", few, lambda: chunked().sum().backward()),
+        ("log_probs_plain", few, lambda: plain().sum().backward()),
+    ):
+        rates, memory = [], ""
+        for _ in range(args.repeats + 1):  # the first one warms up
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            start = lm.time_mark(device)
+            call()
+            rates.append(tokens / lm.seconds_between(start, lm.time_mark(device)))
+            if device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated() - before
+                memory = f", {peak / 2**30:.2f} GiB more memory"
+        rates = rates[1:]
+        rate = result[f"{name}_tok_per_s"] = round(statistics.median(rates), 1)
+        print(f"{name:16} {rate:12,.0f} tok/s, {min(rates):,.0f} to {max(rates):,.0f}{memory}")
     print(json.dumps(result))
-
-
-def timed(call, device, repeats):
-    """(seconds of each of `repeats` calls after one to warm up, most memory used above the start's
-    on CUDA, else None)."""
-    times, memory = [], None
-    call()
-    for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            memory = torch.cuda.max_memory_allocated() - before
-        times.append(time.perf_counter() - began)
-    return times, memory
 
 
 def add_bench_flags(parser):
@@ -1522,7 +1505,8 @@ def add_grpo_flags(add):
     add("--overlong", choices=("keep", "mask"), default="keep", help="responses that were cut off")
     add("--overlong_buffer", type=lm.positive(int, zero=True), default=0,
         help="last tokens of --max_new_tokens that cost reward; 0: off")
-    add("--updates_per_rollout", type=lm.positive(int), default=1, help="parts of a step's responses")
+    add("--updates_per_rollout", type=lm.positive(int), default=1,
+        help="parts that a step's responses are cut into")
     add("--importance_cap", type=lm.positive(float, zero=True), default=0.0,
         help="truncated weights against the gap between sampling and training; 0: off")
     add("--max_gap", type=lm.positive(float, zero=True),
@@ -1545,8 +1529,8 @@ def build_parser():
     add = add_verb("sft", "learn from prompt and response pairs", prepare=prepare_pairs,
                    take_step=sft_step)
     add("--batch_size", type=lm.positive(int), default=64, help="pairs an update")
-    add("--packed", action="store_true", help="instruction pairs in the Alpaca template, end to end "
-        "in windows of context_length, apart from each other")
+    add("--packed", action="store_true", help="instruction pairs in the Alpaca template, end to "
+        "end in windows of context_length; they do not see each other")
     add("--correct_only", action="store_true", help="pairs whose response has the ground_truth")
     add = add_verb("ei", "expert iteration: sample, keep the rewarded, learn from them",
                    prepare=prepare_problems, take_step=ei_step)
@@ -1566,7 +1550,7 @@ def build_parser():
     add = add_verb("plot", "learning curves of runs", run=lambda args: plot(args.logs, args.out))
     add("logs", nargs="+", metavar="LOG", help="log.jsonl files")
     add("--out", default="curves.png")
-    add = add_verb("demo", "what no verb at all does: SFT, GRPO and a control on additions", run=demo)
+    add = add_verb("demo", "what no verb does: SFT, GRPO and a control on additions", run=demo)
     add("--seed", type=lm.positive(int, zero=True), default=0)
     add("--out_dir", default="out_rl")
     add("--overwrite", action="store_true", help="start anew in an --out_dir that holds one")
@@ -1580,8 +1564,8 @@ def parse(argv):
     if getattr(args, "take_step", None) and args.resume:
         saved = lm.saved_flags(args.out_dir)
         if saved.get("verb", args.verb) != args.verb:
-            raise ValueError(f"--resume must go on with the same verb, got {args.verb} for a run of "
-                             f"{saved['verb']}; give another --out_dir")
+            raise ValueError(f"--resume must go on with the same verb, got {args.verb} for a run "
+                             f"of {saved['verb']}; give another --out_dir")
         verbs[args.verb].set_defaults(**{**saved, "out_dir": args.out_dir})
     if getattr(args, "algorithm", None):
         verbs[args.verb].set_defaults(**ALGORITHMS[args.algorithm])
