@@ -574,6 +574,16 @@ def test_only_end_tokens_end_a_text_not_all_special_ones():
     assert rl.pad_id(Words(pad=None)) == 2 and rl.pad_id(Words(pad=None, eos=None)) == 0
 
 
+def test_a_sequence_begins_with_the_begin_token_of_its_tokenizer_once():
+    ours = Tokenizer(DIGITS.vocab, [], ["<|endoftext|>", "<|begin_of_text|>"])
+    begin = ours.special_ids["<|begin_of_text|>"]
+    for text in ("12", "<|begin_of_text|>12"):
+        assert rl.encode_prompt(ours, text) == [begin, 1, 2]
+        assert rl.encode_prompt(DIGITS, "12") == [1, 2]
+    assert rl.encode_prompt(Words(), "a b") == [1, 3, 4]
+    assert rl.encode_prompt(Words(bos=2), "a b") == [3, 4]  # as GPT-2's, which begins with nothing
+
+
 def test_log_generations_gives_examples_and_the_means_over_them():
     def reward(response, truth):
         right = float(len(response) % 2 == 0)
