@@ -619,8 +619,8 @@ class Run:
     def make_model(self):
         """The model to train, its tokenizer, and where one is needed a copy that stays."""
         args = self.args
-        of_files = [name for name in ("data", "valid_data", "packed", "correct_only",
-                                      "strict_format") if getattr(args, name, None)]
+        of_files = [name for name in ("data", "valid_data", "packed", "correct_only", "strict")
+                    if getattr(args, name, None)]
         if (args.task and of_files) or not (args.task or args.data):
             got = " and ".join(["task", *of_files]) if of_files else "neither"
             raise ValueError(f"--task or --data must say what to learn from, got {got}; give one "
@@ -1174,6 +1174,7 @@ def countdown_task(args):
 
 
 TASKS = {"addition": addition_task, "countdown": countdown_task}
+TASK_EXAMPLES = 3000
 DATA_SEED = 0  # of tasks: apart from --seed, so that what is held out is so in every run
 
 
@@ -1212,7 +1213,7 @@ def keep_fitting(rows, length, limit, what):
 
 def task_problems(args, task, extra=0):
     """(held-out problems, solved ones to learn from, `extra` unsolved ones) of a task."""
-    held, end = args.eval_problems, args.eval_problems + args.examples
+    held, end = args.eval_problems, args.eval_problems + (args.examples or TASK_EXAMPLES)
     problems, rng = task.problems(end + extra), random.Random(DATA_SEED)
     solved = problems[held:end] if not extra else []
     return (problems[:held], [{**p, "response": task.solve(p, rng)} for p in solved],
@@ -1225,11 +1226,6 @@ def file_problems(path, prompt):
             for p in read_problems(path)]
 
 
-def reward_of(prompt, strict):
-    reward = r1_zero_reward if prompt == "r1_zero" else question_only_reward
-    return functools.partial(reward, strict=strict)
-
-
 def prepare_problems(run):
     """Problems to sample responses to, held-out ones, and their reward."""
     args = run.args
@@ -1240,7 +1236,8 @@ def prepare_problems(run):
         run.reward_fn = run.task.reward_fn
         held_out, _, problems = task_problems(args, run.task, args.problems)
     else:
-        run.reward_fn = reward_of(args.prompt, args.strict_format)
+        reward_fn = r1_zero_reward if args.prompt == "r1_zero" else question_only_reward
+        run.reward_fn = functools.partial(reward_fn, strict=args.strict)
         args.stop = args.stop or list(STOPS.get(args.prompt, ()))
         problems = file_problems(args.data, args.prompt)
         held_out = file_problems(args.valid_data, args.prompt) if args.valid_data else []
@@ -1267,9 +1264,9 @@ def prepare_pairs(run):
     else:
         pairs = read_pairs(args.data)
         if args.correct_only:
-            reward_fn, read = reward_of(args.prompt, args.strict_format), len(pairs)
+            read = len(pairs)
             pairs = [p for p in pairs if p["ground_truth"] is not None
-                     and reward_fn(p["response"], p["ground_truth"])["reward"] == 1]
+                     and answers_match(p["response"], p["ground_truth"])]
             print(f"{len(pairs):,} of {read:,} examples have a right answer, and are used")
         for pair in pairs:
             pair["prompt"] = PROMPTS[args.prompt].replace("{question}", pair["prompt"])
@@ -1331,7 +1328,8 @@ def add_run_flags(parser, **defaults):
     add("--task", choices=TASKS, help="problems made here, instead of --data")
     add("--data", help="JSONL, JSON or csv of what the verb learns from")
     add("--prompt", choices=PROMPTS, default="question_only", help="the template of --data")
-    add("--examples", type=at_least_1, default=3000, help="of --data, or solved ones of --task")
+    add("--examples", type=at_least_1, help="the first ones of --data (default: all), or solved ones "
+        f"of --task (default: {TASK_EXAMPLES})")
     add("--digits", type=at_least_1, default=3, help="of the numbers of the addition task")
     add("--numbers", type=at_least_1, nargs="+", default=[3, 4], help="in a countdown problem")
     add("--eval_problems", type=whole, default=500, help="held out")
@@ -1340,7 +1338,6 @@ def add_run_flags(parser, **defaults):
         add(f"--{name}", type=at_least_1, default=steps, help="steps")
     add("--max_new_tokens", type=at_least_1, default=256)
     add("--stop", action="append", default=[], help="a string that ends a response")
-    add("--strict_format", action="store_true", help="tags exactly as the handout has them")
     add("--rollout_batch", type=at_least_1, default=512, help="responses sampled at a time")
     add("--micro_batch_size", type=at_least_1, default=64, help="sequences a backward pass")
     add("--max_steps", type=at_least_1, default=200)
@@ -1483,6 +1480,7 @@ def add_rollout_flags(add):
     add("--top_p", type=lm.positive(float), default=1.0)
     add("--problems", type=lm.positive(int), default=20_000, help="unsolved ones of --task")
     add("--valid_data", help="problems to evaluate on, like --data")
+    add("--strict", action="store_true", help="the handout's exact spacing of tags")
 
 
 def add_grpo_flags(add):

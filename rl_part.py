@@ -502,15 +502,16 @@ class Expression:
         return found
 
     def bounded(self, value):
-        """`value`, unless it is no number, too large, or one too many."""
-        if value != value:
-            raise Refused("not a number")
+        """`value`, real where it can be; raises Refused when it is too large or one too many."""
         if isinstance(value, Fraction):
             bits = value.numerator.bit_length() + value.denominator.bit_length()
             self.work += bits
             if bits > MAX_BITS or self.work > MAX_WORK:
                 raise Refused("too large")
-        return value
+            return value
+        if not cmath.isfinite(value):
+            raise Refused("not a number")
+        return value.real if value.imag == 0 else value  # -0.0j is the other side of a cut
 
     def evaluate(self):
         value = self.sum()
@@ -634,8 +635,8 @@ class Expression:
         degree = self.group("[") if self.accept("[") else Fraction(2)
         value = self.primary()
         if isinstance(value, Fraction) and value < 0 and degree % 2 == 1:
-            return -raise_to(-value, 1 / degree)  # the real root of an odd degree
-        return raise_to(value, 1 / degree)
+            return -self.bounded(raise_to(-value, 1 / degree))  # the real root of an odd degree
+        return self.bounded(raise_to(value, 1 / degree))
 
     def binomial(self, _):
         top, bottom = self.argument(), self.argument()
@@ -1000,7 +1001,8 @@ def read_generations(folder):
 
 def open_generations(args, rank, barrier):
     """(what there is already, this rank's file to add to); the file's first record is the flags."""
-    flags = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "run", "device")}
+    skip = ("resume", "overwrite", "run", "device")
+    flags = {k: v for k, v in vars(args).items() if k not in skip}
     folder = Path(args.out_dir)
     done, old = read_generations(folder)
     if old is not None and not (args.resume or args.overwrite):
