@@ -1360,11 +1360,11 @@ def add_run_flags(parser, **defaults):
 
 
 # The demonstration: flags that both stages share, those of SFT, of its continuation, and of GRPO.
-DEMO = "--task addition --examples 3000 --max_new_tokens 5 --eval_every 100 --save_every 1000"
-DEMO_SFT = "--max_steps 600 --lr 2e-3 --warmup_steps 50 --batch_size 64"
-DEMO_CONTROL = "--max_steps 1000000 --lr 1e-3 --batch_size 64 --log_every 100"
-DEMO_GRPO = ("--max_steps 200 --lr 3e-4 --prompts_per_step 64 --group_size 8 --eval_every 25 "
-             "--micro_batch_size 512 --log_every 10")
+DEMO = "--task addition --examples 2500 --max_new_tokens 5 --save_every 1000 --log_every 25"
+DEMO_SFT = "--max_steps 1500 --lr 2e-3 --min_lr 2e-4 --warmup_steps 50 --eval_every 250"
+DEMO_CONTROL = "--max_steps 1000000 --lr 5e-4 --eval_every 250"
+DEMO_GRPO = ("--max_steps 400 --lr 1e-3 --min_lr 2e-4 --prompts_per_step 128 --dynamic_sampling 1 "
+             "--eval_every 25 --rollout_batch 1024 --micro_batch_size 512")
 
 
 def demo(args):

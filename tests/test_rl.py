@@ -450,6 +450,17 @@ def test_on_policy_all_ratio_losses_have_reinforces_gradient_and_clip_nothing():
         assert values["clip_low"] == values["clip_high"] == 0 and values["gap"] < 1e-12
 
 
+def test_a_constant_added_to_all_rewards_leaves_the_mean_gradient_as_it_is():
+    logits, rewards = torch.randn(6).double().requires_grad_(), torch.randn(6, 1).double()
+    log_p = logits.log_softmax(0)[:, None]  # all outcomes, as a batch of responses of one token
+
+    def mean_gradient(constant):
+        losses = rl.compute_policy_gradient_loss(log_p, "no_baseline", raw_rewards=rewards + constant)[0]
+        return torch.autograd.grad((log_p.detach().exp() * losses).sum(), logits, retain_graph=True)[0]
+
+    close(mean_gradient(7.0), mean_gradient(0.0))
+
+
 def test_grpo_is_dr_grpo_up_to_a_scale_when_all_responses_have_the_greatest_length():
     model = Logits()
     rows = sampled_rows(model, lengths=(6, 6, 6))
