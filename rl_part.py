@@ -94,8 +94,8 @@ class Refused(Exception):
 
 class Value(NamedTuple):
     """What a text says. value is, by kind, number: the values at the probe points; text: a str;
-    set: the items; tuple, relation: (bracket, items, bracket); matrix: the rows; equation: left
-    minus right at the points; choice: the letter in front of more text."""
+    set: the items (a list may repeat some); tuple, relation: (bracket, items, bracket); matrix: the
+    rows; equation: left minus right at the points; choice: the letter in front of more text."""
 
     kind: str
     value: object
@@ -108,9 +108,11 @@ def answers_match(answer, ground_truth):
     be whole responses: see `final_answer`. A missing unit is forgiven, another is not; decimals are
     exact: 0.33 is not 1/3. An inequality may be answered by its interval, not the other way round,
     which would reward an echo of the question."""
-    gold = readings(final_answer(str(ground_truth)))
-    return bool(gold) and any(
-        same(a, g) for a in readings(final_answer(str(answer))) for g in gold)
+    answers, golds = (readings(final_answer(str(text))) for text in (answer, ground_truth))
+    try:
+        return any(same(a, g) for a in answers for g in golds)
+    except OverflowError:  # beyond float64, beside an irrational number
+        return False
 
 
 def is_gradable(ground_truth):
@@ -258,7 +260,7 @@ def readings(text):
         values = [read(form) for form in forms]
     except (Refused, RecursionError):
         return ()
-    if option := re.match(r"(?:\\text\{)?\(?([A-J])[).:]\}?\s+[\w\\]", text):
+    if option := re.match(r"(?:\\text\{)?\(?([A-J])[).:]\}?\s+[\w\\](?!.*\b[A-J][).:])", text):
         values.append(Value("choice", option[1].lower()))
     return tuple(dict.fromkeys(values))
 
@@ -299,7 +301,7 @@ def read(text, nesting=0):
 def read_words(text):
     """Text: spaces and \\text do not matter, nor capitals where there are no commands."""
     words = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    words = re.sub(r"[\s.]+|(?<=\\mathbb)\{(?=\w\})|(?<=\\mathbb\{\w)\}", "", words)
+    words = re.sub(r"\s+|\.(?![0-9])|(?<=\\mathbb)\{(?=\w\})|(?<=\\mathbb\{\w)\}", "", words)
     words = words if "\\" in words else words.lower()
     if not re.search(r"\w", words) or words in ("nan", "null", "n/a"):
         raise Refused("there is no word")
@@ -336,7 +338,7 @@ def read_list(text, nesting):
     for separators in (UNION, LIST):
         parts = [part for part in split(text, separators)[::2] if part]
         if len(parts) > 1:
-            return make_set(read(part, nesting) for part in parts)
+            return Value("set", tuple(read(part, nesting) for part in parts))
     return None
 
 
@@ -501,6 +503,12 @@ class Expression:
         self.at += found
         return found
 
+    def take(self):
+        self.at += 1
+        if self.at == len(self.tokens):
+            raise Unreadable("something is missing at the end")
+        return self.tokens[self.at - 1]
+
     def bounded(self, value):
         """`value`, real where it can be; raises Refused when it is too large or one too many."""
         if isinstance(value, Fraction):
@@ -567,16 +575,15 @@ class Expression:
         return self.bounded(raise_to(value, self.signed_power()))
 
     def primary(self):
-        token = self.token
-        self.at += 1
-        if token[:1].isdigit() or token[:1] == "." < token:
+        token = self.take()
+        if token[0].isdigit() or token[0] == "." and len(token) > 1:
             return self.number(token)
         if token in CLOSERS:
             return self.group(token)
         word = token.removeprefix("\\")
         if word in RULES:
             return RULES[word](self, word)
-        if not 1 <= len(token) <= 3 or not token.isalpha():  # longer ones are words, no products
+        if len(token) > 3 or not token.isalpha():  # longer ones are words, no products
             raise Unreadable(f"{token} is not known")
         if len(token) > 1:  # xy is x times y
             self.at -= 1
@@ -616,11 +623,9 @@ class Expression:
 
     def variable(self, name, whole=True):
         if whole and self.accept("_"):
-            name += "_" + self.token
-            self.at += 1
-            while name.count("{") > name.count("}") and self.token:
-                name += self.token
-                self.at += 1
+            name += "_" + self.take()
+            while name.count("{") > name.count("}"):
+                name += self.take()
         if name in CONSTANTS:
             return CONSTANTS[name]
         self.has_variables = True
@@ -705,7 +710,8 @@ def same(answer, gold):
     named_apart = answer.name and gold.name and answer.name != gold.name
     if "equation" in (answer.kind, gold.kind) or named_apart:
         a, g = left_minus_right(answer), left_minus_right(gold)
-        return all(a) and all(g) and close([x * g[0] for x in a], [y * a[0] for y in g])
+        return all(x and cmath.isfinite(x) for x in (*a, *g)) and (
+            close([x * g[0] for x in a], [y * a[0] for y in g]))
     if answer.kind == gold.kind:
         return SAME[gold.kind](answer, gold)
     if answer.kind == "set" and len(answer.value) == 1:
