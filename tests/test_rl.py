@@ -859,6 +859,16 @@ def test_bench_ends_in_one_line_of_json(capsys):
     assert result["rollout_tok_per_s"] > 0 and result["gap"] < 1e-4
 
 
+def test_a_plot_is_drawn_or_what_it_lacks_is_said(start, tmp_path, capsys, monkeypatch):
+    argv = ["plot", str(start.parent / "log.jsonl"), "--out", str(tmp_path / "curves.png")]
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib.figure", None)
+        fails(capsys, argv, "needs matplotlib, got none")
+    pytest.importorskip("matplotlib")
+    assert not rl.main(argv)
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
 def test_the_demonstration_compares_grpo_with_more_sft(tmp_path, capsys, monkeypatch):
     small = ["--examples 30 --digits 1 --eval_problems 4 --eval_samples 2 --device cpu", "--max_steps 3"]
     monkeypatch.setattr(rl, "DEMO", f"{rl.DEMO} {small[0]}")
