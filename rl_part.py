@@ -94,8 +94,8 @@ class Refused(Exception):
 
 class Value(NamedTuple):
     """What a text says. value is, by kind, number: the values at the probe points; text: a str;
-    set: the items (a list may repeat some); tuple, relation: (bracket, items, bracket); matrix: the
-    rows; equation: left minus right at the points; choice: the letter in front of more text."""
+    set: the items (a list may repeat some); tuple, relation, matrix and its rows: (bracket,
+    items, bracket); equation: left minus right at the points; choice: a letter before more text."""
 
     kind: str
     value: object
@@ -329,8 +329,8 @@ def read_matrix(text, nesting):
     if matrix is None:
         return None
     rows = [row for row in re.split(r"\\\\(?:\[[^]]*\])?", matrix[2]) if row.strip()]
-    return Value("matrix", tuple(tuple(read(cell, nesting) for cell in split(row, "&")[::2])
-                                 for row in rows))
+    cells = [tuple(read(cell, nesting) for cell in split(row, "&")[::2]) for row in rows]
+    return Value("matrix", ("", tuple(Value("matrix", ("", row, "")) for row in cells), ""))
 
 
 def read_list(text, nesting):
@@ -713,7 +713,9 @@ def same(answer, gold):
         return all(x and cmath.isfinite(x) for x in (*a, *g)) and (
             close([x * g[0] for x in a], [y * a[0] for y in g]))
     if answer.kind == gold.kind:
-        return SAME[gold.kind](answer, gold)
+        if gold.kind in ("text", "choice"):
+            return gold.kind == "text" and answer.value == gold.value
+        return {"number": same_number, "set": same_set}.get(gold.kind, same_items)(answer, gold)
     if answer.kind == "set" and len(answer.value) == 1:
         return same(answer.value[0], gold)
     if gold.kind == "set" and len(gold.value) == 1:
@@ -772,23 +774,9 @@ def same_set(answer, gold):
     return True
 
 
-def same_tuple(answer, gold):
+def same_items(answer, gold):
     (left, a, right), (gold_left, g, gold_right) = answer.value, gold.value
     return (left, right, len(a)) == (gold_left, gold_right, len(g)) and all(map(same, a, g))
-
-
-def same_matrix(answer, gold):
-    a, g = answer.value, gold.value
-    return [*map(len, a)] == [*map(len, g)] and all(
-        map(same, itertools.chain(*a), itertools.chain(*g)))
-
-
-def same_text(answer, gold):
-    return answer.value == gold.value
-
-
-SAME = {"number": same_number, "set": same_set, "tuple": same_tuple, "relation": same_tuple,
-        "matrix": same_matrix, "text": same_text, "choice": same_text}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1028,9 +1016,37 @@ def open_generations(args, rank, barrier):
     return done if args.resume else {}, file
 
 
+def generate_missing(args, examples, model, tokenizer, done, file, rank, ranks):
+    """Generates, grades and writes this rank's share of what `done` lacks. What is drawn depends on
+    the seed and the example's place, so that resuming or more ranks give the same."""
+    began, new = time.perf_counter(), 0
+    samplings = [([None], 0.0), *[(range(args.num_samples), args.temperature)][: args.num_samples]]
+    batches = [(first, *s) for first in range(0, len(examples), args.batch_size) for s in samplings]
+    stop = (*STOPS.get(args.prompt, ()), *args.stop)
+    for first, samples, temperature in batches[rank::ranks]:
+        batch = examples[first : first + args.batch_size]
+        keys = [[(first + i, sample) for sample in samples] for i in range(len(batch))]
+        if all(key in done for group in keys for key in group):
+            continue
+        groups = generate_responses(
+            model, tokenizer, [e["prompt"] for e in batch], args.max_new_tokens, temperature,
+            args.top_p, len(samples), stop, args.seed * 10**9 + first)
+        for e, group, rows in zip(batch, keys, groups, strict=True):
+            for key, row in zip(group, rows, strict=True):
+                rewards = grade_response(args.task, args.prompt, e, row["text"], args.strict)
+                record = {"index": key[0], "sample": key[1], "prompt": e["prompt"],
+                          "response": row["text"], "finish_reason": row["finish_reason"],
+                          "ground_truth": e.get("answer"), **rewards}
+                if key not in done:
+                    file.write(json.dumps(record) + "\n")
+                    new += 1
+        file.flush()
+        rate = new / (time.perf_counter() - began)
+        print(f"{first + len(batch)}/{len(examples)} examples | {rate:.2f} responses/s", flush=True)
+
+
 def evaluate(args):
-    """Generates, grades and writes the responses to all examples. What is drawn depends on the seed
-    and the example's place, so that resuming or more ranks give the same."""
+    """Verb eval: generations*.jsonl, results.json and the files that other graders read."""
     rank, ranks, barrier = 0, 1, lambda: None
     if dist.is_initialized():
         rank, ranks, barrier = dist.get_rank(), dist.get_world_size(), dist.barrier
@@ -1048,30 +1064,8 @@ def evaluate(args):
                          "there")
     done, file = open_generations(args, rank, barrier)
     began, old = time.perf_counter(), len(done)
-    samplings = [([None], 0.0), *[(range(args.num_samples), args.temperature)][: args.num_samples]]
-    batches = [(first, *s) for first in range(0, len(examples), args.batch_size) for s in samplings]
     with file:
-        for first, names, temperature in batches[rank::ranks]:
-            batch = list(enumerate(examples))[first : first + args.batch_size]
-            if all((i, name) in done for i, _ in batch for name in names):
-                continue
-            rows = generate_responses(
-                model, tokenizer, [e["prompt"] for _, e in batch], args.max_new_tokens, temperature,
-                args.top_p, len(names), (*STOPS.get(args.prompt, ()), *args.stop),
-                args.seed * 10**9 + first)
-            for (i, e), responses in zip(batch, rows, strict=True):
-                for name, row in zip(names, responses, strict=True):
-                    rewards = grade_response(args.task, args.prompt, e, row["text"], args.strict)
-                    record = {"index": i, "sample": name, "prompt": e["prompt"],
-                              "response": row["text"], "finish_reason": row["finish_reason"],
-                              "ground_truth": e.get("answer"), **rewards}
-                    if (i, name) not in done:
-                        file.write(json.dumps(record) + "\n")
-                    done[i, name] = record
-            file.flush()
-            rate = (len(done) - old) / (time.perf_counter() - began)
-            print(f"{first + len(batch)}/{len(examples)} examples | {rate:.2f} responses/s",
-                  flush=True)
+        generate_missing(args, examples, model, tokenizer, done, file, rank, ranks)
     seconds = time.perf_counter() - began
     barrier()
     if rank == 0:

@@ -170,8 +170,10 @@ def test_question_only_reward_wants_a_box_behind_all_thinking():
 
 def test_hostile_texts_are_graded_without_an_error():
     atoms = [*"0159.,;:!|_^{}()[]<>=+-*/%$&~'\" xyei", "\\", r"\frac", r"\sqrt", r"\boxed{", r"\text{", r"\left(",
-             r"\pm", r"\begin{pmatrix}", r"\end{pmatrix}", r"\\", r"\{", r"\log_", r"\sin", r"\binom", r"\overline{",
-             r"\cup", r"\le", "and", "answer is", "####", "</think> <answer>", "</answer>", "٣", "²", "½", "∞", "\x00", "\ud800", "\n",
+             r"\pm", r"\begin{pmatrix}", r"\end{pmatrix}", r"\\", r"\{", r"\log_",
+             r"\sin", r"\binom", r"\overline{",
+             r"\cup", r"\le", "and", "answer is", "####", "</think> <answer>", "</answer>", "٣", "²", "½", "∞", "\x00",
+             "\ud800", "\n",
              "9" * 50, "million", r"^\circ", r"\infty", "1e999"]  # fmt: skip
     rng = random.Random(0)
     for _ in range(4000):
@@ -222,8 +224,9 @@ def test_mmlu_responses_give_a_letter_or_none(output, letter):
 
 @pytest.mark.parametrize(("output", "number"), [
     ("48 / 2 = 24 in May. 48 + 24 = 72 altogether.", "72"), ("She has $1,234.50.", "1234.50"), ("none", None),
-    ("", None), ("It is -5", "-5"), ("16-3", "3"), ("3 - 5", "5"), ("-$7", "-7"), ("$-7", "-7"), ("1,2", "2"), (".5", ".5"),
-    ("12,345,678 of them", "12345678"), ("1234,567", "567"), ("x" * 10**6 + "1 " + "y" * 10**6, "1")])  # fmt: skip
+    ("", None), ("It is -5", "-5"), ("16-3", "3"), ("3 - 5", "5"), ("-$7", "-7"), ("$-7", "-7"), ("1,2", "2"),
+    (".5", ".5"), ("12,345,678 of them", "12345678"), ("1234,567", "567"),
+    ("x" * 10**6 + "1 " + "y" * 10**6, "1")])  # fmt: skip
 def test_gsm8k_responses_give_their_last_number_or_none(output, number):
     assert part.parse_gsm8k_response(output) == number
 
