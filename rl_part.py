@@ -42,7 +42,7 @@ FORMULA = re.compile(r"\$\$?[^$]{1,1000}\$\$?")
 UNION, LIST, RELATION = (
     r"\\cup(?![A-Za-z])", r"[,;]|\b(?:and|or)\b", r"\\(?:le|ge|ne|neq|in)(?![A-Za-z])|[=<>]")
 NAME = re.compile(  # what may be called something: x, x_1, f(x), \theta, AB, \text{Area}
-    r"(?:\\?(?!(?:pi|e|i)\b)[A-Za-z]+|\\text\{[^{}]*\})(?:_(?:\{[^{}]*\}|\w))?"
+    r"(?:\\?(?!(?:pi|e|i|infty)\b)[A-Za-z]+|\\text\{[^{}]*\})(?:_(?:\{[^{}]*\}|\w))?"
     r"\s*(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?")
 UNIT = re.compile(  # words in \text, words behind a space, a few short ones right behind a digit
     r"(?P<head>.+?)\s*(?:\\text\{(?P<text>[^{}]*)\}|(?<=[0-9)}.!]) (?P<words>[A-Za-z]{2,}"
@@ -66,7 +66,8 @@ SPELLINGS = str.maketrans({
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\\$", "¤"),  # currency, not a delimiter of formulas
     (r"(?<!\\)\\[()\[\]]", " "),
-    (r"\\(?:left|right|[bB]igg?[lr]?|(?:display|text|script)style)(?![A-Za-z])\.?|\\!", ""),
+    (r"\\(?:left|right)(?![A-Za-z])\.?|\\!", ""),
+    (r"\\(?:[bB]igg?[lr]?|(?:display|text|script)style)(?![A-Za-z])", ""),
     (r"\\(?:quad|qquad)(?![A-Za-z])|(?<!\\)\\[,;: ]|~", " "),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\(?:text(?:bf|it|rm|sf|tt)|math(?:rm|bf|it|sf)|[mh]box|emph|operatorname|boldsymbol)\s*\{",

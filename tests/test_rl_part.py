@@ -109,7 +109,8 @@ def test_a_bracket_type_is_part_of_an_interval_and_of_no_list():
 
 
 def test_an_inequality_may_be_answered_by_its_interval_but_does_not_answer_one():
-    for inequality, interval in ((r"0 < x \le 1", "(0, 1]"), ("x > 5", r"(5, \infty)"), (r"7 \geq y", r"(-\infty, 7]")):
+    for inequality, interval in ((r"0 < x \le 1", "(0, 1]"), ("x > 5", r"(5, \infty)"), (r"7 \geq y", r"(-\infty, 7]"),
+                                 (r"5 < x < \infty", r"(5, \infty)")):
         assert part.answers_match(interval, inequality) and part.answers_match(inequality, inequality)
         assert not part.answers_match(inequality, interval)
 
