@@ -288,11 +288,9 @@ class PackedSFTDataset(torch.utils.data.Dataset):
         if not end:
             raise ValueError("the tokenizer must have an end-of-text token to part documents, got "
                              "none; add <|endoftext|>")
-        ids = []
-        for i in order:
-            text = alpaca_text(pairs[i]["prompt"], pairs[i]["response"])
-            ids += [*encode_prompt(tokenizer, text), *end]
-        self.ids, self.seq_length = torch.tensor(ids), seq_length
+        texts = (alpaca_text(pairs[i]["prompt"], pairs[i]["response"]) for i in order)
+        ids = [np.array([*encode_prompt(tokenizer, text), *end], np.int32) for text in texts]
+        self.ids, self.seq_length = torch.from_numpy(np.concatenate(ids)), seq_length
 
     def __len__(self):
         return (len(self.ids) - 1) // self.seq_length
@@ -300,7 +298,7 @@ class PackedSFTDataset(torch.utils.data.Dataset):
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"item must be in 0..{len(self) - 1}, got {i}")
-        window = self.ids[i * self.seq_length : (i + 1) * self.seq_length + 1]
+        window = self.ids[i * self.seq_length : (i + 1) * self.seq_length + 1].long()
         return {"input_ids": window[:-1], "labels": window[1:]}
 
 
@@ -918,6 +916,9 @@ def sft_loss(run, rows, tokens):
 def sft_step(run):
     """One update on batch_size pairs: the mean loss over all their response tokens."""
     rows = run.draw(run.examples, run.args.batch_size)
+    if run.args.packed:  # every token but the first of a window is learnt
+        windows = [[*row["input_ids"][:1].tolist(), *row["labels"].tolist()] for row in rows]
+        rows = [dict(prompt_ids=ids[:1], tokens=ids[1:]) for ids in windows]
     tokens = sum(len(row["tokens"]) for row in rows)
     mine = rows[run.share(len(rows))]
     entry = run.update(mine, functools.partial(sft_loss, run, tokens=tokens), ["loss"])
@@ -1256,10 +1257,14 @@ def prepare_pairs(run):
         held_out, pairs, _ = task_problems(args, run.task)
         run.held_out = encode_problems(run, held_out) if held_out else []
     elif args.packed:
-        dataset = PackedSFTDataset(run.tokenizer, args.data, run.model.config.context_length, True,
-                                   args.seed)
-        windows = [[*item["input_ids"].tolist(), item["labels"][-1].item()] for item in dataset]
-        run.examples = [dict(prompt_ids=w[:1], tokens=w[1:]) for w in windows]
+        if args.correct_only or args.examples:
+            raise ValueError("--packed takes a whole file, got --correct_only or --examples too; "
+                             "leave them out")
+        length = run.model.config.context_length
+        run.examples = PackedSFTDataset(run.tokenizer, args.data, length, True, args.seed)
+        if not len(run.examples):
+            raise ValueError(f"--packed needs more than context_length = {length} tokens, got "
+                             f"{len(run.examples.ids)}; give more pairs")
         return
     else:
         pairs = read_pairs(args.data)

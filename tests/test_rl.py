@@ -831,6 +831,10 @@ def test_bad_input_is_refused_in_one_line(start, tmp_path, capsys, monkeypatch):
     out, task = ["--out_dir", str(tmp_path / "out")], ["--task", "addition", "--device", "cpu"]
     model = ["--model", str(start), *out]
     fails(capsys, ["grpo", "--data", "x", *out], "--model or --task must say what to train")
+    one = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "a", "response": "b"}])
+    packed = ["sft", "--packed", "--data", one, *byte_model(tmp_path / "bytes", context_length=300), *out]
+    fails(capsys, packed, "more than context_length = 300 tokens, got")
+    fails(capsys, [*packed, "--examples", "1"], "takes a whole file")
     fails(capsys, ["sft", *task, "--packed", *out], "--task or --data must .* got task and packed")
     fails(capsys, ["grpo", *task, "--group_size", "1", *out], "at least 2 with a baseline")
     fails(capsys, ["sft", *task, *model, "--d_model", "8"], "leave those out")
