@@ -1158,8 +1158,10 @@ def addition_task(args):
         right, number = float(response == answer), float(response.isdecimal())
         return {"reward": right, "format_reward": number, "answer_reward": right}
 
-    return Task(characters("0123456789+="), reward,
-                lambda n: addition_problems(n, args.digits, DATA_SEED), lambda p, rng: p["answer"])
+    def problems(n):  # always as many are drawn, whatever n is: the first ones stay the same
+        return addition_problems(min(10 ** (2 * args.digits), 100_000), args.digits, DATA_SEED)[:n]
+
+    return Task(characters("0123456789+="), reward, problems, lambda p, rng: p["answer"])
 
 
 def countdown_task(args):
@@ -1216,6 +1218,9 @@ def task_problems(args, task, extra=0):
     """(held-out problems, solved ones to learn from, `extra` unsolved ones) of a task."""
     held, end = args.eval_problems, args.eval_problems + (args.examples or TASK_EXAMPLES)
     problems, rng = task.problems(end + extra), random.Random(DATA_SEED)
+    if len(problems) < end + extra:
+        raise ValueError(f"the task must have as many problems as are asked for, got {end + extra} "
+                         f"of {len(problems)}; lower --problems, --examples or --eval_problems")
     solved = problems[held:end] if not extra else []
     return (problems[:held], [{**p, "response": task.solve(p, rng)} for p in solved],
             problems[end:])
@@ -1333,8 +1338,8 @@ def add_run_flags(parser, **defaults):
     add("--task", choices=TASKS, help="problems made here, instead of --data")
     add("--data", help="JSONL, JSON or csv of what the verb learns from")
     add("--prompt", choices=PROMPTS, default="question_only", help="the template of --data")
-    add("--examples", type=at_least_1, help="the first ones of --data (default: all), or solved ones "
-        f"of --task (default: {TASK_EXAMPLES})")
+    add("--examples", type=at_least_1, help="the first ones of --data (default: all), or solved "
+        f"ones of --task (default: {TASK_EXAMPLES})")
     add("--digits", type=at_least_1, default=3, help="of the numbers of the addition task")
     add("--numbers", type=at_least_1, nargs="+", default=[3, 4], help="in a countdown problem")
     add("--eval_problems", type=whole, default=500, help="held out")

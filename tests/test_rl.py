@@ -807,6 +807,7 @@ def test_held_out_problems_are_in_no_training_set(start):
     task = rl.addition_task(args)
     held, solved, _ = rl.task_problems(args, task)
     held_again, _, unsolved = rl.task_problems(args, task, args.problems)
+    assert [p["prompt"] for p in task.problems(64)[:9]] == [p["prompt"] for p in task.problems(9)]
     prompts = [{p["prompt"] for p in part} for part in (held, solved, unsolved)]
     assert held == held_again and [len(p) for p in prompts] == [6, 30, 60]
     assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])
@@ -845,6 +846,7 @@ def test_bad_input_is_refused_in_one_line(start, tmp_path, capsys, monkeypatch):
     fails(capsys, ["sft", *model, "--data", empty], "empty.jsonl:1")
     missing = write_jsonl(tmp_path / "missing.jsonl", [{"prompt": "a", "other": "x"}])
     fails(capsys, ["sft", *model, "--data", missing], "missing.jsonl:1")
+    fails(capsys, ["grpo", *task, "--digits", "1", *out], "as many problems as are asked for")
     fails(capsys, ["grpo", *task, "--max_new_tokens", "50", *SHAPE, *out], "some prompts must fit")
     fails(capsys, ["grpo", *task, "--resume", "--out_dir", str(start.parent)], "same verb, got grpo for a run of sft")
     fails(capsys, ["sft", *task, "--out_dir", str(start.parent)], "holds a run")
