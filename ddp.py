@@ -59,6 +59,7 @@ import torch.nn as nn
 import model as lm
 
 STRATEGIES = ("naive", "flat", "overlap", "zero1", "fsdp", "torch_ddp", "torch_fsdp")
+TAKEN_BY = {"bucket_mb": ("overlap", "zero1", "torch_ddp"), "reduce_dtype": ("fsdp", "torch_fsdp")}
 MiB = 2**20
 TOKENS, D_FF = 2**20, 10_240  # that comm --limits speaks of: B and F
 SECOND_BACKWARD = ("a gradient changed after its synchronisation began: run all but the last "
@@ -877,7 +878,7 @@ class FSDP(Wrapper):
 
     def reset(self):
         super().reset()
-        for unit, _, works in self.reductions:
+        for _, _, works in self.reductions:
             wait_for(works)
         self.join("reduce")
         for unit in self.units:
@@ -1135,10 +1136,10 @@ class Engine:
     """`strategy` around a TransformerLM: `loss_and_gradient` and `optimizer.step()` are a step.
 
     device: where to train. A model on the CPU is moved there, under fsdp without ever being whole
-    on it."""
+    on it. precision: keywords of AdamW, as lm.optimizer_precision gives them"""
 
-    def __init__(self, strategy, model, dtype, weight_decay, lr, betas, bucket_mb=25.0,
-                 reduce_dtype=torch.float32, compiled=False, device=None):
+    def __init__(self, strategy, model, dtype, weight_decay, lr, betas, compiled=False, *,
+                 bucket_mb=25.0, reduce_dtype=torch.float32, device=None, precision=None):
         self.device = torch.device(device or next(model.parameters()).device)
         if strategy != "fsdp":
             model.to(self.device)
@@ -1151,8 +1152,9 @@ class Engine:
                 block.forward = torch.compile(block.forward)
         module = LanguageModelLoss(model)
         sent_in = dtype if dtype != torch.float32 else None
+        make_adamw = functools.partial(lm.AdamW, **precision or {})
         if strategy == "zero1":
-            self.optimizer = ShardedOptimizer(lm.optimizer_groups(model, weight_decay), lm.AdamW,
+            self.optimizer = ShardedOptimizer(lm.optimizer_groups(model, weight_decay), make_adamw,
                                               lr=lr, betas=betas)
             self.wrapper = DDP(module, bucket_mb, self.optimizer.owner)
         else:
@@ -1165,7 +1167,7 @@ class Engine:
                 "torch_fsdp": lambda: TorchFSDP(module, sent_in, reduce_dtype),
             }[strategy]()
             local = SimpleNamespace(parameters=self.wrapper.local_parameters().values)
-            self.optimizer = lm.AdamW(lm.optimizer_groups(local, weight_decay), lr, betas)
+            self.optimizer = make_adamw(lm.optimizer_groups(local, weight_decay), lr, betas)
         self.parameters = {name.removeprefix("model."): p
                            for name, p in self.wrapper.local_parameters().items()}
         self.owner = self.wrapper.owner
@@ -1185,6 +1187,7 @@ class Engine:
         total = torch.zeros((), device=self.device)
         parts = [*zip(x.split(micro_batch_size), y.split(micro_batch_size), strict=True)]
         for i, (x_part, y_part) in enumerate(parts):
+            watch(f"forward and backward, micro-batch {i + 1} of {len(parts)}")
             last = i == len(parts) - 1
             with contextlib.nullcontext() if last else self.wrapper.no_sync():
                 loss = self.loss_sum(x_part, y_part) / y.numel()
@@ -1217,8 +1220,7 @@ class Engine:
 
     def whole_optimizer(self, ranks):
         """On rank 0 what optimizer.state_dict() would be on one device, tensors on the CPU."""
-        mine = {i: {key: list(v.shape) if torch.is_tensor(v) else v for key, v in
-                    self.optimizer.state[p].items()}
+        mine = {i: layout_of(self.optimizer.state[p])
                 for i, p, _ in self.state_parameters() if p in self.optimizer.state}
         layout = ranks.collect(mine)
         state = {}
@@ -1231,7 +1233,7 @@ class Engine:
             for key, value in theirs.items():
                 if isinstance(value, list):
                     tensor = self.optimizer.state.get(p, {}).get(key)
-                    value = self.fetch(tensor, value, p, owner, name)
+                    value = self.fetch(tensor, *value, owner, name)
                 state[i][key] = value
         groups, start = [], 0
         for group in self.optimizer.param_groups:
@@ -1240,14 +1242,14 @@ class Engine:
             start = end
         return {"state": state, "param_groups": groups}
 
-    def fetch(self, tensor, shape, p, owner, name):
+    def fetch(self, tensor, shape, dtype, owner, name):
         """A tensor of the optimizer's state, whole and on the CPU, for rank 0."""
         if name in self.rows:
             tensor = gather_rows(tensor, self.rows[name])
         elif owner != 0 and this_rank() == owner:
             dist.send(tensor.contiguous(), 0)
         elif owner != 0:
-            tensor = p.new_empty(shape)
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
             dist.recv(tensor, owner)
         return tensor.cpu() if this_rank() == 0 else None
 
@@ -1255,9 +1257,7 @@ class Engine:
     def load_optimizer(self, saved, ranks):
         """Takes over the state of `whole_optimizer`, which rank 0 alone has; each rank keeps its
         part of a tensor, and one tensor is whole on the devices at a time."""
-        layout = ranks.share(lambda: {
-            i: {key: [list(v.shape), str(v.dtype)[6:]] if torch.is_tensor(v) else v
-                for key, v in values.items()} for i, values in saved["state"].items()})
+        layout = ranks.share(lambda: {i: layout_of(v) for i, v in saved["state"].items()})
         for i, p, name in self.state_parameters():
             if str(i) not in layout:
                 continue
@@ -1277,10 +1277,17 @@ class Engine:
                 self.optimizer.state[p] = state
 
 
+def layout_of(state):
+    """JSON of a parameter's optimizer state: [shape, dtype] for tensors, and what else there is."""
+    return {key: [list(v.shape), str(v.dtype)[6:]] if torch.is_tensor(v) else v
+            for key, v in state.items()}
+
+
 # -------------------------------------------------------------------------------------------------
 # ranks: who is there, what they agree on, and who stopped answering
 
 
+TOLD = "told"  # the store's count of ranks that wanted to tell why the run ends: the first does
 SAME = {"flags": "start them with one command",
         "data": "share data_dir, or prepare the same text with the same Python on every host"}
 
@@ -1429,10 +1436,12 @@ class Ranks:
 
     def claim(self, without_store):
         """Whether this rank is the first that wants to tell about an error."""
+        if self.watch is not None and self.watch.reports:
+            self.watch.thread.join()  # it says more, and ends the process
         try:
-            return self.store.add("lmzero/told", 1) == 1
+            return self.store.add(TOLD, 1) == 1
         except RuntimeError:
-            return without_store
+            return without_store and not (self.watch is not None and self.watch.told)
 
 
 def raise_first(errors):
@@ -1451,10 +1460,13 @@ class Watchdog:
     def __init__(self, ranks, limit_s):
         self.ranks, self.default_s, self.ended = ranks, limit_s, threading.Event()
         self.step, self.beat, self.hint = 0, 0, ""
+        self.reports = self.told = False  # whether this rank, or any, is about to tell why it ends
         self("starting", limit_s=math.inf)
         if ranks.world_size > 1:
-            self.store = dist.PrefixStore("watch", ranks.connect())  # one that no wait() holds up
-            threading.Thread(target=self.run, daemon=True).start()
+            self.all = ranks.connect()  # one that no wait() holds up
+            self.store = dist.PrefixStore("watch", self.all)
+            self.thread = threading.Thread(target=self.run, daemon=True)
+            self.thread.start()
 
     def __call__(self, what, step=None, limit_s=None, hint=""):
         self.what, self.hint = what, hint
@@ -1480,6 +1492,7 @@ class Watchdog:
 
     def tell(self):
         self.beat += 1
+        self.told = self.told or self.all.check([TOLD])
         state = [self.beat, self.step, COUNT["issued"], self.what]
         self.store.set(str(self.ranks.rank), json.dumps(state))
 
@@ -1491,7 +1504,8 @@ class Watchdog:
         """Ends the process; the first to come here tells who is to blame: the ranks whose beat has
         stopped, else those that have come least far."""
         try:
-            first = self.store.add("reports", 1) == 1
+            self.reports = True
+            first = self.all.add(TOLD, 1) == 1
             before = self.states()
             for _ in range(4 if first else 6):  # none shall seem dead while the first one looks
                 time.sleep(1)
@@ -1553,7 +1567,9 @@ class Trainer:
         self.out_dir = Path(args.out_dir)
         self.checkpoint = self.out_dir / "checkpoint.pt"
         ranks.share(self.check_out_dir)
-        self.dtype, reason = lm.resolve_dtype(args.dtype, self.device)
+        precision = lm.optimizer_precision(args)
+        narrow = args.param_dtype == "bfloat16"  # then all is computed in it
+        self.dtype, reason = lm.resolve_dtype("bfloat16" if narrow else args.dtype, self.device)
         problem = lm.compile_problem(self.device)
         compiled = problem is None if args.compile is None else args.compile
         for note in filter(None, (reason, problem if args.compile is None else None)):
@@ -1572,6 +1588,7 @@ class Trainer:
         self.fit_to_memory()
         torch.manual_seed(args.seed)
         self.model = lm.TransformerLM(config)  # on the CPU: under FSDP no GPU ever holds it whole
+        self.model.to(getattr(torch, args.param_dtype))
         self.model.checkpoint_every = args.checkpoint_every
         self.generator = torch.Generator().manual_seed(args.seed)  # the place in the data
         self.step, self.saved, content = 0, None, None
@@ -1579,8 +1596,8 @@ class Trainer:
             content = self.load()
         self.engine = Engine(
             args.strategy, self.model, self.dtype, args.weight_decay, args.lr,
-            (args.beta1, args.beta2), args.bucket_mb, getattr(torch, args.reduce_dtype), compiled,
-            device=self.device)
+            (args.beta1, args.beta2), compiled, **strategy_settings(args), device=self.device,
+            precision=precision)
         self.optimizer = self.engine.optimizer
         if self.step:
             self.engine.load_optimizer(content and content["optimizer"], ranks)
@@ -1840,6 +1857,10 @@ def train(args, ranks):
             raise ValueError(f"batch_size * grad_accum must be a multiple of the number of ranks, "
                              f"got {args.batch_size} * {args.grad_accum} and {ranks.world_size}; "
                              "change one of them")
+        for flag, strategies in TAKEN_BY.items():
+            if getattr(args, flag) is not None and args.strategy not in strategies:
+                raise ValueError(f"{flag} must come with one of the strategies "
+                                 f"{', '.join(strategies)}, got {args.strategy}; leave it out")
 
     ranks.agree(check)
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
@@ -1867,8 +1888,9 @@ def bench(args, ranks):
     card = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
     print(f"{config}\n{parameters_of(config):,} parameters, {ranks.world_size} x {device.type} "
           f"({card}), batch {args.batch_size} a rank, {str(dtype)[6:]}, torch {torch.__version__}, "
-          f"compile {compiled}, checkpoint_every {args.checkpoint_every}, bucket_mb "
-          f"{args.bucket_mb:g}, reduce_dtype {args.reduce_dtype}{f'; {reason}' if reason else ''}")
+          f"compile {compiled}, checkpoint_every {args.checkpoint_every}"
+          + "".join(f", {name} {value}" for name, value in strategy_settings(args).items())
+          + (f"; {reason}" if reason else ""))
     print("ms: median of turns (lowest to highest), the slowest rank's. communicating, exposed: in "
           + ("NCCL's kernels, and those of no other kernel beside them, by torch.profiler" if cuda
              else "not known on CPUs, and waiting for collectives of ours")
@@ -1876,9 +1898,9 @@ def bench(args, ranks):
           "optimizer's step, highest in it, optimizer state", flush=True)
     print(f"{'strategy':<11}|{'ms a step':>26} |{'tok/s':>10} |{'mfu':>6} |{'communicating':>14} |"
           f"{'exposed':>8} |{'hidden':>7} |{'init':>7} |{'before':>7} |{'step':>7} |{'state':>7}")
-    rows = {}
+    rows, checks = {}, {}
     for strategy in args.strategies:
-        row = bench_strategy(strategy, args, ranks, config, device, dtype, compiled)
+        row = bench_strategy(strategy, args, ranks, config, device, dtype, compiled, checks)
         rows[strategy] = row
         print(f"{strategy:<11}|{row['ms']:>10.2f} ({row['low_ms']:.2f}-{row['high_ms']:.2f}) |"
               f"{row['tokens_per_s']:>10,.0f} |{shown(row['mfu'], '.1%'):>6} |"
@@ -1886,7 +1908,6 @@ def bench(args, ranks):
               f"{shown(row['hidden'], '.1%'):>7} |" + " |".join(
                   f"{shown(row[k], '.2f'):>7}" for k in ("init_gib", "before_gib", "step_gib",
                                                         "state_gib")), flush=True)
-    check_rows(rows, 1e-4 if dtype == torch.float32 else 2e-2)
     print(json.dumps({"preset": args.preset, "ranks": ranks.world_size, "device": card,
                       "batch_size": args.batch_size, "context_length": config.context_length,
                       "dtype": str(dtype)[6:], "compile": compiled, "strategies": rows}))
@@ -1912,19 +1933,19 @@ def shown(value, form):
     return "n/a" if value is None else format(value, form)
 
 
-def check_rows(rows, bound):
+def check_agree(checks, bound):
     """Stops unless all strategies had the loss and the gradient norm of the first, before the first
-    update, and its loss after it."""
-    checks = {name: row["check"] for name, row in rows.items() if "check" in row}
+    update, and its loss after it. checks: {strategy: these three}"""
+    first = next(iter(checks))
     for name, check in checks.items():
-        for got, expected in zip(check, next(iter(checks.values())), strict=True):
+        for got, expected in zip(check, checks[first], strict=True):
             if not abs(got - expected) <= bound * abs(expected):
-                raise ValueError(f"{name} must agree with {next(iter(checks))} within {bound} in "
+                raise ValueError(f"{name} must agree with {first} within {bound} in "
                                  f"loss, norm and next loss, got {checks}; this is a bug")
 
 
-def bench_strategy(strategy, args, ranks, config, device, dtype, compiled):
-    """A row of bench's table."""
+def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, checks):
+    """A row of bench's table. checks: check_agree's, to which this strategy's are added"""
     cuda = device.type == "cuda"
     gc.collect()
     if cuda:
@@ -1936,8 +1957,8 @@ def bench_strategy(strategy, args, ranks, config, device, dtype, compiled):
     with device:
         model = lm.TransformerLM(config)
     model.checkpoint_every = args.checkpoint_every
-    engine = Engine(strategy, model, dtype, 0.1, 1e-4, (0.9, 0.95), args.bucket_mb,
-                    getattr(torch, args.reduce_dtype), compiled)
+    engine = Engine(strategy, model, dtype, 0.1, 1e-4, (0.9, 0.95), compiled,
+                    **strategy_settings(args))
     gc.collect()
     row, check = {"init_gib": allocated(cuda)}, []
     generator = torch.Generator().manual_seed(ranks.rank)
@@ -1964,7 +1985,8 @@ def bench_strategy(strategy, args, ranks, config, device, dtype, compiled):
             if ranks.world_size > 1:
                 dist.all_reduce(stats[0])
             check += stats.tolist()
-    row["check"] = check[:3]
+    row["check"] = checks[strategy] = check[:3]
+    check_agree(checks, 1e-4 if dtype == torch.float32 else 2e-2)  # before any time is taken
     seconds, waited = [], []
     for turn in range(args.repeats):
         ranks.watch(f"timing {strategy}", turn)
@@ -2262,9 +2284,9 @@ def build_parser():
         return verb
 
     def add_strategy_flags(add):
-        add("--bucket_mb", type=rate, default=25, help="gradients of a bucket: overlap, zero1")
-        add("--reduce_dtype", default="float32", choices=("float32", "bfloat16"),
-            help="in which fsdp adds gradients")
+        add("--bucket_mb", type=rate, help="gradients of a bucket (default 25)")
+        add("--reduce_dtype", choices=("float32", "bfloat16"), help="in which gradients are added "
+            "(default float32)")
 
     p = add_verb("train", train, "train.py on many devices")
     p.add_argument("--strategy", default="overlap", choices=STRATEGIES)
@@ -2300,6 +2322,12 @@ def build_parser():
     add("--tokens", type=counting, help=f"B, for --limits (default {TOKENS:,})")
     add("--d_ff", type=counting, help=f"F, for --limits (default {D_FF:,})")
     return parser
+
+
+def strategy_settings(args):
+    """Engine's keywords of those strategy flags that were given."""
+    given = {name: getattr(args, name) for name in TAKEN_BY if getattr(args, name) is not None}
+    return {k: getattr(torch, v) if k == "reduce_dtype" else v for k, v in given.items()}
 
 
 def raise_last_line(text):
@@ -2395,6 +2423,8 @@ def fail(ranks, rank, error, code):
               flush=True)
     if ranks is not None and ranks.world_size > 1:
         sys.stdout.flush()
+        if rank == 0 and not isinstance(error, Agreed):
+            time.sleep(2)  # the store ends with rank 0: the others shall find who has told
         os._exit(code)  # not through destructors that wait for the other ranks
     raise SystemExit(code)
 

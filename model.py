@@ -194,6 +194,10 @@ def add_training_flags(parser):
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    add("--param_dtype", default="float32", choices=("float32", "bfloat16"),
+        help="of the weights and their gradients")
+    add("--moment_dtype", choices=("float32", "bfloat16"), help="of AdamW's (default: as weights)")
+    add("--stochastic_rounding", action="store_true", help="of bfloat16 weights")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     add("--prompt", default="def read(self", help="that the sample at the end continues")
     add("--sample_tokens", type=at_least_1, default=256)
@@ -759,16 +763,33 @@ class AdamW(torch.optim.Optimizer):
         theta -= lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
     as torch.optim.AdamW does. The 2025 handout decays last and adds eps before correcting v:
     differences of order lr^2 and eps. raises ValueError on rates out of range.
-    source: [6] algorithm 2
+
+    moment_dtype: of m and v, by default the parameter's. bfloat16's 8 bits hold v up: a decay by
+      1 - beta2 is less than half of its last bit
+    stochastic_rounding: bfloat16 parameters are rounded up or down by chance, by what lies nearer:
+      right on average, where rounding to nearest would lose every update of less than half a bit.
+      The chance is the same on every machine: of the step and the parameter's place.
+    source: [6] algorithm 2; stochastic rounding: Gupta et al. 2015, arXiv 1502.02551
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, *,
+                 moment_dtype=None, stochastic_rounding=False):
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
             raise ValueError(
                 "lr, eps and weight_decay must be at least 0 and betas in [0, 1), got "
                 f"lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}; correct them")
         rates = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
         super().__init__(params, rates)
+        self.moment_dtype, self.stochastic_rounding = moment_dtype, stochastic_rounding
+
+    def load_state_dict(self, state_dict):
+        """As torch.optim's, which would give m and v the dtype of the parameter."""
+        super().load_state_dict(state_dict)
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(numbers, params, strict=True):
+            for key in ("m", "v") if i in state_dict["state"] else ():
+                self.state[p][key] = state_dict["state"][i][key].to(p.device, copy=True)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -782,7 +803,9 @@ class AdamW(torch.optim.Optimizer):
                 if p.grad is not None:
                     state = self.state[p]
                     if not state:
-                        state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+                        state["step"] = 0
+                        state["m"], state["v"] = (torch.zeros_like(p, dtype=self.moment_dtype)
+                                                  for _ in range(2))
                     state["step"] += 1
                     by_age.setdefault((state["step"], p.device, p.dtype), []).append(p)
             for (t, _, _), params in by_age.items():
@@ -797,6 +820,11 @@ class AdamW(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         m = [self.state[p]["m"] for p in params]
         v = [self.state[p]["v"] for p in params]
+        if self.stochastic_rounding or m[0].dtype != params[0].dtype:
+            for i, tensors in enumerate(zip(params, grads, m, v, strict=True)):
+                self._update_in_float32(*tensors, t << 32 | i, decay, betas=(beta1, beta2), eps=eps,
+                                        step_size=step_size, root=root)
+            return
         if params[0].is_cuda and _fusable([*params, *grads, *m, *v]):
             _adamw_kernel()(params, grads, m, v,
                             (decay, 1 - beta1, beta2, 1 - beta2, eps, step_size, root))
@@ -810,6 +838,27 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_div_(denominator, root)
         torch._foreach_add_(denominator, eps)
         torch._foreach_addcdiv_(params, m, denominator, -step_size)
+
+
+    def _update_in_float32(self, p, grad, m, v, seed, decay, betas, eps, step_size, root):
+        """_update of one parameter, rounded once, at the end."""
+        grad, theta = grad.float(), p.float() * decay
+        mean = torch.lerp(m.float(), grad, 1 - betas[0])
+        square = torch.addcmul(v.float() * betas[1], grad, grad, value=1 - betas[1])
+        theta -= step_size * mean / (square.sqrt() / root + eps)
+        m.copy_(mean)
+        v.copy_(square)
+        narrow = self.stochastic_rounding and p.dtype == torch.bfloat16
+        p.copy_(round_stochastically(theta, seed) if narrow else theta)
+
+
+def round_stochastically(x, seed):
+    """float32 x as bfloat16: up or down, each with the chance that makes the mean x. 16 random bits
+    below bfloat16's last one are added, then cut off. seed: int; the same gives the same"""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    noise = torch.randint(2**16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    rounded = (x.view(torch.int32) + noise & -(2**16)).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
 def _fusable(tensors):
@@ -868,6 +917,19 @@ def _adamw_kernel():
                                    BLOCK=BLOCK, num_warps=8)
 
     return launch
+
+
+def optimizer_precision(args):
+    """AdamW's keywords of the flags --moment_dtype and --stochastic_rounding.
+    raises ValueError where they do not go with --param_dtype and --dtype"""
+    narrow = args.param_dtype == "bfloat16"
+    if args.stochastic_rounding and not narrow:
+        raise ValueError("stochastic_rounding needs bfloat16 weights, got float32; add "
+                         "--param_dtype bfloat16")
+    if narrow and args.dtype == "float32":
+        raise ValueError("dtype must be bfloat16 where param_dtype is, got float32; leave it out")
+    return {"moment_dtype": args.moment_dtype and getattr(torch, args.moment_dtype),
+            "stochastic_rounding": args.stochastic_rounding}
 
 
 def optimizer_groups(model, weight_decay):

@@ -55,7 +55,9 @@ class Trainer:
         if holds_a_run and not (args.resume or args.overwrite):
             raise ValueError(f"out_dir must be a new folder, got {self.out_dir}, which holds a run;"
                              " give --resume to go on, --overwrite to start anew, or another")
-        self.dtype, reason = lm.resolve_dtype(args.dtype, self.device)
+        precision = lm.optimizer_precision(args)
+        narrow = args.param_dtype == "bfloat16"  # then all is computed in it
+        self.dtype, reason = lm.resolve_dtype("bfloat16" if narrow else args.dtype, self.device)
         problem = lm.compile_problem(self.device)
         compiled = problem is None if args.compile is None else args.compile
         for note in filter(None, (reason, problem if args.compile is None else None)):
@@ -69,10 +71,10 @@ class Trainer:
         self.micro_batch_size, self.sequences = args.batch_size, args.batch_size * args.grad_accum
         self.fit_to_memory()
         torch.manual_seed(args.seed)
-        self.model = lm.TransformerLM(config).to(self.device)
+        self.model = lm.TransformerLM(config).to(self.device, getattr(torch, args.param_dtype))
         self.model.checkpoint_every = args.checkpoint_every
         groups = lm.optimizer_groups(self.model, args.weight_decay)
-        self.optimizer = lm.AdamW(groups, args.lr, (args.beta1, args.beta2))
+        self.optimizer = lm.AdamW(groups, args.lr, (args.beta1, args.beta2), **precision)
         self.generator = torch.Generator().manual_seed(args.seed)  # the place in the data
         hidden = self.model.hidden_states
         self.hidden_states = torch.compile(hidden) if compiled else hidden

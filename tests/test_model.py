@@ -885,6 +885,69 @@ def test_adamw_goes_on_from_its_state_dict_bit_for_bit():
         assert torch.equal(a, b)
 
 
+def test_stochastic_rounding_gives_a_neighbour_of_bfloat16_that_is_right_on_average():
+    low, high = 1.0, 1.0 + 2**-7  # neighbours in bfloat16
+    x = torch.full((100_000,), low + (high - low) / 4)
+    rounded = M.round_stochastically(x, seed=3)
+    assert rounded.dtype == torch.bfloat16 and set(rounded.tolist()) == {low, high}
+    share = (rounded == high).float().mean().item()
+    assert share == pytest.approx(0.25, abs=6 * math.sqrt(0.25 * 0.75 / 1e5))  # 6 standard deviations
+    assert torch.equal(rounded, M.round_stochastically(x, seed=3))
+    assert not torch.equal(rounded, M.round_stochastically(x, seed=4))
+    exact = torch.randn(1000).bfloat16()
+    assert torch.equal(M.round_stochastically(-exact.float(), 0), -exact)
+    odd = M.round_stochastically(torch.tensor([math.inf, -math.inf, math.nan]), 0)
+    assert odd[:2].tolist() == [math.inf, -math.inf] and odd[2].isnan()
+
+
+def test_adamw_with_float32_moments_is_the_float32_one_whose_weights_are_rounded_every_step():
+    narrow = torch.nn.Parameter(torch.randn(40, 30).bfloat16())
+    wide = torch.nn.Parameter(narrow.detach().float())
+    ours = M.AdamW([narrow], lr=0.01, weight_decay=0.1, moment_dtype=torch.float32)
+    exact = torch.optim.AdamW([wide], lr=0.01, weight_decay=0.1)
+    for t in range(20):
+        grad = torch.randn(40, 30, generator=torch.Generator().manual_seed(t)).bfloat16()
+        narrow.grad, wide.grad = grad, grad.float()
+        ours.step()
+        exact.step()
+        one_bit = wide.detach().abs() * 2**-7  # float32's last bits may turn a tie the other way
+        assert ((narrow.detach().float() - wide.detach()).abs() <= one_bit).all()
+        wide.data.copy_(narrow.detach())
+    assert ours.state[narrow]["v"].dtype == torch.float32
+
+
+def test_small_updates_of_bfloat16_weights_are_lost_to_the_nearest_but_not_to_stochastic_rounding():
+    def trained(**options):  # 100 steps of 1e-3 down from 1, where half of the last bit is 2e-3
+        p = torch.nn.Parameter(torch.ones(2000, dtype=torch.bfloat16))
+        optimizer = M.AdamW([p], lr=1e-3, weight_decay=0.0, **options)
+        for _ in range(100):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        return p.detach().float().mean().item()
+
+    assert trained() == 1
+    # a step up by less than a bit moves the mean by 1e-3 +- 4e-3 / sqrt(2000): 0.9 within 1e-2
+    assert trained(stochastic_rounding=True, moment_dtype=torch.float32) == pytest.approx(0.9, abs=1e-2)
+
+
+@pytest.mark.parametrize("options", [dict(moment_dtype=torch.float32), dict(stochastic_rounding=True)])
+def test_adamw_of_bfloat16_goes_on_from_its_state_dict_bit_for_bit(options):
+    def run(steps, p, optimizer):
+        for t in steps:
+            p.grad = torch.randn(33, generator=torch.Generator().manual_seed(t)).bfloat16()
+            optimizer.step()
+
+    straight, broken = (torch.nn.Parameter(torch.linspace(-1, 1, 33).bfloat16()) for _ in range(2))
+    run(range(12), straight, M.AdamW([straight], **options))
+    first = M.AdamW([broken], **options)
+    run(range(5), broken, first)
+    second = M.AdamW([broken], **options)
+    second.load_state_dict(first.state_dict())
+    assert second.state[broken]["m"].dtype == options.get("moment_dtype", torch.bfloat16)
+    run(range(5, 12), broken, second)
+    assert torch.equal(straight, broken)
+
+
 def test_adamw_leaves_a_parameter_without_gradient_alone_and_runs_a_closure():
     p, frozen = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
     optimizer = M.AdamW([p, frozen], weight_decay=0.5)

@@ -214,6 +214,19 @@ def test_a_polite_signal_saves_the_step_and_says_how_to_go_on(tmp_path, corpus, 
     assert saved >= 3 and f"saved at step {saved}" in seen
 
 
+def test_bfloat16_weights_train_and_resume_bit_for_bit(tmp_path, corpus):
+    narrow = ("--param_dtype", "bfloat16", "--moment_dtype", "float32", "--stochastic_rounding")
+    train.main(flags(tmp_path, corpus, *narrow))
+    path = tmp_path / "out/checkpoint.pt"
+    whole = torch.load(path, weights_only=True)
+    assert {w.dtype for w in whole["model"].values()} == {torch.bfloat16}
+    assert whole["optimizer"]["state"][0]["v"].dtype == torch.float32
+    path.write_bytes(path.read_bytes()[:1000])  # it goes on from the one before
+    train.main(["--resume", "--out_dir", str(tmp_path / "out")])
+    again = torch.load(path, weights_only=True)
+    assert all(torch.equal(w, again["model"][name]) for name, w in whole["model"].items())
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL on Windows")
 def test_a_run_killed_before_its_first_checkpoint_resumes_with_its_own_flags(tmp_path, corpus):
     argv = flags(tmp_path, corpus, "--max_steps", "60", "--save_every", "60")
@@ -524,6 +537,8 @@ def test_replaced_bytes_train(tmp_path):
     (["--batch_size", "0"], ["batch_size", "above 0"]),
     (["--lr", "-1"], ["lr", "above 0"]),
     (["--checkpoint_every", "0"], ["above 0"]),
+    (["--stochastic_rounding"], ["needs bfloat16 weights", "--param_dtype bfloat16"]),
+    (["--param_dtype", "bfloat16", "--dtype", "float32"], ["dtype must be bfloat16"]),
     (["--resume", "--overwrite"], ["not allowed"]),
     (["--device", "cuda:99"], ["device"]),
     (["--data", "no/such/file.txt"], ["no/such/file.txt"]),

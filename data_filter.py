@@ -1,0 +1,3952 @@
+"""Common Crawl to training tokens: WARC or WET files in, clean text and token files out.
+
+    python data_filter.py run --input 'CC-*.warc.gz' --out_dir clean  # clean/clean.txt, tokens.bin
+    python data_filter.py inspect --out_dir clean                     # kept and dropped, and why
+    python data_filter.py extract --input page.html --mode main       # the text of one page
+    python data_filter.py classify --kind language --text "Wo ist der Bahnhof?"  # de 0.99
+    python data_filter.py classify --train good.jsonl bad.jsonl --model quality.bin  # its AUC
+    python data_filter.py dedup --input texts/ --out_dir unique       # one of near duplicates stays
+
+A run reads records, makes text of pages, judges each document (address, language, rules, harm,
+quality), masks personal data, then over all documents drops repeated lines and near copies, and
+writes text, tokens, report.json and a table whose sums close. Killed at any moment, the same
+command goes on; its output is that of an undisturbed run. No model file is needed, and no network.
+
+Sources:
+    [1] ISO 28500, the WARC format, versions 1.0 and 1.1
+    [2] Stanford CS336, assignment 4 (data), 2025
+    [3] Rae et al. 2021, Scaling Language Models (Gopher), appendix A1.1
+    [4] Raffel et al. 2020, Exploring the Limits of Transfer Learning (C4), section 2.2, and the
+        thresholds of its code, tensorflow_datasets/text/c4_utils.py
+    [5] WHATWG Encoding Standard and HTML Standard
+    [6] Penedo et al. 2024, The FineWeb Datasets, section 3.6
+    [7] Foley 2025, WCXB, web content extraction pages with labels, CC-BY-4.0
+    [8] Joulin et al. 2016, Bag of Tricks for Efficient Text Classification; the files and hashes
+        of fastText 1142dc4
+    [9] Broder 1997, On the resemblance and containment of documents
+    [10] Dietzfelbinger et al. 1997, A reliable randomized algorithm for the closest-pair problem:
+        multiply-shift hashing
+    [11] Soldaini et al. 2024, Dolma: labels and thresholds of its classifiers
+"""
+
+import argparse
+import codecs
+import glob
+import gzip
+import hashlib
+import json
+import math
+import mmap
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import string
+import struct
+import sys
+import tempfile
+import time
+import unicodedata
+import zlib
+from collections import Counter
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property, lru_cache
+from html import unescape as html_unescape
+from itertools import chain, compress, islice, pairwise
+from pathlib import Path
+
+import numpy as np
+import regex
+
+import bpe
+
+# ---------------------------------------------------------------- stage 1: records
+
+MAX_RECORD = 64 << 20  # bytes of a record that are held; larger ones are skipped, and counted
+MAX_BODY = 16 << 20  # bytes of a page after its content encoding is undone
+MAX_HEAD = 1 << 16  # bytes of a record's header
+INFLATE_BYTES = 1 << 16  # of compressed data given to zlib at once: what it leaves over is copied
+WARC_HEAD = re.compile(rb"WARC/\d+\.\d+\r?\n")
+WARC_FIELD = re.compile(rb"^(WARC-Type|WARC-Target-URI|Content-Type|Content-Length)[ \t]*:[ \t]*"
+                        rb"([^\r\n]*)", re.I | re.M)
+HTTP_FIELD = re.compile(rb"^(Content-Type|Content-Encoding|Transfer-Encoding)[ \t]*:[ \t]*"
+                        rb"([^\r\n]*)", re.I | re.M)
+CONTENT_LENGTH = re.compile(rb"^Content-Length[ \t]*:[ \t]*(\d{1,18})\s*$", re.I | re.M)
+GZIP_MAGIC = b"\x1f\x8b\x08"
+DOCUMENT_KINDS = (b"response", b"conversion", b"resource")
+
+
+@dataclass(slots=True)
+class Record:
+    """One document of an archive, or what is wrong with it."""
+
+    place: tuple  # (offset of its gzip member or of itself, its number there): to go on after it
+    kind: str = ""  # "response", "conversion", ...
+    url: str = ""
+    content_type: str = ""
+    data: bytes = b""
+    problem: str | None = None  # why there is no data
+
+
+def inflate_member(data, offset, held=b"", inflater=None):
+    """Returns (bytes, end offset, inflater, problem) of the gzip member at `offset`.
+
+    inflater: None where the member is whole; else it goes on at the end offset, after MAX_RECORD
+    """
+    inflater = inflater or zlib.decompressobj(31)
+    pieces, size = [held], len(held)
+    while not inflater.eof:
+        window = data[offset:offset + INFLATE_BYTES]
+        if not window:
+            return b"".join(pieces), offset, None, "truncated gzip member"
+        try:
+            piece = inflater.decompress(window, MAX_RECORD)
+        except zlib.error:
+            return b"".join(pieces), offset, None, "broken gzip member"
+        left = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
+        offset += len(window) - len(left)
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_RECORD and not inflater.eof:
+            return b"".join(pieces), offset, inflater, None
+    return b"".join(pieces), offset, None, None
+
+
+def next_member(data, offset):
+    """Returns the offset of the next gzip member that holds a WARC record, or the file's end."""
+    while (offset := data.find(GZIP_MAGIC, offset)) >= 0:
+        try:
+            if zlib.decompressobj(31).decompress(data[offset:offset + 512], 5) == b"WARC/":
+                return offset
+        except zlib.error:
+            pass
+        offset += 1
+    return len(data)
+
+
+def split_records(data, at, whole=True):
+    """Yields (start, header, body start, body end, problem) of the records in data[at:].
+
+    whole: nothing follows data; else the last tuple has header None and where the rest starts
+    """
+    size = len(data)
+    while at < size:
+        if data[at:at + 1] in (b"\r", b"\n"):
+            at += 1
+            continue
+        fields, body, length = record_head(data, at)
+        if not length and body == size and not whole and size - at < MAX_HEAD:
+            yield at, None, 0, 0, None
+            return
+        if length is None:
+            yield at, fields, 0, 0, "no content length" if fields else "no record header"
+            after = data.find(b"\nWARC/", at + 1)
+            at = after + 1 if after >= 0 else size
+            continue
+        stop = body + length
+        if stop > size and not whole:
+            yield at, None, 0, stop - at, None
+            return
+        yield at, fields, body, stop, "truncated record" if stop > size else None
+        after = data.find(b"\nWARC/", body) if stop > size else -1
+        at = after + 1 if after >= 0 else stop
+
+
+def record_head(data, at):
+    """Returns (header, where the body starts, its length) of the record at `at`: (b"", end of the
+    data, None) where no header is whole."""
+    if WARC_HEAD.match(data, at):
+        for gap in (b"\r\n\r\n", b"\n\n"):
+            if (end := data.find(gap, at, at + MAX_HEAD)) >= 0:
+                length = CONTENT_LENGTH.search(data, at, end)
+                return data[at:end], end + len(gap), int(length[1]) if length else None
+    return b"", len(data), None
+
+
+def raw_records(data, place=(0, 0)):
+    """Yields (place, header, body bytes, problem) of every record of a WARC file's bytes.
+
+    data: bytes or mmap, plain or gzip, with one record a member (as archives are written) or all
+    in one; place: where to go on, as read_records gives it
+    """
+    offset, skip = place
+    if data[:3] != GZIP_MAGIC:
+        for start, fields, body, stop, problem in split_records(data, offset):
+            large = stop - body > MAX_RECORD
+            yield ((min(stop, len(data)) if stop else start + 1, 0), fields,
+                   b"" if large or problem else data[body:stop],
+                   problem or ("record too large" if large else None))
+        return
+    while offset < len(data):
+        start, number, held, inflater, discard = offset, 0, b"", None, 0
+        while True:
+            held, offset, inflater, problem = inflate_member(data, offset, held, inflater)
+            if discard:  # inside a record that is too large to hold
+                discard, held = max(0, discard - len(held)), held[discard:]
+            rest = len(held)
+            for at, fields, body, stop, wrong in split_records(held, 0, whole=inflater is None):
+                if fields is None:
+                    rest = at
+                    if stop > MAX_RECORD:
+                        number += 1
+                        yield (start, number), b"", b"", "record too large"
+                        discard, rest = stop - (len(held) - at), len(held)
+                    break
+                number += 1
+                if number > skip:
+                    wrong = (problem or wrong) if wrong else None
+                    yield (start, number), fields, held[body:stop], wrong
+                    problem = None if wrong else problem
+            if inflater is None:
+                break
+            held = held[rest:]
+        if problem:
+            if number + 1 > skip:
+                yield (start, number + 1), b"", b"", problem
+            offset = next_member(data, start + 1)
+        skip = 0
+
+
+def undo_chunks(body):
+    """Returns the body of a chunked HTTP message, or None if it is not one."""
+    parts, at = [], 0
+    while True:
+        end = body.find(b"\r\n", at, at + 100)
+        size = body[at:end].split(b";")[0].strip()
+        if end < 0 or not re.fullmatch(rb"[0-9a-fA-F]{1,8}", size):
+            return b"".join(parts) if parts else None  # cut by the crawler after some chunks
+        size = int(size, 16)
+        if size == 0:
+            return b"".join(parts)
+        parts.append(body[end + 2:end + 2 + size])
+        at = end + 2 + size + 2
+
+
+def undo_encoding(body, encoding):
+    """Returns (bytes, problem) of a body whose Content-Encoding is undone, up to MAX_BODY."""
+    encoding = encoding.lower().strip()
+    if encoding in ("", "identity", "none", "utf-8") or encoding.startswith("text/"):
+        return body, None
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        return b"", f"content encoding {encoding[:20]}"
+    if encoding != "deflate" and body[:2] != GZIP_MAGIC[:2]:
+        return body, None  # some crawlers decode the body and keep the header
+    for bits in ((15, -15) if encoding == "deflate" else (31,)):
+        inflater, parts, size = zlib.decompressobj(bits), [], 0
+        try:
+            for at in range(0, len(body), INFLATE_BYTES):  # what comes before an error is kept
+                parts.append(inflater.decompress(body[at:at + INFLATE_BYTES], MAX_BODY - size))
+                size += len(parts[-1])
+                if inflater.eof or size >= MAX_BODY:
+                    break
+        except zlib.error:
+            pass
+        if size:
+            return b"".join(parts), None
+    return (body, None) if encoding == "deflate" else (b"", "broken content encoding")
+
+
+def read_http(record):
+    """Takes the HTTP header off a record's data: its status, type and encodings."""
+    head, gap, body = record.data.partition(b"\r\n\r\n")
+    if not gap:
+        head, _, body = record.data.partition(b"\n\n")
+    if not head.startswith(b"HTTP/"):
+        record.problem = "no HTTP header"
+        return
+    status = head[:20].split(b" ", 2)[1:2]
+    fields = {name.lower(): value.decode("latin-1").strip()
+              for name, value in HTTP_FIELD.findall(head)}
+    record.content_type = fields.get(b"content-type", "")
+    if "chunked" in fields.get(b"transfer-encoding", "").lower():
+        body = undo_chunks(body) or body
+    record.data = body
+    if not status or status[0][:1] != b"2":
+        record.problem = "HTTP status not 2xx"
+        return
+    record.data, record.problem = undo_encoding(body, fields.get(b"content-encoding", ""))
+
+
+def is_text(record):
+    """Returns whether a record is a page or plain text, by its type or else its first bytes."""
+    kind = record.content_type.split(";")[0].strip().lower()
+    if kind in ("text/html", "application/xhtml+xml", "text/plain"):
+        return not record.data[:8].startswith((b"%PDF", b"\x89PNG", b"GIF8", b"\xff\xd8", b"PK"))
+    start = record.data[:1024].lstrip().lower()
+    return kind in ("", "unk", "application/octet-stream") and (
+        start.startswith((b"<!doctype html", b"<html")) or b"<body" in start or b"<head" in start)
+
+
+def read_records(path, place=(0, 0), others=None):
+    """Yields the documents of a WARC or WET file as Records, in order; broken ones with a problem.
+
+    place: of the last record that was read, to go on after it; others: a Counter of the kinds of
+    the records that are no documents.  source: [1]
+    raises: ValueError if the file is no WARC
+    """
+    with open(path, "rb") as file:
+        if not os.path.getsize(path):
+            raise ValueError(f"an input must hold WARC records, got an empty file, {path}; leave "
+                             "it out, or fetch it again")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            check_warc(path, data)
+            for where, fields, body, problem in raw_records(data, tuple(place)):
+                found = {name.lower(): value for name, value in WARC_FIELD.findall(fields)}
+                kind = found.get(b"warc-type", b"")
+                if kind not in DOCUMENT_KINDS and not problem:
+                    if others is not None:
+                        others[kind.decode("latin-1") or "no type"] += 1
+                    continue
+                yield make_record(where, kind, found, body, problem)
+
+
+def check_warc(path, data):
+    """Raises ValueError unless the bytes are a WARC file's, plain or gzip."""
+    start = bytes(data[:8])
+    if start[:3] == GZIP_MAGIC:
+        try:
+            start = zlib.decompressobj(31).decompress(data[:4096], 8)
+        except zlib.error:
+            start = b"WARC/" if next_member(data, 1) < len(data) else b"\x1f\x8b\x08"
+    if not start.startswith(b"WARC/"):
+        raise ValueError(f"an input must be a WARC or WET file, got {path}, which starts with "
+                         f"{start!r}; give the files that Common Crawl calls warc or wet, or "
+                         "leave this one out")
+
+
+def make_record(place, kind, fields, body, problem):
+    """Returns the Record of one document, its HTTP header and encodings undone."""
+    url = fields.get(b"warc-target-uri", b"").decode("utf-8", "replace").strip("<> \r")
+    record = Record(place, kind.decode("latin-1"), url, "", body, problem)
+    if problem:
+        record.data = b""
+        return record
+    kind_of_content = fields.get(b"content-type", b"").decode("latin-1")
+    if kind == b"response" and kind_of_content.replace(" ", "").startswith("application/http"):
+        read_http(record)
+    else:
+        record.content_type = kind_of_content
+    if kind != b"conversion" and not record.problem and not is_text(record):
+        record.problem = "content type"
+    if not record.problem and not record.data.strip():
+        record.problem = "empty"
+    return record
+
+
+# ---------------------------------------------------------------- stage 2: bytes to text
+
+# The WHATWG Encoding Standard [5] reads these labels as what includes them, or what they come to.
+ENCODING_NAMES = {
+    "iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "iso8859-11": "cp874",
+    "tis-620": "cp874", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932",
+    "euc_kr": "cp949", "big5": "big5hkscs", "utf-16": "utf-16-le",
+}
+TEXT_ENCODINGS = """utf-8 utf-16 utf-16-le utf-16-be cp1250 cp1251 cp1252 cp1253 cp1254 cp1255
+cp1256 cp1257 cp1258 cp866 cp874 cp932 cp949 gb18030 big5hkscs euc_jp iso2022_jp iso8859-2 iso8859-3
+iso8859-4 iso8859-5 iso8859-6 iso8859-7 iso8859-8 iso8859-10 iso8859-13 iso8859-14 iso8859-15
+iso8859-16 koi8-r koi8-u mac-roman mac_roman mac-cyrillic"""
+BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
+META_CHARSET = re.compile(rb"<meta[^>]{0,500}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
+XML_CHARSET = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]+)", re.I)
+HEADER_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
+META_BYTES = 4096  # where a meta tag is looked for; browsers look at 1,024
+NEARLY = 1e-3  # share of the bytes that may be wrong in what is still taken for UTF-8
+# Letters of each code page's language in order of use: a wrong code page gives other characters.
+DETECTED = {
+    "cp1251": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфё", "koi8-r": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфё",
+    "cp1250": "áéíóúěščřžýůąęłńśźżőűöüă", "cp1253": "αοιετσνηυρπκμλωςγδθάέήίόύώ",
+    "cp1255": "יוהלאתרבמשנכדעחקפגטזסצםןךףץ", "cp1256": "اليمونرتبةعدسفهكقحجشطصخأإ",
+    "cp1254": "ıışğüöçİŞĞÜÖÇ", "cp874": "านรอกเงมยลวดทสตะปบคหแจพชขใไโผ",
+    "cp1252": "éàèäöüçñáíóúêâîôûåøæßëï’“”–",
+}
+
+
+def python_encoding(label):
+    """Returns Python's name for a charset label of the web, or None if it is not a text's."""
+    label = label.strip().strip("\"'").lower().removeprefix("x-").removesuffix("-i")
+    try:
+        name = codecs.lookup("utf-8" if label.endswith("utf-8") else label).name
+    except (LookupError, ValueError):
+        return None
+    name = ENCODING_NAMES.get(name, name)
+    return name if name in TEXT_ENCODINGS.split() else None
+
+
+def decode_leniently(data, encoding):
+    """Returns the text, or None if more than NEARLY of the bytes are wrong in this encoding."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        text = data.decode(encoding, "replace")
+    limit = max(1, NEARLY * len(data)) if not encoding.startswith("cp12") else len(data)
+    return text if text.count("\ufffd") <= limit else None
+
+
+def detect_encoding(data):
+    """Returns the likely encoding of bytes that declare none and are no UTF-8."""
+    sample = data[:1 << 16]
+    if sample.count(0) > len(sample) // 8:
+        return "utf-16-le" if sample[1::2].count(0) > sample[::2].count(0) else "utf-16-be"
+    high = sum(map(len, re.findall(rb"[\x80-\xff]+", sample)))
+    if b"\x1b$" in sample:
+        return "iso2022_jp"
+    best, best_score = "cp1252", 0.25
+    for encoding in ("euc_jp", "cp932", "gb18030", "cp949", "big5hkscs"):
+        text = sample.decode(encoding, "replace")
+        wide = [c for c in text if c >= "\x80"]
+        if not wide or wide.count("\ufffd") > 0.01 * len(wide) + 1:
+            continue
+        common = len(EAST_ASIAN[encoding].findall(text))
+        score = common / len(wide) * (2 * len(wide) / max(high, 1) > 0.9)
+        if score > best_score:
+            best, best_score = encoding, score
+    # Letters beyond ASCII stand alone in Latin words, and side by side in those of other scripts.
+    beside = sum(map(len, re.findall(rb"[\x80-\xff]{2,}", sample)))
+    latin = beside < 0.5 * high
+    for encoding, letters in DETECTED.items():
+        if latin != (encoding in ("cp1250", "cp1252", "cp1254")):
+            continue
+        text = sample.decode(encoding, "replace")
+        wide = [c for c in text if c >= "\x80" and c not in "\xa0\u2013\u2019\u201c\u201d"]
+        head = set(letters[:12] if len(letters) > 20 else letters)
+        score = sum((c in head) + 0.5 * (c in letters) for c in wide) / max(len(wide), 1) / 1.5
+        if score > best_score + 0.02:
+            best, best_score = encoding, score
+    return best
+
+
+# Characters that are common in the script that an encoding is for, and rare in what it misreads.
+EAST_ASIAN = {
+    "euc_jp": re.compile("[ぁ-んァ-ヶー、。]"), "cp932": re.compile("[ぁ-んァ-ヶー、。]"),
+    "gb18030": re.compile("[的一是不了在人有我他这中大来上国个到说们为子和你地出道也时，。、]"),
+    "cp949": re.compile("[이다의는에을가를한고지로하사은도기으서어자대시인리해있스아나그정수보일부"
+                        "라것상전제구장만과주니들마면여와게습기유성원했]"),
+    "big5hkscs": re.compile("[的一是不了在人有我他這中大來上國個到說們為子和你地出道也時，。、]"),
+}
+
+
+def decode_html(data, content_type=None):
+    """Returns (text, encoding) of a page's bytes.
+
+    In this order: byte order mark, charset of the HTTP header, of a meta tag, strict UTF-8,
+    UTF-8 with at most NEARLY of the bytes wrong, a detector. A declared encoding that the bytes
+    contradict is passed over.  source: [5] section 8, WHATWG HTML section 13.2.3
+    content_type: the value of the HTTP header, such as "text/html; charset=koi8-r"
+    """
+    for mark, encoding in BOMS:
+        if data.startswith(mark):
+            return data[len(mark):].decode(encoding, "replace"), encoding
+    declared = []
+    if content_type and (found := HEADER_CHARSET.search(content_type)):
+        declared.append(found[1])
+    head = data[:META_BYTES]
+    declared += [found[1].decode("ascii", "replace") for found in
+                 (META_CHARSET.search(head), XML_CHARSET.match(head)) if found]
+    for label in declared:
+        encoding = python_encoding(label)
+        if encoding and encoding.startswith("utf-16") and data[:64].count(0) < 8:
+            encoding = "utf-8"  # a meta tag that can be read as ASCII cannot be right about it
+        if encoding and (text := decode_leniently(data, encoding)) is not None:
+            return text, encoding
+    if (text := decode_leniently(data, "utf-8")) is not None:
+        return text, "utf-8"
+    encoding = detect_encoding(data)
+    return data.decode(encoding, "replace"), encoding
+
+
+# ---------------------------------------------------------------- stage 2: HTML to blocks
+
+MAX_HTML_CHARS = 4 << 20  # of a page; Common Crawl itself cuts pages at 1 MiB, since 2025 5 MiB
+MAX_DEPTH = 256  # of open elements; deeper ones lie flat in it
+MAX_TAGS = 200_000  # of a page that are read
+PAGE_SECONDS = 1.2  # after which a page is cut where it has been read to
+UNSEEN = re.compile(r"<!--(?:>|->|.*?(?:-->|\Z))|<(?:script\b.*?(?:</script\s*>|\Z)|style\b.*?"
+                    r"(?:</style\s*>|\Z)|[!?][^<>]*>)", re.I | re.S)
+HELD = {name: re.compile(rf"<{name}\b[^<>]*+>.*?</{name}\s*>", re.I | re.S)
+        for name in ("svg", "noscript", "template", "iframe", "select", "textarea", "head")}
+# No quantifier here can be left by two ways, and none runs on past a `<`, but for a kilobyte in
+# quotes: the time stays linear in the size of the page, whatever is in it.
+TAG = re.compile(r"""<(/?[a-zA-Z][^\s<>/]*+)((?:[^<>"']++|"[^"<>]*+"|'[^'<>]*+'|"[^"]{0,1000}+\""""
+                 r"""|'[^']{0,1000}+'|["']){0,400}+)>""")
+ATTRIBUTE = re.compile(r"""(class|id|role|itemprop|style|hidden|aria-hidden)(?:\s*=\s*("[^"]*+"|"""
+                       r"""'[^']*+'|[^\s"'>]++))?""", re.I)
+ALT = re.compile(r"""\balt\s*=\s*("[^"]*"|'[^']*')""", re.I)
+WORD_PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+
+INLINE, BLOCK, PARAGRAPH, SKIP, LINK, BREAK, LIST, ITEM, CELL, ROW, IMAGE, PRE, RULE = range(13)
+KIND_NAMES = {
+    BLOCK: "div section article main aside nav header footer body html form fieldset blockquote "
+           "center dl dt dd figure figcaption address details summary table thead tbody tfoot "
+           "caption dir menu hgroup label legend dialog",
+    PARAGRAPH: "p h1 h2 h3 h4 h5 h6", LINK: "a", BREAK: "br", LIST: "ul ol", ITEM: "li",
+    CELL: "td th", ROW: "tr", IMAGE: "img", PRE: "pre", RULE: "hr",
+    SKIP: "script style select option textarea button datalist object embed canvas video audio map "
+          "applet noframes iframe svg noscript template head title math",
+}
+KINDS = {name: kind for kind, names in KIND_NAMES.items() for name in names.split()}
+CLOSED_BY = {"li": ("li", ("ul", "ol", "menu")), "td": ("td", ("table",)), "th": ("th", ("table",)),
+             "tr": ("tr", ("table",)), "dt": ("dd", ("dl",)), "dd": ("dt", ("dl",)),
+             "p": ("p", ())}
+
+# What the words of class, id and role say about an element; names of groups are features below.
+GROUP_WORDS = {
+    "nav": "nav navbar navigation menu menus breadcrumb breadcrumbs toc topbar toolbar tabs tab "
+           "pagination pager paging skip subnav submenu megamenu dropdown sitemap",
+    "footer": "footer foot bottom copyright colophon legal",
+    "side": "sidebar aside side rail widget widgets secondary complementary",
+    "comment": "comment comments disqus respond reply replies discussion commentlist",
+    "share": "share sharing social facebook twitter addthis follow likes pinterest sharedaddy "
+             "sns bookmark whatsapp",
+    "related": "related recommended recommend recommendations similar more also popular trending "
+               "latest recent teaser teasers carousel slider promo promoted readmore upsell next "
+               "prev previous",
+    "ads": "ad ads advert advertisement sponsor sponsored outbrain taboola dfp adsense",
+    "cookie": "cookie cookies consent gdpr onetrust popup modal overlay lightbox dialog newsletter "
+              "subscribe subscription signup optin paywall notification alert toast",
+    "hidden": "hidden hide sr screenreader visually tooltip placeholder offscreen noprint",
+    "content": "content article post entry body story main text description prose markdown copy "
+               "rich wysiwyg articlebody rte",
+    "item": "item card grid list listing product products result results tile row col",
+}
+GROUPS = {name: 1 << bit for bit, name in enumerate(GROUP_WORDS)}
+WORD_GROUPS = {word: GROUPS[name] for name, words in GROUP_WORDS.items() for word in words.split()}
+BIT_TAGS = ("nav", "footer", "header", "aside", "form", "main", "article", "figure")
+TAG_BITS = {name: 1 << (len(GROUPS) + bit) for bit, name in enumerate(BIT_TAGS)}
+UNSEEN_BIT = 1 << (len(GROUPS) + len(TAG_BITS))
+
+
+@lru_cache(maxsize=1 << 15)
+def attribute_groups(attributes):
+    """Returns the bits of GROUPS that an element's class, id, role and style speak of."""
+    bits = 0
+    for name, value in ATTRIBUTE.findall(attributes[:2000]):
+        name, value = name.lower(), value.strip("\"'")
+        if name == "style":
+            squeezed = value.replace(" ", "").lower()
+            if "display:none" in squeezed or "visibility:hidden" in squeezed:
+                bits |= GROUPS["hidden"] | UNSEEN_BIT
+        elif name == "hidden" and not value:
+            bits |= GROUPS["hidden"] | UNSEEN_BIT
+        elif name == "aria-hidden":
+            bits |= GROUPS["hidden"] * (value.lower() == "true")
+        else:
+            for word in WORD_PARTS.findall(value[:400]):
+                bits |= WORD_GROUPS.get(word.lower(), 0)
+    return bits
+
+
+def strip_unseen(html):
+    """Returns the page without comments, scripts, styles and other parts that no reader sees."""
+    html = UNSEEN.sub(" ", html[:MAX_HTML_CHARS])
+    for name, pattern in HELD.items():
+        end = max(html.rfind(f"</{name}"), html.rfind(f"</{name.upper()}"))
+        if end >= 0:  # up to the last end tag each start tag has one: no search runs to the end
+            end = html.find(">", end) + 1 or len(html)
+            html = pattern.sub(" ", html[:end]) + html[end:]
+    return html
+
+
+class Page:
+    """The blocks of a page's text, in order, and the elements that they lie in.
+
+    texts, separators (before each: newlines or tabs), prefixes (indent and bullet), links
+    (characters that are in links), nodes (the element of each block): lists of equal length.
+    parents, names, own, inherited (bits of GROUPS, TAG_BITS): one entry an element, root first.
+    """
+
+    def __init__(self):
+        self.texts, self.separators, self.prefixes, self.links, self.nodes = [], [], [], [], []
+        self.parents, self.names, self.own, self.inherited = [0], ["html"], [0], [0]
+        self.stack, self.node, self.too_deep = [("html", 0)], 0, 0  # open elements
+        self.parts, self.link_chars, self.link_depth = [], 0, 0  # of the block that is growing
+        self.newlines, self.preformatted, self.lists = 0, 0, []
+        self.bullet, self.cell, self.row_has_text = "", False, False
+
+    def end_line(self, newlines):
+        """Ends the block that is growing, if it has text; the next is so many lines below."""
+        if self.parts:
+            text = "".join(self.parts)
+            self.parts.clear()
+            if "&" in text:
+                text = html_unescape(text)
+            text = text.strip("\r\n") if self.preformatted else " ".join(text.split())
+            if text and not text.isspace():
+                indent = "  " * (min(len(self.lists), 8) + (not self.bullet and bool(self.lists)))
+                self.texts.append(text)
+                self.separators.append(
+                    "\t\t" if self.cell else "\n\n" if self.newlines > 1 else "\n")
+                self.prefixes.append("" if self.cell and not self.bullet else indent + self.bullet)
+                self.links.append(self.link_chars)
+                self.nodes.append(self.node)
+                self.newlines, self.bullet, self.cell = 0, "", False
+            self.link_chars = 0
+        self.newlines = max(self.newlines, newlines)
+
+    def leave(self, index):
+        """Closes the open elements from stack[index] on."""
+        for name, _ in self.stack[index:]:
+            if name in ("ul", "ol") and self.lists:
+                self.lists.pop()
+            elif name == "pre":
+                self.preformatted -= 1
+        del self.stack[index:]
+        self.node = self.stack[-1][1]
+        self.link_depth = 0 if self.link_depth > index else self.link_depth
+
+    def close(self, name, kind):
+        """Closes an element by its end tag, and those in it that have none."""
+        if self.too_deep:
+            self.too_deep -= 1
+        else:
+            for index in range(len(self.stack) - 1, 0, -1):
+                if self.stack[index][0] == name:
+                    self.leave(index)
+                if self.stack[index:index + 1] == [] or name == "p":
+                    break
+        if kind in (ROW, BLOCK):
+            self.row_has_text = self.cell = False
+
+    def close_before(self, name):
+        """Closes what a start tag closes: the item before it, a paragraph that cannot hold it."""
+        if name not in CLOSED_BY:
+            if self.stack[-1][0] == "p":
+                self.leave(len(self.stack) - 1)
+            return
+        wanted, fences = CLOSED_BY[name]
+        for index in range(len(self.stack) - 1, max(0, len(self.stack) - 8), -1):
+            if self.stack[index][0] in (wanted, name):
+                self.leave(index)
+                break
+            if name == "p" or self.stack[index][0] in fences:
+                break
+
+    def open(self, name, attributes, kind):
+        self.close_before(name)
+        if len(self.stack) >= MAX_DEPTH:
+            self.too_deep += 1
+            return
+        own = attribute_groups(attributes) if attributes else 0
+        self.own.append(own)
+        self.inherited.append(self.inherited[self.node] | own | TAG_BITS.get(name, 0))
+        self.parents.append(self.node)
+        self.names.append(name)
+        self.node = len(self.names) - 1
+        self.stack.append((name, self.node))
+        if kind == LIST:
+            self.lists.append(0 if name == "ol" else None)
+        elif kind == ITEM and self.lists and self.lists[-1] is not None:
+            self.lists[-1] += 1
+            self.bullet = f"{self.lists[-1]}. "
+        elif kind == ITEM:
+            self.bullet = "• "
+        elif kind == CELL:
+            self.cell, self.row_has_text = self.row_has_text, True
+        elif kind == ROW:
+            self.row_has_text = self.cell = False
+        elif kind == PRE:
+            self.preformatted += 1
+
+
+def parse_html(html, alt_texts=True):
+    """Returns the Page of an HTML text; cuts what is beyond the limits above.
+
+    Not a browser's tree: elements that only style text are no elements here, and of the rules
+    for missing end tags those are kept that change which text is whose.
+    alt_texts: take images' alternative texts for text
+    """
+    page, deadline = Page(), time.perf_counter() + PAGE_SECONDS
+    pieces = TAG.split(strip_unseen(html), MAX_TAGS)
+    if len(pieces) == 3 * MAX_TAGS + 1:
+        pieces[-1] = ""  # it holds the rest, tags and all
+    parts, skipped = page.parts, ""
+    for count, (text, name, attributes) in enumerate(zip(
+            pieces[0::3], [*pieces[1::3], "br"], [*pieces[2::3], ""], strict=True)):
+        closing = name[0] == "/"
+        if closing:
+            name = name[1:]
+        kind = KINDS.get(name)
+        if kind is None:
+            name = name.lower()
+            kind = KINDS.get(name, BLOCK if "-" in name else INLINE)
+        if skipped:
+            if not closing or name != skipped and kind not in (BLOCK, PARAGRAPH):
+                continue
+            text, skipped = "", ""  # at its end tag, or at one that shows it was never closed
+        if text and (parts or page.preformatted or not text.isspace()):
+            parts.append(text)
+            if page.link_depth:
+                page.link_chars += len(text)
+        if kind == INLINE:
+            continue
+        if kind == LINK:
+            page.link_depth = 0 if closing else len(page.stack)
+        elif kind == IMAGE:
+            if alt_texts and (found := ALT.search(attributes)):
+                parts.append(f" {found[1][1:-1]} ")
+        elif kind == SKIP:
+            if not closing and attributes[-1:] != "/" and name not in ("embed", "option"):
+                skipped = name
+        elif kind == BREAK and page.preformatted:
+            parts.append("\n")
+        elif kind == BREAK:
+            page.end_line(1 if parts else page.newlines + 1)
+        else:
+            page.end_line(2 if kind == PARAGRAPH else 1)
+            if closing:
+                page.close(name, kind)
+            elif kind != RULE and not (attributes[-1:] == "/" and "-" in name):
+                page.open(name, attributes, kind)
+        if not count & 4095 and time.perf_counter() > deadline:
+            break
+    page.end_line(0)
+    return page
+
+
+def read_page(html, alt_texts=True):
+    """Returns the Page of an HTML text, with its <noscript> where a script would have made it."""
+    page = parse_html(html, alt_texts)
+    if (size := sum(map(len, page.texts))) < 500 and "<noscript" in html:
+        whole = parse_html(re.sub(r"<(/?)noscript\b", r"<\1div", html), alt_texts)
+        if sum(map(len, whole.texts)) > 2 * size:
+            return whole
+    return page
+
+
+def layout(page, keep=None):
+    """Returns the text of a page's blocks (those that `keep` marks) with its line breaks."""
+    out, separator = [], ""
+    for index, text in enumerate(page.texts):
+        if keep is not None and not keep[index]:
+            separator = max(separator, page.separators[index].replace("\t", "\n")[:2], key=len)
+            continue
+        if out:
+            gap = page.separators[index]
+            out.append("\n\n" if separator == "\n\n" and gap != "\t\t" else gap)
+        separator = ""
+        out.append(page.prefixes[index] + text)
+    return "".join(out).strip("\n")
+
+
+# ---------------------------------------------------------------- stage 2: main content
+
+MAX_BLOCKS = 20_000  # of a page that are judged; what follows is dropped in mode "main"
+WORD = re.compile(r"\w+")
+ARTICLE_BODY = re.compile(r'"articleBody"\s*:\s*"((?:[^"\\]|\\.){0,400000}+)"')
+NOT_CONTENT = ("<nav>", "<footer>", "side", "comment", "share", "related", "ads", "cookie")
+ALL_BITS = GROUPS | {f"<{name}>": bit for name, bit in TAG_BITS.items()}
+IN_ELEMENTS = ("<nav>", "<footer>", "<header>", "<form>", "<figure>", "cookie", "hidden", "side",
+               "comment")
+HEADINGS, CELLS = ("h1", "h2", "h3", "h4"), ("td", "th")
+LABELS = ("label", "legend", "summary", "figcaption", "caption")
+# A line that starts so heads what follows an article: other articles, comments, subscriptions.
+AFTER_ARTICLE = re.compile(
+    r"you (?:may|might|could) (?:also )?(?:like|enjoy|be interested)|related|recommended|popular|"
+    r"more (?:from|in|on|stories|articles|news|posts|great)\b|most (?:read|popular|viewed)|"
+    r"trending|(?:recent|latest) (?:posts|articles|comments|news|stories|from)|"
+    r"leave a (?:reply|comment)|"
+    r"(?:post|add) a comment|join the (?:discussion|conversation)|\d* ?comments?\W*$|tags?:|"
+    r"\d+ (?:comments|responses|replies|thoughts)|about the author|subscribe|sign up|"
+    r"(?:our )?newsletter|filed under|posted in|categories|testimonials?|follow (?:us|me)|"
+    r"read (?:next|more)|up next|(?:next|previous) (?:post|article|up)|what[’']s next|"
+    r"(?:other|similar) (?:articles|posts|stories)|don[’']t miss|editor[’']?s? (?:picks|choice)|"
+    r"keep reading|explore more|join (?:our|us)|stay (?:in touch|connected|informed|up)", re.I)
+# What a short block with such words is for is seldom to tell something.
+NO_PROSE = re.compile(
+    r"©|\(c\) \d{4}|all rights reserved|privacy policy|terms of (?:use|service)|cookies?\b|captcha|"
+    r"your email address will not|required fields|javascript|sign ?(?:up|in)|log ?in\b|subscri|"
+    r"newsletter|unsubscribe|follow us|affiliate|commission|click here|share this|e-?mail address|"
+    r"add to cart|(?:view|see|learn|load|show|read) (?:all|more)|advertis|sponsor", re.I)
+
+
+def article_body(html):
+    """Returns the articleBody that a page's JSON-LD gives, or ""."""
+    found = ARTICLE_BODY.search(html) if "articleBody" in html else None
+    if not found:
+        return ""
+    try:
+        text = json.loads(f'"{found[1]}"', strict=False)
+    except ValueError:
+        return ""
+    if "<" in text:
+        text = layout(parse_html(html_unescape(text) if "&lt;" in text else text))
+    return html_unescape(text)
+
+
+def best_element(page, words):
+    """Returns the lowest element that still holds most of the clean text: a bool per element,
+    true for it and those below.  words: (blocks,) float, of clean text"""
+    total = np.bincount(page.nodes[:len(words)], words, len(page.parents)).tolist()
+    heaviest_below = {}
+    for n in range(len(total) - 1, 0, -1):  # children come after their parents
+        total[page.parents[n]] += total[n]
+        if total[n] >= total[heaviest_below.get(page.parents[n], n)]:
+            heaviest_below[page.parents[n]] = n
+    best = 0
+    while (below := heaviest_below.get(best)) and total[below] >= 0.7 * total[best] > 0 \
+            and page.names[below] not in ("p", "pre", "blockquote"):
+        best = below
+    inside = np.arange(len(total)) == best
+    for n in range(best + 1, len(total)):
+        inside[n] = inside[page.parents[n]]
+    return inside
+
+
+def block_features(page):
+    """Returns {name: (blocks,) array}: what tells a page's main content from the rest of it."""
+    B = min(len(page.texts), MAX_BLOCKS)
+    texts, nodes, index = page.texts[:B], np.array(page.nodes[:B]), np.arange(B)
+    words = np.array([text.count(" ") + 1 for text in texts], float)
+    link = np.minimum(np.array(page.links[:B]) / np.array([len(text) for text in texts]), 1.0)
+    ends = np.array([text[-1] in ".!?:\"”…»。" for text in texts])
+    tags = [page.names[n] for n in page.nodes[:B]]
+    bits = np.array(page.inherited)[nodes]
+    inside = {name: (bits & bit) > 0 for name, bit in ALL_BITS.items()}
+    good = words * (link < 0.3) * (words > 8) * (0.3 + 0.7 * ends)  # prose, more or less
+    mostly = {name: good @ inside[name] > 0.5 * max(good.sum(), 1)
+              for name in ("hidden", "comment", "related", "side")}
+    unseen = (bits & UNSEEN_BIT) > 0
+    bad = np.logical_or.reduce([unseen, *(inside[name] for name in NOT_CONTENT)])
+    for name in ("comment", "related", "side"):  # where nearly all text is, there is the content
+        bad &= ~(inside[name] & mostly[name])
+    prose = (words > 12) & (link < 0.3) & np.array([text[-1] in ".!?" for text in texts])
+    # what heads other articles or comments does so after most of the text, or under a title and
+    # some paragraphs; the text that counts is above it
+    h1, clean = tags.index("h1") if "h1" in tags else 0, good * ~bad
+    told = np.cumsum(clean * prose)
+    late = np.cumsum(clean) > 0.4 * clean.sum()
+    if h1:
+        late |= (told - told[h1] > 40) & (index > h1)
+    heads = next((i for i in np.flatnonzero((words < 10) & late) if AFTER_ARTICLE.match(texts[i])),
+                 B)
+    clean *= index <= heads
+    in_best = best_element(page, clean)[nodes]
+    best_end = np.flatnonzero(in_best)[-1] if in_best.any() else B
+    looks = [(page.names[n], page.own[n], page.names[page.parents[n]], page.own[page.parents[n]])
+             for n in page.nodes[:B]]
+    looks_alike = Counter(looks)
+    alike = np.log(np.array([looks_alike[look] for look in looks]))
+    return {f"in {name}": inside[name] for name in IN_ELEMENTS} | {
+        "bias": np.ones(B), "words<3": words < 3, "ends": ends,
+        "prose": prose,
+        "p": [tag == "p" for tag in tags], "h3": [tag == "h3" for tag in tags],
+        "heading": [tag in HEADINGS for tag in tags], "cell": [tag in CELLS for tag in tags],
+        "label": [tag in LABELS for tag in tags], "unseen": unseen,
+        "mostly hidden": inside["hidden"] & mostly["hidden"],
+        "in best": in_best, "in best,bad": in_best & bad, "after best": index > best_end,
+        "in best,link": in_best & (link > 0.9) & (words > 4),
+        "link before": np.append(False, link[:-1] > 0.5),
+        "good after": np.log1p(np.append(good[1:], 0)), "before h1": index < h1,
+        "place>.75": np.cumsum(words) > 0.75 * words.sum(), "alike": alike,
+        "alike,short": alike * (words < 6), "rich": np.full(B, np.log1p(clean.sum()) / 7),
+        "after heads": index > heads, "after heads,link": (index > heads) & (link > 0.9),
+        "no prose": [len(text) < 400 and bool(NO_PROSE.search(text)) for text in texts],
+    }
+
+
+# Log odds of a block to be main content, fitted to the development pages of [7] with the features
+# that told something in five-fold cross-validation; the last is set by hand.
+WEIGHTS = {
+    "bias": -0.2, "in <nav>": -1.27, "in <footer>": -2.54, "in <header>": -0.91, "in <form>": -1.65,
+    "in <figure>": -1.75, "in cookie": -1.2, "in hidden": -0.69, "in side": -0.01,
+    "in comment": -1.04, "words<3": 0.62, "ends": 0.29, "p": 0.53, "h3": 0.73, "heading": 0.54,
+    "unseen": 0.5, "mostly hidden": 0.37, "in best": 1.66, "in best,bad": -1.42,
+    "after best": -1.04, "link before": -0.65, "good after": 0.24, "before h1": -1.2,
+    "place>.75": -0.78, "alike": 0.44, "alike,short": -0.16, "rich": -0.91, "after heads": -0.52,
+    "no prose": -1.24, "prose": 0.47, "cell": 0.57, "label": -1.22, "in best,link": -1.39,
+    "after heads,link": -9.0,
+}
+THRESHOLD = 0.0  # of the log odds: lower keeps more of the text, and more of what is around it
+
+
+def main_content(page):
+    """Returns a bool array: which blocks of a page are main content, by logistic regression."""
+    if not page.texts:
+        return np.zeros(0, bool)
+    features = block_features(page)
+    odds = np.array([*WEIGHTS.values()]) @ np.array([features[name] for name in WEIGHTS], float)
+    keep = odds > THRESHOLD if odds.max() > THRESHOLD else odds == odds.max()
+    return np.concatenate([keep, np.zeros(len(page.texts) - len(keep), bool)])
+
+
+def extract_text_from_html_bytes(html_bytes, mode="plain", content_type=None):
+    """Returns the text of a page.  source: [2] extract_text
+
+    mode: "plain", all that a reader sees, laid out; "main", without menus, advertisements,
+    banners and comments; content_type: the value of the HTTP header, for its charset
+
+    >>> extract_text_from_html_bytes(b"<h1>Moby</h1><ul><li>a whale</ul>")
+    'Moby\\n\\n  • a whale'
+    """
+    if mode not in ("plain", "main"):
+        raise ValueError(f"mode must be plain or main, got {mode!r}; choose one")
+    html, _ = decode_html(html_bytes, content_type)
+    if mode == "plain":
+        return layout(parse_html(html))
+    page = read_page(html, alt_texts=False)
+    text, body = layout(page, main_content(page)), article_body(html)
+    if len(body) > 400 and len(text) < 0.6 * len(body):  # a page that a script would have filled
+        return body
+    return text
+
+
+# ---------------------------------------------------------------- stage 4: personal data
+
+EMAIL_MASK, PHONE_MASK, IP_MASK = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
+EMAIL = re.compile(r"(?<![\w.+%@/|-])\w[\w.+%&'-]{0,63}@(?!\dx\.)"
+                   r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}"
+                   r"(?![\w@]|[-.]\w*@|:[\w~]+/)")
+FILE_ENDINGS = ("png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "json", "xml", "html")
+DASH = r"[-.\u2010-\u2013\u00a0 ]"
+# US and Canada: three, three and four digits; an area code starts with 2 to 9. A number without
+# any separator and one that follows digits are identifiers more often than telephones.
+PHONE = re.compile(
+    rf"(?<![\w.+#$€£=&-])(?<!\d[,:/])(?<![^\W\d]/)(?<!//)(?:(?:\+1|\b1){DASH}?{DASH}?)?"
+    rf"(?:\([2-9]\d\d\){DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}"
+    rf"|[2-9]\d\d(?P<s>{DASH}|[ ]-[ ])\d{{3}}(?:(?P=s)|-)\d{{4}}|(?P<bare>[2-9]\d\d\d{{7}}))"
+    rf"(?:(?: ?x| ?ext\.? ?| ?extension ?)\d{{1,6}})?"
+    rf"(?![\w@]|[-=]\w|/[^\W\d]|\.\d|[ ,:]\d{{4}}\b|%)", re.I)
+MAYBE_PHONE = re.compile(rf"\d\d\d(?:{DASH}| - )?\d\d\d\d")  # every match of the others has one
+AFTER_DIGIT = re.compile(DASH)
+PLUS_PHONE = re.compile(rf"(?<![\w+])\+1{DASH}?(?:\([2-9]\d\d\)|[2-9]\d\d){DASH}?\d{{3}}{DASH}?"
+                        rf"\d{{4}}(?!\w|[-.]\d)")
+# Before a number: with separators it is a telephone's unless one of IDENTIFIERS says otherwise.
+PHONE_WORDS = """phone telephone tel call cell mobile fax contact text dial reach whatsapp sms ring
+toll desk office helpline hotline"""
+IDENTIFIERS = """isbn isbn-1[03] issn order invoice ticket tracking serial sku part upc asin doi
+barcode patent version build case ref reference transaction confirmation acct account routing"""
+BARE_IDENTIFIERS = IDENTIFIERS + """ id item product model member policy customer number no nr pmid
+timestamp iban card ssn code key hash article document record employee student user passport
+licen[sc]e permit vin lot batch job seed population total zip ein npi tin vat uid pid epoch bytes
+size value sum"""
+VERSIONS = """versions? ver v released? build firmware revision rev sections? § chapter clause
+paragraph rule article figure table appendix item oid driver update upgraded? patch kernel sdk api
+package assembly hotfix installer software app theorem lemma exercise step"""
+
+
+def said_before(words, gap):
+    """Returns the pattern of one of some words just before the end of a text, but for a gap."""
+    return re.compile(rf"(?<![A-Za-z])(?:{'|'.join(words.split())}){gap}$", re.I)
+
+
+AFTER_IDENTIFIER = r"[ \t]*(?:number|no|id|code|#)?\.?[ \t]*(?:is|was|of)?[ \t]*[:#=-]*[ \t]*"
+PHONE_CONTEXT = said_before(PHONE_WORDS, r"\b[^\n]{0,40}")
+IDENTIFIER_CONTEXT = said_before(IDENTIFIERS, AFTER_IDENTIFIER)
+BARE_CONTEXT = said_before(BARE_IDENTIFIERS, AFTER_IDENTIFIER)
+VERSION_CONTEXT = said_before(
+    VERSIONS, r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(]*[ \t]*")
+OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+IP = re.compile(rf"(?<![\w.])(?<![A-Za-z][-/_])(?<!\d[,:/-])(?:{OCTET}\.){{3}}{OCTET}"
+                rf"(?!\w|\.\w|-[A-Za-z]|,\d)")
+MAYBE_IP = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
+
+
+def mask_until_stable(text, mask_once):
+    """Returns (text, count) after mask_once(text) -> (text, count) found nothing more.
+
+    A mask can uncover a match beside it (a number is no telephone while digits precede it).
+    """
+    total = 0
+    while True:
+        text, count = mask_once(text)
+        total += count
+        if not count:
+            return text, total
+
+
+def mask_matches(pattern, text, mask, accept):
+    """Returns (text, count) with the matches that accept(match, end of the last) takes masked."""
+    count, end = 0, -2
+
+    def replace(match):
+        nonlocal count, end
+        if not accept(match, end):
+            return match[0]
+        count, end = count + 1, match.end()
+        return mask
+
+    return pattern.sub(replace, text), count
+
+
+def is_email(match, last):
+    end = match[0].rsplit(".", 1)[1].lower()
+    name = match[0].split("@")[0]
+    return end not in FILE_ENDINGS and ".." not in name and name.lower() not in ("git", "npm")
+
+
+def mask_emails(text):
+    """Returns (text with each address as EMAIL_MASK, how many).  source: [2] mask_pii
+
+    >>> mask_emails("write to a.b@example.com.")
+    ('write to |||EMAIL_ADDRESS|||.', 1)
+    """
+    if "@" not in text:
+        return text, 0
+    return mask_until_stable(text, lambda t: mask_matches(EMAIL, t, EMAIL_MASK, is_email))
+
+
+def is_phone(match, last):
+    """Not after other digits (a card's), nor after a word that speaks of another kind of number."""
+    text, start = match.string, match.start()
+    if start > 1 and text[start - 2].isdigit() and start - 1 != last and AFTER_DIGIT.match(
+            text[start - 1]):
+        return False
+    before, bare = text[max(0, start - 60):start], match["bare"]
+    context = BARE_CONTEXT if bare else IDENTIFIER_CONTEXT
+    if context.search(before) and not PHONE_CONTEXT.search(before):
+        return False
+    return not bare or len(set(bare)) > 2 and bare not in "01234567890123456789"
+
+
+def mask_phone_numbers(text):
+    """Returns (text with each US or Canadian telephone number as PHONE_MASK, how many).
+
+    >>> mask_phone_numbers("call (283)-182-3829")
+    ('call |||PHONE_NUMBER|||', 1)
+    """
+    if not MAYBE_PHONE.search(text):
+        return text, 0
+
+    def once(text):
+        plus = 0
+        if "+1" in text:
+            text, plus = mask_matches(PLUS_PHONE, text, PHONE_MASK, lambda match, last: True)
+        text, count = mask_matches(PHONE, text, PHONE_MASK, is_phone)
+        return text, plus + count
+
+    return mask_until_stable(text, once)
+
+
+def is_ip(match, last):
+    before = match.string[max(0, match.start() - 30):match.start()]
+    return not VERSION_CONTEXT.search(before)
+
+
+def mask_ips(text):
+    """Returns (text with each IPv4 address as IP_MASK, how many).
+
+    >>> mask_ips("from 192.0.2.146, version 1.2.3.4")
+    ('from |||IP_ADDRESS|||, version 1.2.3.4', 1)
+    """
+    if not MAYBE_IP.search(text):
+        return text, 0
+    return mask_until_stable(text, lambda t: mask_matches(IP, t, IP_MASK, is_ip))
+
+
+# ---------------------------------------------------------------- stage 6: rules
+
+LETTER, LETTER_OR_DIGIT = re.compile(r"[^\W\d_]"), re.compile(r"\w")
+ELLIPSES = ("...", "…", ". . .")
+BULLETS = ("•", "-", "*", "●", "‣", "▪", "◦")
+STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
+TERMINAL = (".", "?", "!", '"', "”", "’", "'")
+POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies",
+          "use cookies")
+CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
+SENTENCE_END = re.compile(r"[.?!](?=\s|\"|”|$)")
+
+
+class Document:
+    """A text, and what several rules ask of it, counted once."""
+
+    def __init__(self, text):
+        self.text, self.words = text, text.split()
+        # lines that are not blank, stripped
+        self.lines = [line for line in map(str.strip, text.split("\n")) if line]
+
+    @cached_property
+    def without_letters(self):
+        return [w for w in self.words if not w.isalpha() and not LETTER.search(w)]
+
+    @cached_property
+    def symbols(self):
+        return [w for w in self.without_letters if not LETTER_OR_DIGIT.search(w)]
+
+    @property
+    def num_words(self):
+        """Words that are more than symbols."""
+        return len(self.words) - len(self.symbols)
+
+    def count_lines(self, holds):
+        return sum(map(holds, self.lines))
+
+
+# A rule returns whether a document stays, or the text that stays of it.
+
+def word_count(document, *, low=50, high=100_000):
+    """50 to 100,000 words.  source: [3]"""
+    return low <= document.num_words <= high
+
+
+def mean_word_length(document, *, low=3, high=10):
+    """Words of 3 to 10 characters in the mean.  source: [3]"""
+    chars = sum(map(len, document.words)) - sum(map(len, document.symbols))
+    return low <= chars / max(document.num_words, 1) <= high
+
+
+def ellipsis_lines(document, *, high=0.3):
+    """At most 30 % of the lines end in an ellipsis.  source: [3]"""
+    return document.count_lines(lambda line: line.endswith(ELLIPSES)) <= high * len(document.lines)
+
+
+def words_with_a_letter(document, *, low=0.8):
+    """At least 80 % of the words have a letter.  source: [3]"""
+    words = len(document.words)
+    return words - len(document.without_letters) >= low * words
+
+
+def symbol_to_word_ratio(document, *, high=0.1):
+    """At most one # and one ellipsis in ten words.  source: [3]"""
+    text, most = document.text, high * max(len(document.words), 1)
+    return text.count("#") <= most and text.count("...") + text.count("…") <= most
+
+
+def bullet_lines(document, *, high=0.9):
+    """At most 90 % of the lines start with a bullet.  source: [3]"""
+    return document.count_lines(lambda line: line.startswith(BULLETS)) <= high * len(document.lines)
+
+
+def stop_words(document, *, low=2):
+    """At least 2 occurrences of the be to of and that have with, in any case.  source: [3]"""
+    found = (word for word in document.words if word.lower() in STOP_WORDS)
+    return len(list(islice(found, math.ceil(low)))) >= low
+
+
+def duplicate_share(units):
+    """Returns (share of the units that repeat an earlier one, their share of the characters)."""
+    seen, count, chars = set(), 0, 0
+    for unit in units:
+        if unit in seen:
+            count += 1
+            chars += len(unit)
+        seen.add(unit)
+    return count / max(len(units), 1), chars / max(sum(map(len, units)), 1)
+
+
+def duplicate_lines(document, *, high=0.3, high_chars=0.2):
+    """At most 30 % of the lines, 20 % of their characters, repeat one.  source: [3]"""
+    count, chars = duplicate_share(document.lines)
+    return count <= high and chars <= high_chars
+
+
+def duplicate_paragraphs(document, *, high=0.3, high_chars=0.2):
+    """At most 30 % of the paragraphs, 20 % of their characters, repeat one.  source: [3]"""
+    count, chars = duplicate_share(
+        [p for p in map(str.strip, re.split(r"\n\s*\n", document.text)) if p])
+    return count <= high and chars <= high_chars
+
+
+def top_ngrams(document, *, high=(0.2, 0.18, 0.16)):
+    """The most frequent 2-, 3- and 4-gram hold at most 20, 18, 16 % of the text.  source: [3]"""
+    words, size = document.words, max(len(document.text), 1)
+    for n, limit in enumerate(high, 2):
+        grams = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+        gram, count = max(grams.items(), default=((), 0),
+                          key=lambda item: (item[1], sum(map(len, item[0]))))
+        if count > 1 and count * (sum(map(len, gram)) + n - 1) > limit * size:
+            return False
+    return True
+
+
+def duplicate_ngrams(document, *, high=(0.15, 0.14, 0.13, 0.12, 0.11, 0.1)):
+    """Repeated 5- to 10-grams hold at most 15 to 10 % of the text, each place once.  source: [3]"""
+    words, size = document.words, max(len(document.text), 1)
+    for n, limit in enumerate(high, 5):
+        seen, chars, i = set(), 0, 0
+        while i + n <= len(words):
+            gram = tuple(words[i:i + n])
+            if gram in seen:
+                chars += sum(map(len, gram)) + n - 1
+                i += n
+            else:
+                seen.add(gram)
+                i += 1
+        if chars > limit * size:
+            return False
+    return True
+
+
+def c4_lines(document, *, min_words=5, max_word_chars=1000):
+    """Lines with an end mark and 5 words, without policy or script; others go.  source: [4]
+
+    datatrove and FineWeb have 3 words a line and 5 sentences a page; this is C4's own code.
+    """
+    kept = []
+    for line in map(str.strip, CITATION.sub("", document.text).split("\n")):
+        low = line.lower()
+        if (line.endswith((".", "?", "!", '"', "”")) and not line.endswith("...")
+                and line.count(" ") + 1 >= min_words and "javascript" not in low
+                and not any(policy in low for policy in POLICY)
+                and max(map(len, line.split()), default=0) <= max_word_chars):
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def c4_page(document, *, min_sentences=3):
+    """At least 3 sentences, no "lorem ipsum", no curly bracket.  source: [4]"""
+    text = document.text
+    ends = sum(len(SENTENCE_END.findall(line)) or 1 for line in document.lines)
+    return ends >= min_sentences and "{" not in text and "lorem ipsum" not in text.lower()
+
+
+def fineweb_terminal_lines(document, *, low=0.12):
+    """At least 12 % of the lines end in punctuation.  source: [6]"""
+    return document.count_lines(lambda line: line.endswith(TERMINAL)) >= low * len(document.lines)
+
+
+def fineweb_short_lines(document, *, high=0.67, chars=30):
+    """At most 67 % of the lines have 30 characters or fewer.  source: [6]"""
+    return document.count_lines(lambda line: len(line) <= chars) <= high * len(document.lines)
+
+
+def fineweb_duplicate_lines(document, *, high=0.01):
+    """At most 1 % of the characters are in repeated lines.  source: [6]"""
+    return duplicate_share(document.lines)[1] <= high
+
+
+def fineweb_newlines(document, *, high=0.3):
+    """At most 0.3 line ends a word.  source: [6]"""
+    return document.text.count("\n") <= high * max(len(document.words), 1)
+
+
+GOPHER = (word_count, mean_word_length, ellipsis_lines, words_with_a_letter)
+RULES = {
+    "gopher": GOPHER,
+    "gopher_all": (*GOPHER, symbol_to_word_ratio, bullet_lines, stop_words),
+    "gopher_repetition": (duplicate_lines, duplicate_paragraphs, top_ngrams, duplicate_ngrams),
+    "c4": (c4_lines, c4_page),
+    "fineweb": (fineweb_terminal_lines, fineweb_short_lines, fineweb_duplicate_lines,
+                fineweb_newlines),
+}
+
+
+def choose_rules(names, thresholds=()):
+    """Returns {set: [(rule, its settings)]} of the named sets.
+
+    thresholds: list of "word_count.low=30"; raises: ValueError for a name that is not there
+    """
+    if unknown := [name for name in names if name not in RULES]:
+        raise ValueError(f"--rules must be of {', '.join(RULES)}, got {unknown[0]}; correct it")
+    chosen = {name: [(rule, dict(rule.__kwdefaults__)) for rule in RULES[name]] for name in names}
+    for threshold in thresholds:
+        name, _, value = threshold.partition("=")
+        name, _, key = name.partition(".")
+        in_use = [settings for rules in chosen.values() for rule, settings in rules
+                  if rule.__name__ == name and key in settings]
+        try:
+            values = [float(number) for number in value.split(",")]
+        except ValueError:
+            values = []
+        if not in_use or not values:
+            raise ValueError("--threshold must be like word_count.low=30, of a rule in use, got "
+                             f"{threshold}; the rules are "
+                             + ", ".join(rule.__name__ for name in names for rule in RULES[name]))
+        for settings in in_use:
+            settings[key] = values[0] if len(values) == 1 else tuple(values)
+    return chosen
+
+
+def apply_rules(text, rules):
+    """Returns (what stays of the text, None), or (None, the name of the rule that it failed)."""
+    document = Document(text)
+    for rule, settings in rules:
+        answer = rule(document, **settings)
+        if isinstance(answer, str):
+            document = Document(answer)
+        elif not answer:
+            return None, rule.__name__
+    return document.text, None
+
+
+def gopher_quality_filter(text):
+    """Returns whether the text passes the handout's four rules.  source: [2] gopher_quality_filters
+
+    >>> gopher_quality_filter("too short")
+    False
+    """
+    return apply_rules(text, choose_rules(["gopher"])["gopher"])[1] is None
+
+
+# ---------------------------------------------------------------- models of fastText's kind
+
+FASTTEXT_MAGIC, FASTTEXT_VERSION = 793712314, 12
+HS, NS, SOFTMAX, OVA = 1, 2, 3, 4  # losses, by fastText's numbers
+SUPERVISED = 3
+FASTTEXT_ARGS = ("dim", "ws", "epoch", "min_count", "neg", "word_ngrams", "loss", "model",
+                 "bucket", "minn", "maxn", "lr_update_rate")
+END_OF_LINE = b"</s>"  # fastText's word for the end of each line
+LABEL_PREFIX = b"__label__"
+ENTRY = struct.Struct("<qb")  # after a word and its zero byte: its count, 0 a word or 1 a label
+MAX_CACHED_IDS = 1 << 23  # n-gram ids of words that a model remembers: 64 MB
+BATCH_BYTES = 1 << 20  # of text that predict looks at together
+# Length of an untrained label row: the larger, the sooner it learns; 1 to 4 end within 0.002 AUC.
+OUTPUT_SCALE = 4
+BLOCK_FLOATS = 1 << 16  # of rows that are gathered at a time
+
+
+class ModelFile:
+    """A cursor over the bytes of a model file that says so where they end too early."""
+
+    def __init__(self, path):
+        self.path, self.at = path, 0
+        self.size = os.path.getsize(path)
+        self.bytes = np.memmap(path, np.uint8, "r") if self.size else b""
+
+    def numbers(self, layout):
+        size = struct.calcsize("<" + layout)
+        values = struct.unpack("<" + layout, self.array(np.uint8, size).tobytes())
+        return values if len(values) > 1 else values[0]
+
+    def array(self, dtype, count):
+        end = self.at + np.dtype(dtype).itemsize * count
+        if count < 0 or end > self.size:
+            raise ValueError(f"{self.path} must be a whole fastText model, got {self.size} bytes "
+                             f"where {end} are due; copy it again")
+        part = np.frombuffer(self.bytes, dtype, count, self.at) if count else np.empty(0, dtype)
+        self.at = end
+        return part
+
+    def entries(self, count):
+        """Returns [(word, count, type)] of the dictionary, strings ended by a zero byte."""
+        found, start, window = [], self.at, b""
+        while len(found) < count:
+            end = window.find(b"\0", self.at - start)
+            if end < 0 or end + 10 > len(window):
+                window, start = bytes(self.bytes[self.at:self.at + (1 << 20)]), self.at
+                end = window.find(b"\0")
+                if end < 0 or end + 10 > len(window):
+                    self.array(np.uint8, self.size)  # says what is wrong
+            found.append((window[self.at - start:end], *ENTRY.unpack_from(window, end + 1)))
+            self.at = start + end + 10
+        return found
+
+
+class DenseMatrix:
+    """(m, n) float32, mapped from the file: opened at once, shared by processes."""
+
+    def __init__(self, file):
+        m, n = file.numbers("qq")
+        self.values = file.array("<f4", m * n).reshape(m, n)
+        self.shape = m, n
+
+    def rows(self, ids):
+        return self.values[ids]  # not np.take, which copies all of what a file has not aligned
+
+
+class QuantMatrix:
+    """Rows put together from 256 centroids for each few columns; norms apart where qnorm says."""
+
+    def __init__(self, file):
+        qnorm = file.numbers("?")
+        self.shape = file.numbers("qq")
+        codes = file.array(np.uint8, file.numbers("i"))
+        self.tables = self.read_centroids(file)
+        self.codes = codes.reshape(self.shape[0], len(self.tables))
+        self.norm_codes = file.array(np.uint8, self.shape[0]) if qnorm else None
+        self.norms = self.read_centroids(file)[0] if qnorm else None
+
+    @staticmethod
+    def read_centroids(file):
+        dim, parts, width, last = file.numbers("4i")
+        flat = file.array("<f4", dim * 256)
+        return [flat[q * 256 * width:][:256 * (width if q < parts - 1 else last)].reshape(256, -1)
+                for q in range(parts)]
+
+    def rows(self, ids):
+        codes = self.codes[ids]
+        rows = np.concatenate([t[codes[:, q]] for q, t in enumerate(self.tables)], axis=1)
+        return rows if self.norms is None else rows * self.norms[self.norm_codes[ids]]
+
+
+def read_matrix(file, quantised):
+    """Returns a matrix with `rows`; a quantised one of up to 64 MB is decoded once."""
+    matrix = QuantMatrix(file) if quantised else DenseMatrix(file)
+    m, n = matrix.shape
+    if not quantised or m * n > 1 << 24:
+        return matrix
+    dense = object.__new__(DenseMatrix)
+    dense.shape, dense.values = matrix.shape, matrix.rows(np.arange(m))
+    return dense
+
+
+def fnv(data):
+    """Returns fastText's 32-bit FNV-1a hash of bytes, each sign-extended. source: [8] Dictionary
+
+    >>> fnv(b"a")
+    3826002220
+    """
+    h = 2166136261
+    for byte in data:
+        h = ((h ^ (byte if byte < 128 else byte | 0xFFFFFF00)) * 16777619) & 0xFFFFFFFF
+    return h
+
+
+def fnv_of_words(words):
+    """Returns `fnv` of each word, (words,) uint32: those of up to 64 bytes a byte at a time of all
+    of them."""
+    lengths = np.fromiter(map(len, words), np.int64, len(words))
+    data = np.frombuffer(b"".join(words), np.int8).astype(np.int32).view(np.uint32)
+    starts = np.cumsum(lengths) - lengths
+    hashes = np.full(len(words), 2166136261, np.uint32)
+    live = np.flatnonzero(lengths <= 64)
+    for k in range(64):
+        live = live[lengths[live] > k]
+        hashes[live] = (hashes[live] ^ data[starts[live] + k]) * np.uint32(16777619)
+    for i in np.flatnonzero(lengths > 64):
+        hashes[i] = fnv(words[i])
+    return hashes
+
+
+def character_ngram_hashes(words, minn, maxn):
+    """Returns (hashes, counts): uint32 hashes of the character n-grams of "<word>", all words' in
+    a row, and how many each word has. Valid UTF-8 only.
+
+    The states of all n-grams of all words advance one character at a time: about 30 times as fast
+    as `fnv` of each n-gram, which a test compares it with.
+    """
+    text = np.frombuffer(b"<" + b"><".join(words) + b">", np.uint8)
+    lengths = np.fromiter(map(len, words), np.int64, len(words)) + 2
+    starts = np.flatnonzero((text & 0xC0) != 0x80)
+    word = np.repeat(np.arange(len(words)), lengths)[starts]
+    size = np.diff(starts, append=len(text))
+    signed = text.astype(np.int8).astype(np.int32).view(np.uint32)
+    steps = [(signed[np.minimum(starts + k, len(text) - 1)], size > k) for k in range(size.max())]
+    n_chars = len(starts)
+    state = np.full(n_chars, 2166136261, np.uint32)
+    ends_word = np.append(word[1:] != word[:-1], True)
+    starts_word = np.append(True, ends_word[:-1])
+    hashes = np.zeros((n_chars, maxn - minn + 1), np.uint32)
+    kept = np.zeros(hashes.shape, bool)
+    prime = np.uint32(16777619)
+    for n in range(1, min(maxn, n_chars) + 1):
+        live = n_chars - n + 1  # n-grams that start here or before end within the text
+        for k, (byte, there) in enumerate(steps):
+            moved = (state[:live] ^ byte[n - 1:]) * prime
+            state[:live] = moved if k == 0 else np.where(there[n - 1:], moved, state[:live])
+        if n >= minn:
+            hashes[:live, n - minn] = state[:live]
+            kept[:live, n - minn] = word[:live] == word[n - 1:]
+            if n == 1:
+                kept[:, 0] &= ~(starts_word | ends_word)
+    counts = np.bincount(word, kept.sum(1), len(words)).astype(np.int64)
+    return hashes[kept], counts
+
+
+def expand(starts, lengths):
+    """Returns the indexes start, start + 1, ... of each (start, length), all in a row.
+
+    >>> expand(np.array([5, 0]), np.array([2, 1])).tolist()
+    [5, 6, 0]
+    """
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+
+
+class WordNumbers(dict):
+    """{word: its number}, in the order in which they are first asked for."""
+
+    def __missing__(self, word):
+        self[word] = number = len(self)
+        return number
+
+
+class FastText:
+    """A supervised fastText model in NumPy: what the library answers, without the library.
+
+    args: dict of FASTTEXT_ARGS; words: list of bytes; label_words: list of bytes, labels with
+    their prefix; label_counts: list of int;
+    inputs: matrix with `rows`, (words + buckets, dim); output: (labels, dim) float32.
+    pruned: None, or (bucket,) int32, the row of each n-gram bucket, -1 where it was dropped.
+    """
+
+    def __init__(self, args, words, label_words, label_counts, inputs, output, pruned=None):
+        self.__dict__.update(args)
+        self.args, self.words, self.label_counts = args, words, label_counts
+        self.inputs, self.output, self.pruned = inputs, output, pruned
+        self.word_ids = {word: number for number, word in enumerate(words)}
+        self.label_words = dict.fromkeys(label_words)
+        self.labels = [label.removeprefix(LABEL_PREFIX).decode("utf-8", "surrogateescape")
+                       for label in label_words]
+        self.lower = False  # text is to be lower-cased first: of our own models only
+        self.forget()
+        if self.loss == HS:
+            self.paths = huffman_paths(label_counts)
+
+    @classmethod
+    def load(cls, path):
+        """Returns the model in a .bin or .ftz file. raises: ValueError, with magic and version."""
+        if not os.path.isfile(path):
+            raise ValueError(f"a model must be a file, got {path}; check the path")
+        file = ModelFile(path)
+        magic, version = file.numbers("ii") if file.size >= 8 else (0, 0)
+        if magic != FASTTEXT_MAGIC or not 11 <= version <= FASTTEXT_VERSION:
+            raise ValueError(f"{path} must be a fastText model of version 11 or 12 with magic "
+                             f"{FASTTEXT_MAGIC}, got magic {magic}, version {version}; name a .bin "
+                             "or .ftz file that fastText or `classify --train` wrote")
+        args = dict(zip(FASTTEXT_ARGS, file.numbers("12i"), strict=True)) | {
+            "t": file.numbers("d")}
+        if args["model"] != SUPERVISED or args["loss"] not in (HS, NS, SOFTMAX, OVA):
+            raise ValueError(f"{path} must be a supervised model (3) with a loss from 1 to 4, got "
+                             f"model {args['model']}, loss {args['loss']}; name a classifier")
+        args["maxn"] = 0 if version == 11 else args["maxn"]
+        size, n_words, n_labels = file.numbers("3i")
+        args["ntokens"], n_pruned = file.numbers("qq")
+        entries = file.entries(size)
+        if n_words + n_labels != size or any(e[2] != (i >= n_words) for i, e in enumerate(entries)):
+            raise ValueError(f"{path} must hold its words before its labels, got {n_words} words "
+                             f"and {n_labels} labels in {size} entries; copy it again")
+        pruned = None
+        if n_pruned >= 0:
+            pruned = np.full(args["bucket"], -1, np.int32)
+            pairs = file.array("<i4", 2 * n_pruned).reshape(-1, 2)
+            pruned[pairs[:, 0] % max(1, args["bucket"])] = pairs[:, 1]
+        quantised = file.numbers("?")
+        inputs = read_matrix(file, quantised)
+        output = read_matrix(file, file.numbers("?") and quantised)
+        output = np.ascontiguousarray(output.rows(np.arange(output.shape[0])))
+        rows = n_words + (n_pruned if n_pruned >= 0 else args["bucket"])
+        if file.at != file.size or inputs.shape != (rows, args["dim"]) or (
+                output.shape != (n_labels, args["dim"])) or (
+                n_pruned > 0 and not 0 <= pairs[:, 1].min() <= pairs[:, 1].max() < n_pruned):
+            raise ValueError(f"{path} must end after matrices of {rows} and {n_labels} rows of "
+                             f"{args['dim']}, got {inputs.shape}, {output.shape} and "
+                             f"{file.size - file.at} bytes more; copy it again")
+        words, counts = [entry[0] for entry in entries], [entry[1] for entry in entries]
+        model = cls(args, words[:n_words], words[n_words:], counts[n_words:], inputs, output,
+                    pruned)
+        notes = Path(f"{path}.json")
+        model.lower = notes.exists() and json.loads(notes.read_text("utf-8")).get("lower", False)
+        return model
+
+    def save(self, path, word_counts):
+        """Writes a dense .bin that the library loads too."""
+        args = struct.pack("<2i12id", FASTTEXT_MAGIC, FASTTEXT_VERSION,
+                           *(self.args[name] for name in FASTTEXT_ARGS), self.args["t"])
+        entries = [(word, count, 0) for word, count in zip(self.words, word_counts, strict=True)]
+        entries += [(label, count, 1)
+                    for label, count in zip(self.label_words, self.label_counts, strict=True)]
+        sizes = struct.pack("<3i2q", len(entries), len(self.words), len(self.labels),
+                            self.args["ntokens"], -1)
+        temporary = Path(f"{path}.{os.getpid()}.tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(args + sizes)
+                file.write(b"".join(word + b"\0" + ENTRY.pack(count, kind)
+                                    for word, count, kind in entries))
+                for matrix in (self.inputs.values, self.output):
+                    file.write(struct.pack("<?2q", False, *matrix.shape))
+                    np.ascontiguousarray(matrix, "<f4").tofile(file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------ text into ids of rows
+
+    def forget(self):
+        """Empties the memory of words: number of each, where its ids lie, its hash."""
+        self.numbers, self.flat = WordNumbers(), np.empty(1 << 16, np.int64)
+        self.starts, self.lengths = np.empty(0, np.int64), np.empty(0, np.int64)
+        self.hashes, self.is_word = np.empty(0, np.uint64), np.empty(0, bool)
+        self.used = 0
+
+    def tokens(self, text):
+        """Returns the words of a text as bytes, a line's end after the last, as the library does:
+        white space and NUL separate, and a literal </s> ends the text."""
+        text = text.lower() if self.lower else text
+        words = text.encode("utf-8", "replace").replace(b"\0", b" ").split()
+        if END_OF_LINE in words:
+            del words[words.index(END_OF_LINE):]
+        words.append(END_OF_LINE)
+        return words
+
+    def learn_words(self, words):
+        """Remembers the ids of new words: its own, if it has one, then those of its n-grams."""
+        own = np.array([self.word_ids.get(word, -1) for word in words])
+        skipped = [word in self.label_words or (word.startswith(LABEL_PREFIX)
+                                                and word not in self.word_ids) for word in words]
+        rows, counts = np.empty(0, np.int64), np.zeros(len(words), np.int64)
+        whole = [i for i, word in enumerate(words) if not skipped[i] and word != END_OF_LINE]
+        if self.maxn > 0 and whole and self.bucket:
+            minn = max(1, self.minn)
+            hashes, count = character_ngram_hashes([words[i] for i in whole], minn,
+                                                   max(minn, self.maxn))
+            rows, kept = self.bucket_rows(hashes)
+            counts[whole] = np.bincount(np.repeat(np.arange(len(whole)), count)[kept],
+                                        minlength=len(whole))
+        has = own >= 0
+        lengths = counts + has
+        flat, is_own = np.empty(lengths.sum(), np.int64), np.zeros(lengths.sum(), bool)
+        is_own[(np.cumsum(lengths) - lengths)[has]] = True
+        flat[is_own], flat[~is_own] = own[has], rows
+        while self.used + len(flat) > len(self.flat):
+            self.flat = np.concatenate([self.flat, np.empty_like(self.flat)])
+        self.flat[self.used:self.used + len(flat)] = flat
+        starts = self.used + np.cumsum(lengths) - lengths
+        self.used += len(flat)
+        hashes = (fnv_of_words(words) if self.word_ngrams > 1 else
+                  np.zeros(len(words), np.uint32)).view(np.int32).astype(np.int64)
+        self.starts = np.concatenate([self.starts, starts])
+        self.lengths = np.concatenate([self.lengths, lengths])
+        self.hashes = np.concatenate([self.hashes, hashes.view(np.uint64)])
+        self.is_word = np.concatenate([self.is_word, ~np.array(skipped)])
+
+    def bucket_rows(self, hashes):
+        """Returns (rows, kept): the rows of n-gram hashes in the input matrix, pruned ones out."""
+        rows = (hashes % hashes.dtype.type(self.bucket)).astype(np.int64)
+        kept = np.ones(len(rows), bool)
+        if self.pruned is not None:
+            rows = self.pruned[rows].astype(np.int64)
+            kept = rows >= 0
+        return rows[kept] + len(self.words), kept
+
+    def word_ngram_rows(self, hashes):
+        """Returns the rows of the word n-grams of a text. hashes: (words,) uint64."""
+        n = len(hashes)
+        grams = np.zeros((n, self.word_ngrams - 1), np.uint64)
+        state = hashes.copy()
+        for j in range(1, min(self.word_ngrams, n)):
+            state = state[:-1] * np.uint64(116049371) + hashes[j:]
+            grams[:n - j, j - 1] = state
+        there = np.arange(1, self.word_ngrams) < np.arange(n, 0, -1)[:, None]
+        return self.bucket_rows(grams[there])[0]
+
+    def ids(self, texts):
+        """Returns for each text the ids of its rows, (ids,) int64, in the library's order."""
+        documents = [self.tokens(text) for text in texts]
+        if self.used > MAX_CACHED_IDS:
+            self.forget()
+        numbered = [np.fromiter(map(self.numbers.__getitem__, words), np.int64, len(words))
+                    for words in documents]
+        if new := list(islice(self.numbers, len(self.starts), None)):
+            self.learn_words(new)
+        found = []
+        for numbers in numbered:
+            ids = self.flat[expand(self.starts[numbers], self.lengths[numbers])]
+            if self.word_ngrams > 1 and self.bucket:
+                hashes = self.hashes[numbers[self.is_word[numbers]]]
+                ids = np.concatenate([ids, self.word_ngram_rows(hashes)])
+            found.append(ids)
+        return found
+
+    # ------------------------------------------------------------ ids into probabilities
+
+    def hidden(self, ids):
+        """Returns the mean of the rows, (dim,) float32, summed one by one as the library does."""
+        block, total = max(1, BLOCK_FLOATS // self.dim), np.zeros(self.dim, np.float32)
+        for at in range(0, len(ids), block):
+            rows = self.inputs.rows(ids[at:at + block])
+            rows[0] += total
+            total = np.add.reduce(rows, axis=0)
+        return total * np.float32(1 / len(ids))
+
+    def scores(self, hidden, threshold=0.0):
+        """Returns (log probabilities, kept), each (texts, labels). hidden: (texts, dim) float32.
+
+        The library adds 1e-5 to a probability before the logarithm, so that it may report 1.00001.
+        source: [8] loss.cc
+        """
+        z = np.zeros((len(hidden), len(self.output)), np.float32)
+        for h, column in zip(hidden.T, self.output.T, strict=True):
+            z += np.multiply.outer(h, column)  # in the library's order: @ differs in the 6th digit
+        if self.loss == HS:
+            return self.tree_scores(z, threshold)
+        if self.loss == SOFTMAX:
+            p = np.exp((z - z.max(1, keepdims=True)).astype(np.float64)).astype(np.float32)
+            p = p / np.cumsum(p, axis=1)[:, -1:]  # a sum from left to right
+        else:  # a table of 512 steps from -8 to 8, as the library has it
+            x = np.arange(513, dtype=np.float64) * 16 / 512 - 8
+            table = (1 / (1 + np.exp(-x))).astype(np.float32)
+            step = ((np.clip(z, -8, 8) + np.float32(8)) * np.float32(512) / 8 / 2).astype(np.int64)
+            p = np.where(z < -8, 0, np.where(z > 8, 1, table[step])).astype(np.float32)
+        return np.log(p.astype(np.float64) + 1e-5).astype(np.float32), p >= threshold
+
+    def tree_scores(self, z, threshold):
+        """The scores of hierarchical softmax: sums of log probabilities along paths from the root;
+        a path that falls below the threshold anywhere is cut."""
+        f = (1 / (1 + np.exp(-z.astype(np.float64)))).astype(np.float32)
+        right = np.log(f + 1e-5, dtype=np.float64).astype(np.float32)
+        left = np.log(np.float32(1) - f + 1e-5, dtype=np.float64).astype(np.float32)
+        steps = np.concatenate([left, right, np.zeros_like(z[:, :1])], axis=1)
+        score = np.zeros((len(z), len(self.labels)), np.float32)
+        kept = np.ones(score.shape, bool)
+        width = z.shape[1]
+        for node, side in self.paths:  # level by level, each (labels,)
+            score += steps[:, np.where(node < 0, 2 * width, node + side * width)]
+            kept &= score >= math.log(threshold + 1e-5)
+        return score, kept
+
+    def predict(self, texts, k=1, threshold=0.0):
+        """Returns for each text ([labels], [probabilities]), the k most probable first (-1: all).
+
+        Line breaks count as spaces, where the library refuses them; labels come without their
+        prefix. A text without any known part has ([], []). Ties go to the last label, as in the
+        library.
+        """
+        answers = []
+        k = len(self.labels) if k == -1 else k
+        for batch in batches(texts, BATCH_BYTES):
+            ids = self.ids(batch)
+            known = [i for i, found in enumerate(ids) if len(found)]
+            batch_answers = [([], [])] * len(batch)
+            if known:
+                hidden = np.stack([self.hidden(ids[i]) for i in known])
+                scores, kept = self.scores(hidden, threshold)
+                scores, kept = scores[:, ::-1], kept[:, ::-1]
+                order = np.argsort(-scores, axis=1, kind="stable")
+                last = len(self.labels) - 1
+                for row, i in enumerate(known):
+                    top = list(islice((y for y in order[row] if kept[row, y]), k))
+                    batch_answers[i] = ([self.labels[last - y] for y in top],
+                                        [float(np.exp(scores[row, y])) for y in top])
+            answers += batch_answers
+        return answers
+
+
+def batches(items, size, size_of=len):
+    """Yields lists of texts, or of other items, that together have about `size` characters."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += size_of(item)
+        if total >= size:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
+
+
+def huffman_paths(counts):
+    """Returns for each level from the root (node, side), each (labels,): the row of the output
+    matrix that decides there (-1: the path has ended) and 1 for the right-hand side.
+
+    counts: of labels, descending. Two queues, leaves from the end and nodes as they are made; each
+    takes the smaller, of equals the node. source: [8] HierarchicalSoftmaxLoss::buildTree
+    """
+    n = len(counts)
+    weight = list(counts) + [10 ** 15] * (n - 1)
+    parent, side = [-1] * (2 * n - 1), [0] * (2 * n - 1)
+    leaf, node = n - 1, n
+    for new in range(n, 2 * n - 1):
+        total = 0
+        for right in (0, 1):
+            if leaf >= 0 and weight[leaf] < weight[node]:
+                taken, leaf = leaf, leaf - 1
+            else:
+                taken, node = node, node + 1
+            parent[taken], side[taken] = new, right
+            total += weight[taken]
+        weight[new] = total
+    paths = []
+    for label in range(n):
+        path, at = [], label
+        while parent[at] >= 0:
+            path.append((parent[at] - n, side[at]))
+            at = parent[at]
+        paths.append(path[::-1])
+    depth = max(map(len, paths))
+    padded = np.array([path + [(-1, 0)] * (depth - len(path)) for path in paths], np.int64)
+    return [(padded[:, level, 0], padded[:, level, 1]) for level in range(depth)]
+
+
+# ---------------------------------------------------------------- training such a model
+
+def count_dictionary(documents, min_count):
+    """Returns [(word, count)] that occur often enough, most frequent first, the end of line too."""
+    counts = Counter(word for words in documents for word in words)
+    return sorted(((word, n) for word, n in counts.items() if n >= min_count),
+                  key=lambda item: (-item[1], item[0]))
+
+
+def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket=200_000, minn=0,
+                   maxn=0, min_count=1, lower=True, seed=0, progress=False):
+    """Returns (model, counts of its words): a FastText with softmax, trained one text at a time.
+
+    texts: list of str; labels: list of str, one a text. The settings are fastText's, its defaults
+    dim 100, word_ngrams 1, bucket 2,000,000, not lower-cased. Memory: the input matrix, (words +
+    bucket) * dim * 4 bytes, and 16 bytes an id of the texts. source: [8], section 2
+    """
+    for name, value, least in (("dim", dim, 1), ("epoch", epoch, 1), ("min_count", min_count, 1),
+                               ("word_ngrams", word_ngrams, 1), ("bucket", bucket, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}; give a larger one")
+    if not 0 <= minn <= maxn or not lr > 0:
+        raise ValueError(f"minn, maxn and lr must be 0 <= minn <= maxn and lr > 0, got {minn}, "
+                         f"{maxn}, {lr}; correct them")
+    if len(set(labels)) < 2 or len(texts) != len(labels):
+        raise ValueError(f"training must have texts of at least two labels, got {len(texts)} texts "
+                         f"with labels {sorted(set(labels))}; add examples of the other kind")
+    label_counts = Counter(labels).most_common()
+    args = dict(zip(FASTTEXT_ARGS, (dim, 5, epoch, min_count, 5, word_ngrams, SOFTMAX, SUPERVISED,
+                                    bucket if word_ngrams > 1 or maxn else 0, minn, maxn, 100),
+                    strict=True)) | {"t": 1e-4, "ntokens": 0}
+    names, counts = zip(*label_counts, strict=True)
+    label_words = [LABEL_PREFIX + name.encode() for name in names]
+    blank = FastText(args, [], label_words, counts, None, None)
+    blank.lower = lower
+    words = count_dictionary(map(blank.tokens, texts), min_count)
+    args["ntokens"] = sum(n for _, n in words)
+    rng = np.random.default_rng(seed)
+    inputs = object.__new__(DenseMatrix)
+    inputs.shape = len(words) + args["bucket"], dim
+    # Zero rows, random labels, the reverse of the library: what no text has trained adds no noise.
+    inputs.values = np.zeros(inputs.shape, np.float32)
+    output = rng.standard_normal((len(names), dim), np.float32)
+    output *= np.float32(OUTPUT_SCALE / math.sqrt(dim))
+    model = FastText(args, [word for word, _ in words], label_words, counts, inputs, output)
+    model.lower = lower
+    examples = [(*np.unique(ids, return_counts=True), names.index(label))
+                for batch in batches(zip(texts, labels, strict=True), 1024)
+                for ids, (_, label) in zip(model.ids([text for text, _ in batch]), batch,
+                                           strict=True) if len(ids)]
+    model.forget()
+    steps, done = epoch * len(examples), 0
+    bar = bpe.Progress("train", steps, "texts", progress)
+    for _ in range(epoch):
+        for number in rng.permutation(len(examples)):
+            train_step(inputs.values, output, *examples[number], lr * (1 - done / steps))
+            done += 1
+            bar.update(done)
+    bar.close()
+    return model, [n for _, n in words]
+
+
+def train_step(inputs, output, ids, counts, label, lr):
+    """One step of gradient descent on one text, in place: softmax over the mean of its rows.
+
+    ids: (rows,) distinct, each counted `counts` times. source: [8] SoftmaxLoss::forward
+    """
+    rows, share = inputs[ids], (counts / counts.sum()).astype(np.float32)
+    hidden = share @ rows
+    z = output @ hidden
+    p = np.exp(z - z.max())
+    error = -p / p.sum()
+    error[label] += 1
+    error *= np.float32(lr)
+    # the library divides the gradient of the mean by the number of ids: so does each row's count
+    gradient = error @ output
+    output += np.multiply.outer(error, hidden)
+    inputs[ids] = rows + np.multiply.outer(share, gradient)
+
+
+def area_under_curve(scores, positive):
+    """Returns the probability that a positive scores above a negative, ties half.
+
+    >>> area_under_curve([0.9, 0.4, 0.4], [True, True, False])
+    0.75
+    """
+    scores, positive = np.asarray(scores, np.float64), np.asarray(positive, bool)
+    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]
+    n, m = positive.sum(), (~positive).sum()
+    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m)) if n and m else math.nan
+
+
+# ---------------------------------------------------------------- language without a model
+
+# First words of Unicode's names of letters: the script, or the language that is alone in it.
+SCRIPTS = {
+    "LATIN": "latin", "CYRILLIC": "cyrillic", "ARABIC": "arabic", "CJK": "han", "HIRAGANA": "ja",
+    "KATAKANA": "ja", "HALFWIDTH": "ja", "HANGUL": "ko", "GREEK": "el", "ARMENIAN": "hy",
+    "HEBREW": "he", "DEVANAGARI": "hi", "BENGALI": "bn", "GURMUKHI": "pa", "GUJARATI": "gu",
+    "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn", "MALAYALAM": "ml", "SINHALA": "si",
+    "THAI": "th", "LAO": "lo", "MYANMAR": "my", "GEORGIAN": "ka", "ETHIOPIC": "am", "KHMER": "km",
+}
+# In the order of use.
+FUNCTION_WORDS = {
+    "en": "the of and to in a is that for it was on with as by be at are this from or have an not "
+          "but they his he you which we their has were been can will more all would there its who "
+          "her had if when what so about out up she them than other",
+    "de": "der die und in den von zu das mit sich des auf für ist im dem nicht ein eine als auch "
+          "es an werden aus er hat dass daß sie nach wird bei einer um am sind noch wie einem "
+          "über einen so zum war haben nur oder aber vor zur bis mehr durch man sein",
+    "fr": "de la le et les des en un du une que est pour qui dans a par plus pas au sur ne se ce "
+          "il sont avec ou son aux d l qu s c n j mais comme on tout nous sa cette être fait ses "
+          "leur été elle ces ont deux même vous si",
+    "es": "de la que el en y a los del se las por un para con no una su al lo como más pero sus "
+          "le ya o este sí porque esta entre cuando muy sin sobre también me hasta hay donde "
+          "quien desde todo nos durante todos uno les ni contra otros ese eso ante ellos",
+    "it": "di e il la che in a per un è del non una le i con si della da sono al dei nel alla "
+          "come lo più gli ha anche delle ma o su l d dell c all nell dal se ci dalla questo "
+          "questa suo sua loro essere stato tra ne mi io quando",
+    "pt": "de a o que e do da em um para com não uma os no se na por mais as dos como mas ao ele "
+          "das à seu sua ou quando muito nos já eu também só pelo pela até isso ela entre depois "
+          "sem mesmo aos seus quem nas me esse eles você essa num",
+    "nl": "de van het een en in is dat op te zijn met voor niet die aan er om ook als door maar "
+          "bij uit dan nog naar of hij ze was worden werd tot wordt heeft over hebben ik je we "
+          "deze meer kan geen wel zich haar al veel onder jaar wat dit zo u",
+    "pl": "i w na z do nie się że o to jest od po za jak dla co ale czy tak tym jego przez są już "
+          "być tego było oraz a lub przy ich tylko może który która które jej był pod ze u roku "
+          "też by go mu ma bardzo gdy jako kiedy jednak więcej jeszcze",
+    "tr": "ve bir bu da de için ile çok olarak daha en olan gibi ne kadar sonra var o ama ki her "
+          "ya değil ise veya mi mı göre kendi diye şey nasıl hem ancak ben sen biz siz onlar bana "
+          "onun olduğu oldu olduğunu yok önce iki ilk tarafından içinde üzerinde yeni büyük zaman "
+          "bütün ayrıca",
+    "vi": "và của là có các cho được trong không một người với những này để đã từ khi đến như "
+          "cũng về ra nhiều vào thì sẽ trên tôi làm phải lại hay còn bạn nếu đó sau tại rất theo "
+          "bị nhưng năm mà anh ở chỉ hơn ông việc số đi nên do đây",
+    "sv": "och i att det som en på är av för med till den inte har de om ett han men var jag sig "
+          "från vi så kan när man år under också efter eller nu sin där vid mot ska skulle kommer "
+          "ut får finns vara hade alla andra mycket här då sedan över bara in",
+    "cs": "a v se na je že s z do to o i jako k po ve pro který jsou by si jeho ale tak však za "
+          "od která nebo které jen byl bylo byla jsem ze už při jsme aby když tento než další být "
+          "co má také až před pouze není tedy této pak podle",
+    "ru": "и в не на что я с он как это по но они мы все из у за так к же от бы для о его только "
+          "мне было вы ее был она то да если уже или ни быть до когда него нет еще при меня может "
+          "чтобы со этого под их ты где есть",
+    "uk": "і в не на що я з він як це та до у за й але від про є для по його так було ми вони "
+          "вона все або якщо їх ще щоб був бо то які який яка також при вже може під час цього "
+          "коли після більше була ні мене те були лише ви",
+    "ar": "في من على أن إلى عن التي الذي هذا هذه ما لا كان ذلك مع أو بعد كل قد هو هي لم ثم بين و "
+          "كما حيث عند غير إن كانت لها له عليه أي قبل منذ تم بها يكون أكثر حتى خلال فيها الله بن "
+          "به إذا لكن نحن يوم وقد فإن أما لن أيضا",
+    "fa": "و در به از که این را با است برای آن یک خود تا کرد بر هم نیز می شود شده شد ها های ای "
+          "اما یا بود دارد باید هر ما او اگر بین من چه سال وی پس بیش همه اين مي بی دیگر کند کنند "
+          "هستند نمی خواهد روی مورد پیش چند بسیار",
+}
+# Two and three letters that tell a language from its script's others, "_" at the ends of words.
+LETTERS_IN_ROW = {
+    "en": "the th _th he he_ _t of_ _of f_ d_ of _o s_ ea ed_ re th_ y_ in _a _i _re _to nd_ _in "
+          "ing _an _on on_ ith wit on e_ ou ed tio _w ts_ _r _f t_ it ti fro",
+    "de": "ei en_ en n_ ein ch er die ich _ei sch ie er_ ge be un au ung ie_ r_ und sc _zu _di "
+          "nd_ der zu hr hen nd _d fü _au ch_ che den in eh nen eit di _w uf ic",
+    "fr": "s_ es_ e_ es _l nt_ t_ _le le ée _d ou les ai ur nt _à_ on le_ _à _l_ ré _de _d_ ur_ "
+          "our qu tio _la oi ent ion ée_ _et ue eu une iq iqu que _ré des ns_ ti",
+    "es": "s_ os_ os a_ _y_ ue o_ as_ do es as _e con ado co qu _de _co _la ad ue_ los _es el_ "
+          "de_ ci _el que _l de ca las la aci dos _qu _q cin _c es_ do_ _lo _y nte",
+    "it": "i_ o_ a_ di_ io ri zio e_ no_ co no on di re_ l_ la_ _c to_ ti_ ll _di ni_ tt to del "
+          "ta_ ta azi ato è_ al ne _a ell le_ per zi _s io_ _è _è_ lla ne_ ino",
+    "pt": "o_ a_ ão ão_ s_ os_ _a os _a_ de_ _d çã ção as_ co do_ m_ do as _e pa ra da_ _p es _e_ "
+          "_de da _o_ _co de com _pa em_ ra_ lh em ca qu ia aç que _em _um",
+    "nl": "ij aa n_ en_ ee en de van de_ oo _ee oor ge _va het _he t_ een er _de et_ _v an_ aan "
+          "we va aar ij_ _d eer e_ he oe _aa el _we ijk jk et an naa _h _ge _w",
+    "pl": "cz ow ie zy dz rz nie _w ni w_ wy _w_ _z ę_ ał ć_ ł_ sz ą_ dzi wa wi ze prz ie_ ej ię "
+          "rze yc ej_ ła owa aw ych ki _wy za y_ ów cj kie _p ym_ pr",
+    "tr": "ı_ ya ın _y ler lar nı _ya ay ir bir lı _b _ç la iy ak nl rı ýn ün k_ _bi aş le ka ıl "
+          "bi ir_ ar il sı ır _ol _ka eri ve_ ek ý_ i_ arı dı ye _ve",
+    "vi": "_đ ng_ ng nh g_ nh_ _t _c c_ _nh _ch _th _kh i_ kh th _n _ng h_ ác ó_ àn _cá ác_ hư cá "
+          "các _h _ph ên_ _và và hà iệ ất ất_ à_ ch ườ n_ ôn _tr và_ ạn",
+    "sv": "fö r_ ör för är _fö tt_ ör_ är_ _oc _f _ä tt å_ och sk av_ _är ån att på et er_ t_ _på "
+          "rå ing på_ en_ _av vä ll år _i_ oc än nin ar_ _at n_ er om_ v_ det",
+    "cs": "í_ ní ní_ ov je př _j _př ně ře ě_ ná _z _v _p že é_ _v_ _je vý vy _n _po y_ rá _č vě "
+          "če po u_ je_ mě že_ ko _vy ho _ne od ké ší ů_ by ím ení",
+    "ru": "_и _и_ ы_ ие е_ бы ны _бы от _он ел _н ой ие_ как ия_ ь_ ать ой_ л_ _э был мы ры ыл ых "
+          "эт т_ _о _е",
+    "uk": "і_ ні _і ві ін ід ні_ ці ї_ ів лі ння _і_ _ві рі _з_ від мі що є_ _як ськ ів_ _з бі іл "
+          "іс ий ті ува",
+    "ar": "ة_ _ال ال ي_ _أ ى_ من_ ية ية_ لم الم لي في ين _ل في_ لى لى_ _في _ا _ي لأ عل لع _ك أن "
+          "الأ ين_ لا _إ",
+    "fa": "ی_ ای _ک _در ین _ای ه_ _د در_ ین_ ای_ می _آ این ری در ر_ _از می_ نی های _ب _می یا از "
+          "_و_ دی ست_ ده_ _گ",
+}
+SCRIPT_OF = {"ru": "cyrillic", "uk": "cyrillic", "ar": "arabic", "fa": "arabic"}  # the rest: latin
+ACCENTED = {  # letters beyond a to z, or beyond the script's shared ones
+    "en": "", "de": "äöüß", "fr": "àâæçéèêëîïôœùûÿ", "es": "áéíñóúü", "it": "àèéìòù",
+    "pt": "àáâãçéêíóôõú", "nl": "ëïéö", "pl": "ąćęłńóśźż", "tr": "çğıöşüâîðþ",
+    "vi": "àáâãèéêìíòóôõùúýăđĩũơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ",
+    "sv": "åäöé", "cs": "áčďéěíňóřšťúůýž", "ru": "ыэъё", "uk": "іїєґ",
+    "ar": "ةىإأكي", "fa": "پچژگکی"}
+LANGUAGES = list(FUNCTION_WORDS)
+LETTER_RUNS = re.compile(r"[^\W\d_]+")
+LANGUAGE_CHARS = 2000  # of a text that are looked at, and as many from its middle
+WORD_WEIGHT, GRAM_WEIGHT, LETTER_WEIGHT = 4.0, 1.0, 2.5  # log odds: best on half of a dev set
+FALL = 0.3  # of the odds, from the first of a list to its last
+# Log odds a letter that all but a twentieth of sentences reach in the languages of a script.
+USUAL_EVIDENCE = {"latin": 0.45, "cyrillic": 0.2, "arabic": 0.5}
+
+
+@lru_cache(1 << 16)
+def script_of(character):
+    """Returns the script of a letter or of a mark of one, as in SCRIPTS, or None."""
+    if unicodedata.category(character)[0] not in "LM":
+        return None
+    return SCRIPTS.get(unicodedata.name(character, "").split(" ")[0])
+
+
+def script_counts(text):
+    """Returns {script or language: letters} of a text.
+
+    >>> dict(script_counts("Straße 5, 東京"))
+    {'latin': 6, 'han': 2}
+    """
+    counts = Counter()
+    for character, n in Counter(text).items():
+        if script := script_of(character):
+            counts[script] += n
+    return counts
+
+
+@lru_cache(1)
+def language_tables():
+    """Returns (words, grams, letters): dicts to arrays of log odds, (languages,) float32."""
+    tables = []
+    sources = ({k: v.split() for k, v in FUNCTION_WORDS.items()},
+               {k: v.split() for k, v in LETTERS_IN_ROW.items()},
+               {k: list(v) for k, v in ACCENTED.items()})
+    for source, weight in zip(sources, (WORD_WEIGHT, GRAM_WEIGHT, LETTER_WEIGHT), strict=True):
+        table = {}
+        for language, keys in source.items():
+            for rank, key in enumerate(dict.fromkeys(keys)):
+                row = table.setdefault(key, np.zeros(len(LANGUAGES), np.float32))
+                row[LANGUAGES.index(language)] = weight * (1 - FALL * rank / len(keys))
+        tables.append(table)
+    return tables
+
+
+@lru_cache(1 << 17)
+def word_evidence(word):
+    """Returns the log odds that a lower-case word gives each language, (languages,) float32."""
+    words, grams, letters = language_tables()
+    total = np.zeros(len(LANGUAGES), np.float32)
+    if word in words:
+        total += words[word]
+    spelled = f"_{word}_"
+    for n in (2, 3):
+        for i in range(len(spelled) - n + 1):
+            if (row := grams.get(spelled[i:i + n])) is not None:
+                total += row
+    for letter in word:
+        if (row := letters.get(letter)) is not None:
+            total += row
+    return total
+
+
+def identify_by_rules(text):
+    """Returns (language code, score from 0 to 1): by script, letters in a row, function words.
+
+    ("und", 0.0) where a text has no letters. The score is the posterior among the script's
+    LANGUAGES, less where there is little evidence: of another language, or no language at all.
+    """
+    if len(text) > 2 * LANGUAGE_CHARS:
+        middle = len(text) // 2
+        text = f"{text[:LANGUAGE_CHARS]} {text[middle:middle + LANGUAGE_CHARS]}"
+    counts = script_counts(text)
+    if not counts:
+        return "und", 0.0
+    # a Han or kana character is worth about three letters
+    weights = {name: n * (3 if name in ("han", "ja", "ko") else 1) for name, n in counts.items()}
+    script = max(sorted(weights), key=weights.get)
+    share = weights[script] / sum(weights.values())
+    if script in ("han", "ja"):
+        east = counts.get("han", 0) + counts.get("ja", 0)
+        kana = counts.get("ja", 0) / east
+        share = (weights.get("han", 0) + weights.get("ja", 0)) / sum(weights.values())
+        return ("ja" if kana > 0.05 else "zh"), round(share, 6)
+    if script not in ("latin", "cyrillic", "arabic"):
+        return script, round(share, 6)
+    words = LETTER_RUNS.findall(text.lower())
+    total = np.sum([word_evidence(word) for word in words], axis=0, dtype=np.float64)
+    own = np.array([SCRIPT_OF.get(language, "latin") == script for language in LANGUAGES])
+    odds = np.where(own, total, -np.inf)
+    best = int(odds.argmax())
+    p = 1 / np.exp(odds - odds[best]).sum()
+    usual = sum(map(len, words)) * USUAL_EVIDENCE[script]
+    return LANGUAGES[best], round(float(share * p * np.clip(odds[best] / usual, 0, 1)), 6)
+
+
+# ---------------------------------------------------------------- harm and quality without a model
+
+# Whole words; * stands for any ending. Mild where it can be: a word list is the last resort.
+NSFW_WORDS = """porn* xxx nude* naked sex sexy sexual* erotic* hentai milf* blowjob* handjob* cum
+cumshot* cock cocks dick dicks pussy pussies tits boobs anal orgasm* masturbat* fetish* bdsm
+escort* hooker* slut* whore* horny lesbian* gangbang* threesome* camgirl* webcam* upskirt*
+creampie* deepthroat* dildo* vagina* penis* nipple* hardcore strip* fuck* bukkake* busty jizz
+xvideos pornhub onlyfans"""
+TOXIC_WORDS = """fuck* fuk* motherfuck* shit* bullshit ass asses asshole* arse* bitch* bastard*
+cunt* dick dickhead* prick cock cocksuck* suck sucks sucking whore* slut* fag* homo nigg* retard*
+moron* idiot* stupid* dumb* imbecile* loser* jerk* pathetic scum* crap* piss* damn* hell hate*
+kill die dumbass wanker* twat* bollocks douche* pussy gay* nazi* racist* ugly filthy disgusting
+coward* liar* pig pigs trash garbage shut freak* troll* vandal* noob* faggot* balls penis"""
+WORDS_TO_HALF = 0.02  # share of listed words in a text that makes a score of one half
+
+
+@lru_cache
+def word_list_pattern(words):
+    return re.compile(r"\b(?:" + "|".join(word.replace("*", r"\w*") for word in words.split())
+                      + r")\b")
+
+
+def word_list_score(text, words):
+    """Returns the score from 0 to 1 of a text by the share of its words that are listed.
+
+    >>> word_list_score("what a sunny day", TOXIC_WORDS)
+    0.0
+    """
+    text = text.lower()
+    found = len(word_list_pattern(words).findall(text))
+    share = found / (len(text.split()) + 5)  # one word in a short line is not yet a verdict
+    return round(share / (share + WORDS_TO_HALF), 6)
+
+
+def prose_score(text):
+    """Returns from 0 to 1 how much a text looks like edited prose: whole sentences, long lines,
+    function words, few links and symbols. The mean of five shares, each from 0 to 1."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    words = text.split()
+    if not words:
+        return 0.0
+    ended = sum(len(line) for line in lines if line.rstrip().endswith(TERMINAL[:5]))
+    listed = english_function_words()
+    common = sum(word.lower().strip(string.punctuation) in listed for word in words) / len(words)
+    letters = sum(map(str.isalpha, text)) / max(1, sum(not c.isspace() for c in text))
+    shares = (ended / sum(map(len, lines)), min(1, common / 0.4), min(1, len(words) / 300),
+              min(1, len(words) / len(lines) / 20), min(1, max(0, (letters - 0.8) / 0.15)))
+    return round(sum(shares) / len(shares), 6)
+
+
+@lru_cache(1)
+def english_function_words():
+    return frozenset(FUNCTION_WORDS["en"].split())
+
+
+# ---------------------------------------------------------------- classifiers, one manner for all
+
+# kind: (label at a score of one half and above, label below, what scores without a model, its name)
+BUILT_IN = {
+    "nsfw": ("nsfw", "non-nsfw", lambda text: word_list_score(text, NSFW_WORDS),
+             f"list of {len(NSFW_WORDS.split())} words"),
+    "toxic": ("toxic", "non-toxic", lambda text: word_list_score(text, TOXIC_WORDS),
+              f"list of {len(TOXIC_WORDS.split())} words"),
+    "quality": ("wiki", "cc", prose_score, "shares of whole sentences and function words"),
+}
+CLASSIFIERS = ("language", *BUILT_IN)
+
+
+class Classifier:
+    """Labels texts by a model file, or without one by what is written here; `method` says which.
+
+    predict: list of str -> list of (label, score from 0 to 1): of the label given.
+    """
+
+    def __init__(self, kind, model=None):
+        if kind not in CLASSIFIERS:
+            raise ValueError(f"kind must be of {', '.join(CLASSIFIERS)}, got {kind!r}; choose one")
+        self.kind, self.model = kind, FastText.load(model) if model else None
+        if self.model:
+            self.method = f"fastText model {Path(model).name}"
+        elif kind == "language":
+            self.method = f"built-in, {len(LANGUAGES) + 4} languages and those alone in a script"
+        else:
+            self.method = f"built-in {BUILT_IN[kind][3]}"
+
+    def predict(self, texts):
+        texts = list(texts)
+        if self.model:  # the library adds 1e-5: no score is above 1 here
+            return [(labels[0], min(1.0, scores[0])) if labels else ("und", 0.0)
+                    for labels, scores in self.model.predict(texts)]
+        if self.kind == "language":
+            return [identify_by_rules(text) for text in texts]
+        high, low, score, _ = BUILT_IN[self.kind]
+        scores = [score(text) for text in texts]
+        return [(high, s) if s >= 0.5 else (low, round(1 - s, 6)) for s in scores]
+
+
+@lru_cache(8)
+def load_classifier(kind, model=None):
+    """Returns the Classifier of a kind and a model's path, made once in a process."""
+    return Classifier(kind, model)
+
+
+def identify_language(text, model=None):
+    """Returns (ISO 639-1 code, score from 0 to 1). model: path of lid.176.bin or .ftz, or None."""
+    return load_classifier("language", model).predict([text])[0]
+
+
+def classify_nsfw(text, model=None):
+    """Returns ("nsfw" or "non-nsfw", score of that label). model: a path, such as Dolma's [11]."""
+    return load_classifier("nsfw", model).predict([text])[0]
+
+
+def classify_toxic_speech(text, model=None):
+    """Returns ("toxic" or "non-toxic", score of it). model: a path, such as Dolma's [11]."""
+    return load_classifier("toxic", model).predict([text])[0]
+
+
+def classify_quality(text, model=None):
+    """Returns ("wiki" or "cc", score of that label); a model's own labels where one is given."""
+    return load_classifier("quality", model).predict([text])[0]
+
+
+# ---------------------------------------------------------------- equal keys, in bounded memory
+
+SORT_BYTES = 112  # of memory that sorting takes a key, measured at 10 million
+
+
+def sorted_slices(blocks, count, memory_bytes):
+    """Yields (keys, places) sorted by key, equal keys by place: the keys of one slice of their
+    range at a time, so that each fits the memory.
+
+    blocks: function that yields (place of the first, (n,) uint64 keys) anew at each call;
+    count: of all keys.
+    """
+    n_slices = max(1, math.ceil(count * SORT_BYTES / memory_bytes))
+    edges = [(1 << 64) * i // n_slices for i in range(n_slices + 1)]
+    for low, high in pairwise(edges):
+        parts = []
+        for first, keys in blocks():
+            inside = np.flatnonzero((keys >= np.uint64(low)) & (keys <= np.uint64(high - 1)))
+            parts.append((keys[inside], inside + first))
+        if parts:
+            keys, places = (np.concatenate(part) for part in zip(*parts, strict=True))
+            order = np.argsort(keys, kind="stable")
+            yield keys[order], places[order]
+
+
+def equal_runs(keys):
+    """Returns (starts, ends) of the runs of two and more equal keys in a sorted array.
+
+    >>> [a.tolist() for a in equal_runs(np.array([3, 4, 4, 4, 5]))]
+    [[1], [4]]
+    """
+    edges = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1], [True])))
+    long = np.diff(edges) > 1
+    return edges[:-1][long], edges[1:][long]
+
+
+def hash_bytes(data):
+    """Returns eight bytes of blake2b, the same in every process, unlike Python's hash."""
+    return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def output_paths(input_files, output_directory):
+    """Returns (sorted inputs, {input: output of the same name}), checked before any work."""
+    inputs = sorted(map(Path, input_files))
+    if not inputs:
+        raise ValueError("deduplication must have input files, got none; name some")
+    for path in inputs:
+        if not path.is_file():
+            raise ValueError(f"an input must be a file, got {path}; check the path")
+    outputs = {path: Path(output_directory) / path.name for path in inputs}
+    if len(set(outputs.values())) < len(inputs):
+        twice = [name for name, n in Counter(path.name for path in inputs).items() if n > 1]
+        raise ValueError(f"input files must have different names, got {twice[0]} more than once; "
+                         "rename it, or leave out the repeated path")
+    for path, output in outputs.items():
+        if output.exists() and output.samefile(path):
+            raise ValueError(f"output_directory must not hold the inputs, got {path}; name another")
+    Path(output_directory).mkdir(parents=True, exist_ok=True)
+    return inputs, outputs
+
+
+# ---------------------------------------------------------------- equal lines
+
+LINE_BLOCK_BYTES = 1 << 24
+
+
+def line_blocks(path):
+    """Yields lists of a file's lines, as bytes with their ends."""
+    with open(path, "rb") as file:
+        while lines := file.readlines(LINE_BLOCK_BYTES):
+            yield lines
+
+
+def exact_line_deduplication(input_files, output_directory, memory_mb=1024, keep_blank=False):
+    """Writes each file to output_directory without the lines that occur more than once anywhere;
+    returns {"lines", "kept", "bytes", "kept_bytes"}.
+
+    Every occurrence goes, the first too, and blank lines like any other, unless keep_blank says
+    that they are ends of paragraphs. "\\n" alone ends a line and is no part of it. Lines are
+    told apart by 64 bits: of n lines, a line is taken for another with probability n / 2**64. The
+    hashes are on disk, 8 bytes a line, and sorted in memory_mb. source: [2] 3.1
+    """
+    inputs, outputs = output_paths(input_files, output_directory)
+    with tempfile.TemporaryDirectory(prefix=".lines-", dir=output_directory) as folder:
+        sizes, lines = hash_lines(inputs, folder)
+        report = Counter(lines=lines, kept=0, bytes=0, kept_bytes=0)
+        if lines:
+            keep = np.memmap(f"{folder}/keep", bool, "r+", shape=(lines,))
+            mark_repeated_lines(folder, sizes, keep, memory_mb << 20)
+        at = 0
+        for path in inputs:
+            temporary = Path(folder) / path.name
+            with open(temporary, "wb") as file:
+                for block in line_blocks(path):
+                    if at + len(block) > lines:
+                        raise ValueError(f"{path} must not change while it is read, got more lines "
+                                         "than before; run it again")
+                    marks = keep[at:at + len(block)]
+                    if keep_blank:
+                        marks = marks | [line.isspace() for line in block]
+                    kept = list(compress(block, marks))
+                    file.writelines(kept)
+                    report.update(kept=len(kept), bytes=sum(map(len, block)),
+                                  kept_bytes=sum(map(len, kept)))
+                    at += len(block)
+            os.replace(temporary, outputs[path])
+    return dict(report)
+
+
+def hash_lines(inputs, folder):
+    """Writes folder/keys, the distinct hashes of each block of lines; folder/places, the first
+    line of each; folder/keep, False where a block has the line twice. Returns (distinct hashes of
+    each block, lines). A line that occurs everywhere costs one key a block."""
+    sizes, lines = [], 0
+    with (open(f"{folder}/keys", "wb") as keys, open(f"{folder}/places", "wb") as places,
+          open(f"{folder}/keep", "wb") as keep):
+        for path in inputs:
+            for block in line_blocks(path):
+                digests = b"".join([hash_bytes(line.removesuffix(b"\n")) for line in block])
+                found, first, inverse, count = np.unique(
+                    np.frombuffer(digests, "<u8"), return_index=True, return_inverse=True,
+                    return_counts=True)
+                found.tofile(keys)
+                (first + lines).astype(np.int64).tofile(places)
+                (count == 1)[inverse].tofile(keep)
+                sizes.append(len(found))
+                lines += len(block)
+    return sizes, lines
+
+
+def mark_repeated_lines(folder, sizes, keep, memory_bytes):
+    """Sets keep to False at the lines whose hash more than one block has."""
+    keys = np.memmap(f"{folder}/keys", "<u8", "r")
+    lines = np.memmap(f"{folder}/places", np.int64, "r")
+    starts = np.cumsum([0, *sizes])
+
+    def blocks():
+        for start, end in pairwise(starts):
+            yield start, keys[start:end]
+
+    for found, places in sorted_slices(blocks, len(keys), memory_bytes):
+        starts_of_runs, ends = equal_runs(found)
+        keep[lines[places[expand(starts_of_runs, ends - starts_of_runs)]]] = False
+    keep.flush()
+
+
+# ---------------------------------------------------------------- MinHash of one document
+
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+MARKS = regex.compile(r"[\p{Mn}\p{P}\p{S}]+")
+MAX_WORD_HASHES = 1 << 20  # remembered by a process: about 150 MB
+SIGNATURE_BLOCK = 2048  # shingles at a time: 128 hashes of them are 1 MB
+
+
+def normalize_for_dedup(text):
+    """Returns a text lower-cased, in NFD without accents, without punctuation and symbols, its
+    words one space apart. source: [2] 3.2
+
+    >>> normalize_for_dedup("  Café,  déjà-vu!")
+    'cafe dejavu'
+    """
+    text = text.lower()
+    if text.isascii():
+        text = text.translate(PUNCTUATION)
+    else:
+        text = MARKS.sub("", unicodedata.normalize("NFD", text))
+    return " ".join(text.split())
+
+
+def fixed_numbers(name, count, dtype):
+    """Returns random numbers that are the same everywhere and always: SHAKE-128 of a name."""
+    size = np.dtype(dtype).itemsize * count
+    return np.frombuffer(hashlib.shake_128(name.encode()).digest(size), dtype)
+
+
+class WordHashes(dict):
+    """{word as it is in a text: 64-bit hash of it normalised, 0 where nothing is left of it},
+    filled as words come: what normalize_for_dedup does to a text, once a word."""
+
+    def __missing__(self, word):
+        plain = word.lower()
+        if not (plain.isascii() and plain.isalnum()):  # else nothing more is done to it
+            plain = normalize_for_dedup(plain)
+        data = plain.encode("utf-8", "surrogatepass")
+        self[word] = value = int.from_bytes(hash_bytes(data), "little") if data else 0
+        return value
+
+
+class MinHash:
+    """Shingles and signatures by multiply-shift, in uint32 whose wrap-around is the definition.
+
+    A mod-prime hash of 64 bits overflows in 64 bits and is then no such hash. source: [9], [10]
+    """
+
+    def __init__(self, num_hashes=128, num_bands=16, ngrams=5):
+        if num_bands < 1 or num_hashes < 1 or num_hashes % num_bands or ngrams < 1:
+            raise ValueError("num_hashes must be a multiple of num_bands, both and ngrams at least "
+                             f"1, got {num_hashes}, {num_bands} and {ngrams}; change one")
+        self.num_bands, self.ngrams, self.words = num_bands, ngrams, WordHashes()
+        self.place_factors = fixed_numbers("shingle", ngrams, "<u8") | np.uint64(1)
+        self.factors = (fixed_numbers("factor", num_hashes, "<u4") | np.uint32(1))[:, None]
+        self.offsets = fixed_numbers("offset", num_hashes, "<u4")[:, None]
+        self.band_factors = fixed_numbers("band", num_hashes // num_bands, "<u8") | np.uint64(1)
+
+    def word_hashes(self, text):
+        """Returns the hashes of a text's normalised words, (words,) uint64."""
+        words = text.split()
+        if len(self.words) > MAX_WORD_HASHES:
+            self.words.clear()
+        hashes = np.fromiter(map(self.words.__getitem__, words), np.uint64, len(words))
+        return hashes[hashes != 0]
+
+    def shingles(self, hashes):
+        """Returns the hashes, (shingles,) uint64, of all runs of `ngrams` words, in order,
+        repeated ones too; of a shorter text one, of all its words."""
+        count = max(1, len(hashes) - self.ngrams + 1)
+        total = np.zeros(count, np.uint64)
+        for place, factor in enumerate(self.place_factors[:len(hashes)]):
+            total += hashes[place:place + count] * factor
+        return total
+
+    def signature(self, shingles):
+        """Returns the least hash of the shingles for each hash function, (num_hashes,) uint32."""
+        x = (shingles >> np.uint64(32)).astype(np.uint32)
+        least = np.full(len(self.factors), 0xFFFFFFFF, np.uint32)
+        for at in range(0, len(x), SIGNATURE_BLOCK):
+            hashes = self.factors * x[at:at + SIGNATURE_BLOCK]
+            hashes += self.offsets
+            np.minimum(least, hashes.min(axis=1), out=least)
+        return least
+
+    def keys(self, text):
+        """Returns (1 + num_bands,) uint64: a hash of all the normalised words, then one of each
+        band of the signature."""
+        hashes = self.word_hashes(text)
+        whole = np.frombuffer(hash_bytes(hashes.tobytes()), "<u8")
+        bands = self.signature(self.shingles(hashes)).reshape(self.num_bands, -1)
+        return np.concatenate([whole, (bands * self.band_factors).sum(1, dtype=np.uint64)])
+
+    def shingle_set(self, text):
+        return np.unique(self.shingles(self.word_hashes(text)))
+
+
+def jaccard(a, b):
+    """Returns the shared part of two sorted arrays without repeats: |a and b| / |a or b|."""
+    shared = len(np.intersect1d(a, b, assume_unique=True))
+    return shared / (len(a) + len(b) - shared)
+
+
+def minhash_reference(texts, ngrams, jaccard_threshold):
+    """Returns the cluster of each text, named by its first: the definition, over all pairs and
+    with sets of strings, to compare with."""
+    sets = []
+    for text in texts:
+        words = normalize_for_dedup(text).split(" ")
+        count = max(1, len(words) - ngrams + 1)
+        sets.append({tuple(words[i:i + ngrams]) for i in range(count)})
+    cluster = list(range(len(texts)))
+    for i, a in enumerate(sets):
+        for j, b in enumerate(sets[:i]):
+            if cluster[i] != cluster[j] and len(a & b) >= jaccard_threshold * len(a | b):
+                low, high = sorted((cluster[i], cluster[j]))
+                cluster = [low if c == high else c for c in cluster]
+    return cluster
+
+
+# ---------------------------------------------------------------- near duplicates of many documents
+
+CHUNK_BYTES = 64 << 20  # of a .jsonl file that a worker signs at a time
+CHUNK_FILES = 512  # of whole files that it signs at a time
+GROUPS_A_TASK = 256
+CACHED_SETS = 2000  # shingle sets that a worker keeps while it compares: about 20 MB
+
+
+def plan_chunks(files):
+    """Returns [(paths, start, end)]: ranges of bytes of .jsonl files, runs of whole other files."""
+    chunks, whole = [], []
+    for path in sorted(map(str, files)):
+        if path.endswith(".gz"):
+            raise ValueError(f"documents must be read at any place, got {path}; unpack it")
+        if path.endswith(".jsonl"):
+            size = os.path.getsize(path)
+            chunks += [((path,), at, min(at + CHUNK_BYTES, size))
+                       for at in range(0, size, CHUNK_BYTES)]
+        else:
+            whole.append(path)
+    chunks += [(tuple(whole[i:i + CHUNK_FILES]), 0, None)
+               for i in range(0, len(whole), CHUNK_FILES)]
+    return chunks
+
+
+def chunk_documents(chunk):
+    """Yields (offset, text) of each document of a chunk: its lines that begin there, or files."""
+    paths, start, end = chunk
+    if end is None:
+        for path in paths:
+            yield 0, Path(path).read_text("utf-8", "replace")
+        return
+    with open(paths[0], "rb") as file:
+        if start:
+            file.seek(start - 1)
+            file.readline()
+        while (at := file.tell()) < end and (line := file.readline()):
+            if line.strip():
+                yield at, line_text(line, paths[0], at)
+
+
+def line_text(line, path, at):
+    """Returns the "text" of one line of a .jsonl file."""
+    try:
+        text = json.loads(line)["text"]
+        if isinstance(text, str):
+            return text
+        problem = f"\"text\" of type {type(text).__name__}"
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {str(error)[:60]}"
+    raise ValueError(f"each line of {path} must be a JSON object with a \"text\", got {problem} at "
+                     f"byte {at}; correct it")
+
+
+def sign_chunk(number, chunk, folder, settings):
+    """Writes folder/NUMBER.sign: per document its offset, then the column of each key, int64 and
+    uint64 of (2 + num_bands, documents). Returns (documents)."""
+    minhash = MinHash(*settings)
+    signed = [(at, minhash.keys(text)) for at, text in chunk_documents(chunk)]
+    columns = np.zeros((2 + minhash.num_bands, len(signed)), "<u8")
+    if signed:
+        columns[0] = [at for at, _ in signed]
+        columns[1:] = np.stack([keys for _, keys in signed]).T
+    bpe.write_atomically(f"{folder}/{number:06d}.sign", columns.tobytes())
+    return len(signed)
+
+
+class Signed:
+    """The signatures of all documents, on disk. Document numbers go through chunks in order."""
+
+    def __init__(self, chunks, folder, num_bands):
+        self.chunks, self.folder, self.rows = chunks, folder, 2 + num_bands
+        sizes = [os.path.getsize(self.path(i)) for i in range(len(chunks))]
+        if wrong := [i for i, size in enumerate(sizes) if size % (8 * self.rows)]:
+            raise ValueError(f"{self.path(wrong[0])} must hold whole records of {8 * self.rows} "
+                             f"bytes, got {sizes[wrong[0]]} bytes; delete the folder, run it again")
+        self.starts = np.cumsum([0] + [size // (8 * self.rows) for size in sizes])
+        self.count = int(self.starts[-1])
+
+    def path(self, chunk):
+        return f"{self.folder}/{chunk:06d}.sign"
+
+    def column(self, chunk, row):
+        n = int(self.starts[chunk + 1] - self.starts[chunk])
+        return np.fromfile(self.path(chunk), "<u8", n, offset=8 * n * row)
+
+    def blocks(self, row):
+        for chunk in range(len(self.chunks)):
+            yield int(self.starts[chunk]), self.column(chunk, row)
+
+    def locate(self, document):
+        """Returns (path, offset or None where the file is the document)."""
+        chunk = int(np.searchsorted(self.starts, document, side="right")) - 1
+        paths, _, end = self.chunks[chunk]
+        row = int(document - self.starts[chunk])
+        if end is None:
+            return paths[row], None
+        return paths[0], int(np.fromfile(self.path(chunk), "<u8", 1, offset=8 * row)[0])
+
+
+def read_document(path, offset):
+    if offset is None:
+        return Path(path).read_text("utf-8", "replace")
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return line_text(file.readline(), path, offset)
+
+
+def roots_of(parent):
+    """Returns the root of every document, and leaves `parent` pointing there."""
+    while not np.array_equal(up := parent[parent], parent):
+        parent[:] = up
+    return parent
+
+
+def join(parent, a, b):
+    """Joins two clusters under the lower of their roots: the survivor does not hang on order."""
+    while parent[a] != a:
+        a = parent[a]
+    while parent[b] != b:
+        b = parent[b]
+    parent[max(a, b)] = min(a, b)
+
+
+def verify_groups(groups, settings, threshold):
+    """Returns the pairs (i, j) of documents that join clusters, each found by true Jaccard.
+
+    groups: [[(document, root of its cluster, path, offset)]], each a group that shares a band. A
+    pair within one cluster is not looked at; every other pair is, until its clusters are one.
+    """
+    minhash, sets, pairs = MinHash(*settings), {}, []
+
+    def shingle_set(document, path, offset):
+        if document not in sets:
+            if len(sets) >= CACHED_SETS:
+                sets.clear()
+            sets[document] = minhash.shingle_set(read_document(path, offset))
+        return sets[document]
+
+    for group in groups:
+        clusters = {}
+        for document, root, *place in group:
+            clusters.setdefault(root, []).append((document, *place))
+        merged = []
+        for cluster in clusters.values():
+            apart = []
+            for other in merged:
+                pair = next(((a[0], b[0]) for a in other for b in cluster
+                             if jaccard(shingle_set(*a), shingle_set(*b)) >= threshold), None)
+                if pair is None:
+                    apart.append(other)
+                else:
+                    pairs.append(pair)
+                    cluster = other + cluster
+            merged = [*apart, cluster]
+    return pairs
+
+
+def candidate_groups(signed, row, parent, same, memory_bytes, share):
+    """Yields the groups of documents of different clusters that have one band's key in common.
+
+    same: (documents,) the first document with the same words, which stands for all of them;
+    share: (rank, ranks): only the groups whose first document is this rank's.
+    """
+    rank, ranks = share
+    for keys, places in sorted_slices(lambda: signed.blocks(row), signed.count, memory_bytes):
+        firsts = same[places] == places  # copies are in their first one's cluster already
+        keys, places = keys[firsts], places[firsts]
+        starts, ends = equal_runs(keys)
+        if not len(starts):
+            continue
+        inside = expand(starts, ends - starts)
+        roots, cuts = parent[places[inside]], np.cumsum(ends - starts) - (ends - starts)
+        several = np.minimum.reduceat(roots, cuts) != np.maximum.reduceat(roots, cuts)
+        for start, end in zip(starts[several], ends[several], strict=True):
+            group = places[start:end]
+            if group[0] % ranks == rank and len(set(map(parent.__getitem__, group))) > 1:
+                yield [(int(d), int(parent[d]), *signed.locate(d)) for d in group]
+
+
+def find_near_duplicates(files, work_dir, num_hashes=128, num_bands=16, ngrams=5,
+                         jaccard_threshold=0.8, num_workers=None, memory_mb=1024, rank=0, ranks=1,
+                         barrier=None, progress=False):
+    """Returns (signed, survivor): survivor[i], (documents,) int64, is the document that stays of
+    i's cluster, the first of it in the order of paths and lines; i itself where i stays.
+
+    Documents are linked where they share a band and their true Jaccard similarity is at least the
+    threshold, or where their normalised words are the same; clusters are what links connect. The
+    result is the same for any number of workers, ranks and order of files. Of ranks (machines with
+    one shared work_dir), each signs every Nth chunk and compares its share of each band's groups;
+    `barrier` waits for all. Finished signatures in work_dir are used again while the files and
+    settings stay. source: [9]; [2] 3.3
+    """
+    settings = num_hashes, num_bands, ngrams
+    MinHash(*settings)
+    if not 0 <= jaccard_threshold <= 1:
+        raise ValueError(f"jaccard_threshold must be from 0 to 1, got {jaccard_threshold}; give a "
+                         "share of shingles, such as 0.8")
+    chunks, wait_for_all = plan_chunks(files), barrier or (lambda: None)
+    num_workers = bpe.default_workers(num_workers)
+    check_needs(files, num_bands, work_dir, memory_mb, progress)
+    stamp = hashlib.sha256(json.dumps([settings, chunks, [
+        (os.path.getsize(path), os.stat(path).st_mtime_ns) for path in sorted(map(str, files))]]
+    ).encode()).hexdigest()[:16]
+    folder = Path(work_dir) / f"signed-{stamp}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [(i, chunk, str(folder), settings) for i, chunk in enumerate(chunks)
+             if i % ranks == rank and not (folder / f"{i:06d}.sign").exists()]
+    bar = bpe.Progress("sign", len(tasks), "chunks", progress)
+    for done, _ in enumerate(bpe.run_tasks(sign_chunk, tasks[::-1],
+                                           min(num_workers, max(1, len(tasks)))), 1):
+        bar.update(done)
+    bar.close()
+    wait_for_all()
+    signed = Signed(chunks, str(folder), num_bands)
+    parent = link_copies(signed, memory_mb << 20)
+    same = parent.copy()
+    bar = bpe.Progress("compare", num_bands, "bands", progress)
+    links = []
+    for band in range(num_bands):
+        groups = candidate_groups(signed, 2 + band, roots_of(parent), same, memory_mb << 20,
+                                  (rank, ranks))
+        for pairs in verified(groups, settings, jaccard_threshold, num_workers):
+            links += pairs
+            for pair in pairs:
+                join(parent, *pair)
+        bar.update(band + 1)
+    bar.close()
+    if ranks > 1:
+        bpe.write_atomically(folder / f"{rank:04d}of{ranks:04d}.links",
+                             np.array(links, "<i8").reshape(-1, 2).tobytes())
+        wait_for_all()
+        for other in range(ranks):
+            for pair in np.fromfile(folder / f"{other:04d}of{ranks:04d}.links",
+                                    "<i8").reshape(-1, 2):
+                join(parent, *pair)
+    return signed, roots_of(parent)
+
+
+def check_needs(files, num_bands, work_dir, memory_mb, progress):
+    """Says what the run will need, documents of .jsonl files judged by the first megabyte of each;
+    raises ValueError where the disk has less."""
+    documents = 0
+    for path in files:
+        documents += 1
+        if str(path).endswith(".jsonl"):
+            with open(path, "rb") as file:
+                start = file.read(1 << 20)
+            documents += int(start.count(b"\n") / max(1, len(start)) * os.path.getsize(path))
+    disk, memory = documents * 8 * (2 + num_bands), documents * 32
+    Path(work_dir).mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(work_dir).free
+    if progress:
+        print(f"about {documents:,} documents: {disk / 2**20:,.0f} MiB of disk in {work_dir} "
+              f"({free / 2**20:,.0f} free), {memory / 2**20:,.0f} MiB of memory and up to "
+              f"{memory_mb:,} to sort in", flush=True)
+    if disk > free:
+        raise ValueError(f"{work_dir} must have {disk:,} bytes free for signatures, got {free:,}; "
+                         "name a larger disk, or fewer bands")
+
+
+def link_copies(signed, memory_bytes):
+    """Returns (documents,) int64: the first document with the same normalised words."""
+    parent = np.arange(signed.count)
+    for keys, places in sorted_slices(lambda: signed.blocks(1), signed.count, memory_bytes):
+        starts, ends = equal_runs(keys)
+        inside = expand(starts, ends - starts)
+        parent[places[inside]] = np.repeat(places[starts], ends - starts)
+    return parent
+
+
+def verified(groups, settings, threshold, num_workers):
+    """Yields lists of verified pairs; small numbers of groups are compared in this process."""
+    groups = iter(groups)
+    while round_of_groups := list(islice(groups, GROUPS_A_TASK * num_workers * 4)):
+        tasks = [(round_of_groups[i:i + GROUPS_A_TASK], settings, threshold)
+                 for i in range(0, len(round_of_groups), GROUPS_A_TASK)]
+        if len(tasks) == 1:
+            yield verify_groups(*tasks[0])
+        else:
+            yield from bpe.run_tasks(verify_groups, tasks, num_workers)
+
+
+def minhash_deduplication(input_files, num_hashes, num_bands, ngrams, jaccard_threshold,
+                          output_directory, num_workers=None, memory_mb=1024, work_dir=None,
+                          progress=False):
+    """Writes the documents that stay to output_directory; returns {"documents", "kept",
+    "clusters"} and "duplicates": [(path, offset, path, offset)] of what went and what stayed.
+
+    A file is a document, and stays or goes whole; of a .jsonl file each line with a "text" is one.
+    """
+    inputs, outputs = output_paths(input_files, output_directory)
+    with tempfile.TemporaryDirectory(prefix=".minhash-", dir=output_directory) as temporary:
+        signed, survivor = find_near_duplicates(
+            inputs, work_dir or temporary, num_hashes, num_bands, ngrams, jaccard_threshold,
+            num_workers, memory_mb, progress=progress)
+        gone = np.flatnonzero(survivor != np.arange(len(survivor)))
+        duplicates = [(*signed.locate(i), *signed.locate(survivor[i])) for i in gone]
+        dropped = {(path, offset) for path, offset, *_ in duplicates}
+        for path in inputs:
+            part = Path(temporary) / "output"
+            if path.suffix == ".jsonl":
+                copy_lines(path, part, {at for name, at in dropped if name == str(path)})
+            elif (str(path), None) in dropped:
+                outputs[path].unlink(missing_ok=True)  # of an earlier run
+                continue
+            else:
+                shutil.copyfile(path, part)
+            os.replace(part, outputs[path])
+    return {"documents": len(survivor), "kept": len(survivor) - len(gone),
+            "clusters": len(set(survivor[gone].tolist())), "duplicates": duplicates}
+
+
+def copy_lines(path, target, dropped):
+    """Copies a file without the lines at the given offsets."""
+    with open(path, "rb") as source, open(target, "wb") as file:
+        at = 0
+        for line in source:
+            if at not in dropped:
+                file.write(line)
+            at += len(line)
+
+
+# ---------------------------------------------------------------- the run: one document
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
+PAGE_LIMIT_S = 2.0  # that one document may take in one stage before it is dropped
+STUCK_S = 60.0  # after which a worker that shows no progress is killed and its page is skipped
+WORKER_BYTES = 4 << 30  # of address space a worker may take beyond what it starts with
+CHECKPOINT_BYTES = 8 << 20  # of an input file between two points that a run goes on from
+CHECKPOINT_S = 15.0
+EXAMPLES = 20  # dropped documents kept per reason and file, for `inspect`
+DOCUMENT_MARK = "\x1e"  # starts the line before each document in a shard; text never holds it
+STAGES = ("records", "text", "address", "language", "rules", "harm", "quality", "pii", "lines",
+          "short", "copies", "contamination")
+HARMFUL = ("nsfw", "toxic", "1", "yes", "hate")  # labels, of Dolma's models too
+
+
+class TimeLimit(Exception):
+    """A document took longer than it may."""
+
+
+@contextmanager
+def time_limit(seconds):
+    """Raises TimeLimit in the block after so many seconds (in a main thread, not on Windows)."""
+    def stop(number, frame):
+        raise TimeLimit
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def clean_text(text):
+    """Returns the text without control characters, and with no special token in it."""
+    text = CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return text.replace(bpe.END_OF_TEXT, "<| endoftext |>").strip()
+
+
+def host_of(url):
+    """Returns the host of an address, in lower case, without "www."."""
+    return re.sub(r"^[a-z]+://(?:[^/@]*@)?(?:www\.)?|[:/?#].*$", "", url.lower())
+
+
+class Funnel:
+    """What came into and out of each stage, and why what fell did: its sums close.
+
+    stages: {stage: {documents_in, documents_out, characters_in, characters_out, seconds,
+    reasons: {reason: {documents, characters, example}}}}, as journals and the report have it
+    """
+
+    def __init__(self, stages=None):
+        self.stages, self.sample = stages or {}, None
+
+    def stage(self, name):
+        return self.stages.setdefault(name, {
+            "documents_in": 0, "documents_out": 0, "characters_in": 0, "characters_out": 0,
+            "seconds": 0.0, "reasons": {}})
+
+    def count(self, name, url, text, out, reason=None, seconds=0.0):
+        """Counts what became of a document. self.sample: of one that fell, if they are few."""
+        stage, self.sample = self.stage(name), None
+        stage["documents_in"] += 1
+        stage["characters_in"] += len(text)
+        stage["seconds"] += seconds
+        if reason is None:
+            stage["documents_out"] += 1
+            stage["characters_out"] += len(out)
+            return
+        shown = text[:2000]
+        shown = shown.decode("utf-8", "replace") if isinstance(shown, bytes) else shown
+        entry = stage["reasons"].setdefault(reason, {
+            "documents": 0, "characters": 0,
+            "example": {"url": url, "text": " ".join(shown[:400].split())[:160]}})
+        entry["documents"] += 1
+        entry["characters"] += len(text)
+        if entry["documents"] <= EXAMPLES:
+            self.sample = {"url": url, "reason": f"{name}: {reason}", "text": shown}
+
+    def add(self, stages):
+        """Adds the counts of another funnel."""
+        for name, other in stages.items():
+            stage = self.stage(name)
+            for key in stage.keys() - {"reasons"}:
+                stage[key] += other[key]
+            for reason, entry in other["reasons"].items():
+                mine = stage["reasons"].setdefault(
+                    reason, entry | {"documents": 0, "characters": 0})
+                mine["documents"] += entry["documents"]
+                mine["characters"] += entry["characters"]
+
+
+class Judge:
+    """What happens to documents, one stage after the other; the funnel counts it."""
+
+    def __init__(self, options):
+        self.options, self.funnel, self.shared = options, Funnel(), [0] * 4
+        self.rules = choose_rules(options.rules, options.threshold)
+        self.blocked = set(Path(options.blocklist).read_text("utf-8").lower().split()) \
+            if options.blocklist else set()
+        # models are read once, before workers start
+        self.classifiers = {kind: load_classifier(kind, getattr(options, f"{kind}_model"))
+                            for kind in CLASSIFIERS}
+        used = {"language": options.languages, "nsfw": not options.no_harm,
+                "toxic": not options.no_harm, "quality": options.quality_model}
+        self.methods = {kind: self.classifiers[kind].method if on else "not judged"
+                        for kind, on in used.items()}
+        self.stages = [(name, function) for name, function, on in (
+            ("address", self.check_address, self.blocked),
+            ("language", self.check_language, options.languages),
+            ("rules", self.check_rules, self.rules), ("harm", self.check_harm, not options.no_harm),
+            ("quality", self.check_quality, options.quality_model),
+            ("pii", self.mask, not options.no_pii)) if on]
+
+    def __reduce__(self):
+        return Judge, (self.options,)  # a worker that is spawned, not forked, reads models anew
+
+    def judge(self, records):
+        """Yields (record, {url, text, language, ...} or None, sample of what fell or None)."""
+        opened = [(record, self.read(record), self.funnel.sample) for record in records]
+        languages = self.identify([text for _, text, _ in opened if text])
+        for record, text, sample in opened:
+            notes = {"url": record.url} | (next(languages) if text else {})
+            for name, function in self.stages if text else ():
+                text = self.stage(name, record.url, text, function, notes)
+                sample = self.funnel.sample
+                if text is None:
+                    break
+            yield record, notes | {"text": text} if text else None, sample
+
+    def stage(self, name, url, text, function, *arguments):
+        """Returns what function(text, ...), of (text, None) or (None, reason), leaves of it."""
+        started, self.shared[2] = time.perf_counter(), time.monotonic()
+        try:
+            with time_limit(PAGE_LIMIT_S):
+                out, reason = function(text, *arguments)
+        except TimeLimit:
+            out, reason = None, "time limit"
+        except MemoryError:
+            out, reason = None, "memory limit"
+        except Exception as error:  # whatever a page does, it costs that page: named in the report
+            out, reason = None, f"error {type(error).__name__}"
+        self.funnel.count(name, url, text, out, reason, time.perf_counter() - started)
+        return out
+
+    def read(self, record):
+        """Returns a record's text, or None."""
+        data = self.stage("records", record.url, record.data, lambda data: (
+            (None, record.problem) if record.problem else (data, None)))
+        return data and self.stage("text", record.url, data, self.extract, record)
+
+    def identify(self, texts):
+        """Yields {language, language_score} of each text: models are faster at many together."""
+        answers, started = [None] * len(texts), time.perf_counter()
+        if texts and self.options.languages:
+            # on any error each is asked for by itself in its stage, and costs itself alone
+            with suppress(Exception), time_limit(PAGE_LIMIT_S * len(texts)):
+                answers = self.classifiers["language"].predict(texts)
+            self.funnel.stage("language")["seconds"] += time.perf_counter() - started
+        for answer in answers:
+            yield dict(zip(("language", "language_score"), answer, strict=True)) if answer else {}
+
+    def extract(self, data, record):
+        if record.kind == "conversion":
+            text = data.decode("utf-8", "replace")
+        elif record.content_type.lower().startswith("text/plain"):
+            text = decode_html(data, record.content_type)[0]
+        else:
+            text = extract_text_from_html_bytes(data, self.options.mode, record.content_type)
+        text = clean_text(text)
+        return (text, None) if text else (None, "no text")
+
+    def check_address(self, text, notes):
+        host = host_of(notes["url"]).split(".")
+        names = {notes["url"], *(".".join(host[i:]) for i in range(len(host)))}
+        return (None, "blocklist") if names & self.blocked else (text, None)
+
+    def check_language(self, text, notes):
+        if "language" not in notes:
+            notes |= next(self.identify([text]))
+        code, score = notes["language"], round(float(notes["language_score"]), 4)
+        notes["language_score"] = score
+        if code not in self.options.languages:
+            return None, f"language {code}"
+        low = score < self.options.language_score
+        return (None, f"language {code}, score too low") if low else (text, None)
+
+    def check_rules(self, text, notes):
+        for name, rules in self.rules.items():
+            text, failed = apply_rules(text, rules)
+            if failed:
+                return None, f"{name} {failed}"
+        return text, None
+
+    def check_harm(self, text, notes):
+        for kind in ("nsfw", "toxic"):
+            label, score = self.classifiers[kind].predict([text])[0]
+            notes[kind] = round(score if label in HARMFUL else 1 - score, 4)
+            if notes[kind] >= self.options.harm_score:
+                return None, kind
+        return text, None
+
+    def check_quality(self, text, notes):
+        label, score = self.classifiers["quality"].predict([text])[0]
+        good = score if label == self.options.quality_label else 1 - score
+        notes["quality"] = round(good, 4)
+        return (text, None) if good >= self.options.quality_score else (None, "quality too low")
+
+    def mask(self, text, notes):
+        for name, function in (("emails", mask_emails), ("phones", mask_phone_numbers),
+                               ("ips", mask_ips)):
+            text, found = function(text)
+            if found:
+                notes[name] = found
+        return text, None
+
+
+# ---------------------------------------------------------------- the run: one file
+
+class Shard:
+    """The output of one input file: what is kept, samples of what is not, and a journal.
+
+    A line of the journal says how far the input was read and how long the two others were then,
+    after they had reached the disk: whatever is beyond that is cut off when a run goes on.
+    """
+
+    def __init__(self, folder, number):
+        self.number, self.journal = number, folder / f"{number:05d}.journal"
+        self.paths = [folder / f"{number:05d}.txt", folder / f"{number:05d}.dropped.jsonl"]
+        self.state = {"place": [0, 0], "sizes": [0, 0], "stages": {}, "others": {}, "bytes": 0,
+                      "done": False}
+        if self.journal.exists():
+            data = self.journal.read_bytes()
+            whole = data[:data.rfind(b"\n") + 1]
+            if len(whole) < len(data):  # killed while it wrote a line
+                os.truncate(self.journal, len(whole))
+            self.state |= json.loads(whole.splitlines()[-1]) if whole else {}
+
+    def __enter__(self):
+        with ExitStack() as stack:
+            self.files = [stack.enter_context(open(path, "r+b" if path.exists() else "w+b"))
+                          for path in self.paths]
+            for file, size in zip(self.files, self.state["sizes"], strict=True):
+                if (found := os.path.getsize(file.name)) < size:
+                    raise ValueError(f"{file.name} must hold the {size} bytes that its journal "
+                                     f"speaks of, got {found}; give --overwrite to start anew")
+                file.truncate(size)
+                file.seek(size)
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception):
+        self.stack.close()
+
+    def write(self, place, kept, sample):
+        identity = f"{self.number}:{place[0]}:{place[1]}"
+        if kept:
+            text = kept.pop("text")
+            head = json.dumps({"id": identity, **kept}, ensure_ascii=False)
+            self.files[0].write(f"{DOCUMENT_MARK}{head}\n{text}\n".encode())
+        elif sample:
+            self.files[1].write(json.dumps({"id": identity, **sample}).encode() + b"\n")
+
+    def checkpoint(self, **state):
+        for file in self.files:
+            file.flush()
+            os.fsync(file.fileno())
+        self.state |= state | {"sizes": [file.tell() for file in self.files]}
+        with open(self.journal, "ab") as file:
+            file.write(json.dumps(self.state).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_shard(path):
+    """Yields (notes, text) of the documents of a shard, in order."""
+    head, lines = None, []
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for line in chain(file, [DOCUMENT_MARK]):
+            if not line.startswith(DOCUMENT_MARK):
+                lines.append(line)
+                continue
+            if head is not None:
+                yield json.loads(head), re.sub(r"\n{3,}", "\n\n", "".join(lines)).strip("\n")
+            head, lines = line[1:], []
+
+
+def filter_file(number, path, judge, folder, shared, skipped=(), stop=(), careful=False):
+    """Judges every document of one file into its shard, from where it stopped.
+
+    shared: [place in the file, its second number, when, documents] for whoever watches; skipped:
+    places of records that killed workers; stop: a list that a signal fills; careful: one document
+    at a time, so that `shared` tells exactly which one is at work
+    """
+    shard = Shard(folder, number)
+    if shard.state["done"]:
+        return
+    judge.funnel, judge.shared = Funnel(shard.state["stages"]), shared
+    others = Counter(shard.state["others"])
+    saved_at, saved_s = shard.state["place"][0], time.monotonic()
+
+    def watched():
+        records = read_records(path, shard.state["place"], others)
+        while True:
+            started = time.perf_counter()
+            record = next(records, None)
+            judge.funnel.stage("records")["seconds"] += time.perf_counter() - started
+            if record is None:
+                return
+            shared[:2] = record.place
+            shared[3] += 1
+            if list(record.place) in skipped:
+                record.problem = record.problem or "killed its worker"
+            yield record
+
+    state = {"bytes": os.path.getsize(path), "stages": judge.funnel.stages, "others": others}
+    with shard:
+        for batch in batches(watched(), 1 if careful else BATCH_BYTES,
+                             lambda record: len(record.data) + 1000):
+            for record, kept, sample in judge.judge(batch):
+                shard.write(record.place, kept, sample)
+            state["place"], now = list(record.place), time.monotonic()
+            if stop or record.place[0] - saved_at >= CHECKPOINT_BYTES or (
+                    now - saved_s > CHECKPOINT_S):
+                shard.checkpoint(**state)
+                saved_at, saved_s = record.place[0], now
+            if stop:
+                return
+        shard.checkpoint(**state | {"done": True})
+
+
+def limit_memory(extra):
+    """Lets this process take `extra` bytes more than it has, where the system can say so."""
+    try:
+        import resource
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError):
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra,) * 2)
+
+
+def work(number, path, judge, folder, shared, skipped, careful, errors):
+    """A worker: one process filters one file. Exit code 0: done or stopped; 1: an error."""
+    bpe.start_worker()
+    stop = []
+    signal.signal(signal.SIGTERM, lambda signum, frame: stop.append(signum))
+    limit_memory(WORKER_BYTES)
+    try:
+        local = fetch_input(path, folder, judge.options.num_workers)
+        filter_file(number, local, judge, folder, shared, skipped, stop, careful)
+        if local != Path(path) and not stop:
+            local.unlink()
+    except (ValueError, OSError) as error:
+        errors.put((number, str(error)))
+        sys.exit(1)
+
+
+# ---------------------------------------------------------------- inputs
+
+COMMON_CRAWL = "https://data.commoncrawl.org/"
+DOWNLOAD_TRIES = 100
+
+
+def list_inputs(inputs):
+    """Returns the files that --input names: paths, patterns, folders, addresses, lists of paths.
+
+    A list is a file that ends in .paths or .paths.gz, one path of Common Crawl a line, as in
+    wet.paths.gz; a path that exists here, whole or by its last part beside the list, is taken
+    before the net is asked.
+    raises: ValueError if there is none
+    """
+    found = []
+    for item in inputs:
+        if re.match(r"https?://", item):
+            found.append(item)
+        elif item.endswith((".paths", ".paths.gz")) and os.path.exists(item):
+            opener = gzip.open if item.endswith(".gz") else open
+            with opener(item, "rt", encoding="utf-8") as file:
+                for line in filter(None, map(str.strip, file)):
+                    beside = [Path(line), Path(item).parent / line,
+                              Path(item).parent / Path(line).name]
+                    here = next((str(path) for path in beside if path.is_file()), None)
+                    found.append(here or (line if "://" in line else COMMON_CRAWL + line))
+        elif os.path.isdir(item):
+            found += sorted(str(path) for path in Path(item).rglob("*")
+                            if re.search(r"\.(?:warc|wet)(?:\.gz)?$", path.name))
+        else:
+            found += [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
+    if not found:
+        raise ValueError(f"--input must name WARC or WET files, got none for {' '.join(inputs)}; "
+                         "check the path, and put a pattern in quotes")
+    return list(dict.fromkeys(found))
+
+
+def fetch_input(path, folder, num_workers):
+    """Returns the path of an input, fetched if it is an address; goes on where that stopped.
+
+    After a refusal (403, 429, 5xx) all workers together ask at most once a second.
+    """
+    if "://" not in path:
+        return Path(path)
+    import requests
+
+    name = hashlib.sha256(path.encode()).hexdigest()[:12] + "-" + path.rsplit("/", 1)[1]
+    local, part = folder / name, folder / f"{name}.part"
+    for attempt in range(DOWNLOAD_TRIES):
+        if local.exists():
+            break
+        try:
+            bpe.download_rest(requests, path, part)
+            os.replace(part, local)
+        except (OSError, requests.RequestException) as error:
+            status = getattr(getattr(error, "response", None), "status_code", 503)
+            if attempt == DOWNLOAD_TRIES - 1 or 400 <= status < 500 and status not in (403, 429):
+                raise OSError(f"{path} must be reachable, got {error}; what came is kept, run "
+                              "again, or give a local copy") from None
+            time.sleep(min(60, num_workers * (1 + attempt)))
+    return local
+
+
+# ---------------------------------------------------------------- the run: many files
+
+class Run:
+    """A run, from its inputs to its report; `run` is the order of it."""
+
+    def __init__(self, args):
+        self.args, self.started, self.stop, self.lock = args, time.monotonic(), [], None
+        self.out_dir, self.parts = Path(args.out_dir), Path(args.out_dir) / "parts"
+        self.rank, self.world = (int(os.environ.get(name, default)) for name, default in
+                                 (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.inputs = list_inputs(args.input)
+        self.sizes = [os.path.getsize(p) if "://" not in p else 0 for p in self.inputs]
+        self.tokenizer = check_tokenizer(args)
+        for path in self.inputs:  # a foreign file is known at once
+            if "://" not in path:
+                next(read_records(path), None)
+        self.judge, self.funnel = Judge(args), Funnel()
+        self.careful, self.deaths = set(), Counter()
+
+    def run(self):
+        """Filters files, then all documents together; returns 0, or 128 + a signal."""
+        self.prepare()
+        before = [signal.signal(number, lambda number, frame: self.stop.append(number))
+                  for number in (signal.SIGTERM, signal.SIGINT)]
+        try:
+            self.filter_files()
+        finally:  # the rest may end anywhere, and is then done anew
+            signal.signal(signal.SIGTERM, before[0])
+            signal.signal(signal.SIGINT, before[1])
+        if self.stop:
+            print(f"signal {self.stop[0]}: stopped; the same command goes on")
+            return 128 + self.stop[0]
+        self.barrier()
+        self.finish()
+        return 0
+
+    def prepare(self):
+        """Makes the folder, keeps others out of it, and checks that it is of the same run."""
+        try:
+            self.parts.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_folder(self.out_dir, self.rank)
+        except OSError as error:
+            raise ValueError(f"--out_dir must be a folder to write into, got {self.out_dir} "
+                             f"({error.strerror}); choose another") from None
+        ignore = ("input", "out_dir", "num_workers", "overwrite", "verb", "function", "tokenizer",
+                  "vocab_size")  # the last step is always done anew
+        plan = json.loads(json.dumps({
+            "inputs": [*zip(self.inputs, self.sizes, strict=True)],
+            "flags": {k: v for k, v in vars(self.args).items() if k not in ignore}}))
+        path = self.out_dir / "plan.json"
+        if self.args.overwrite and self.rank == 0:
+            remove_run(self.out_dir)
+        if path.exists() and (old := json.loads(path.read_text())) != plan:
+            differs = [k for k in plan["flags"] if plan["flags"][k] != old["flags"].get(k)]
+            raise ValueError(f"{self.out_dir} must be of this run, got one with other "
+                             f"{', '.join(differs) or 'inputs'}; give the same, --overwrite or "
+                             "another --out_dir")
+        if self.rank == 0:
+            bpe.write_atomically(path, json.dumps(plan, indent=1).encode())
+
+    def filter_files(self):
+        """Keeps num_workers processes at work until each of this rank's files is done."""
+        mine = range(self.rank, len(self.inputs), self.world)
+        states = {n: Shard(self.parts, n).state for n in mine}
+        waiting = [n for n in mine if not states[n]["done"]][::-1]
+        context = multiprocessing.get_context(bpe.START_METHOD)
+        errors, active = context.SimpleQueue(), {}
+        done = {n: state["place"][0] for n, state in states.items()}
+        line = bpe.Progress("filter", sum(self.sizes[n] for n in mine), "bytes",
+                            done=sum(done.values()))
+        documents = Counter()
+        try:
+            while (waiting and not self.stop) or active:
+                while waiting and not self.stop and len(active) < self.args.num_workers:
+                    number = waiting.pop()
+                    active[number] = self.start_worker(context, number, errors)
+                time.sleep(0.02)
+                for number, (process, shared) in list(active.items()):
+                    done[number], documents[number, process.pid] = int(shared[0]), int(shared[3])
+                    if self.stop:
+                        process.terminate()
+                    self.watch(number, process, shared, active, waiting, errors)
+                rate = documents.total() / (time.perf_counter() - line.started)
+                line.name = f"filter, {documents.total():,} documents, {rate:,.0f} a second"
+                line.update(sum(done.values()))
+        finally:
+            for process, _ in active.values():
+                process.terminate()
+            for process, _ in active.values():
+                process.join(10)
+                if process.is_alive():
+                    process.kill()
+        line.close()
+
+    def skipped(self, number):
+        """Returns the places of records that killed their worker, of one file."""
+        path = self.parts / f"{number:05d}.skip"
+        return json.loads(path.read_text()) if path.exists() else []
+
+    def start_worker(self, context, number, errors):
+        shared = context.Array("d", [0, -1, time.monotonic(), 0], lock=False)
+        process = context.Process(target=work, args=(
+            number, self.inputs[number], self.judge, self.parts, shared, self.skipped(number),
+            number in self.careful, errors))
+        process.start()
+        return process, shared
+
+    def watch(self, number, process, shared, active, waiting, errors):
+        """Sees to one worker: at work, done, stuck, or dead."""
+        stuck = shared[1] >= 0 and time.monotonic() - shared[2] > STUCK_S
+        if process.is_alive() and not stuck:
+            return
+        if stuck:
+            process.kill()
+        process.join()
+        del active[number]
+        if process.exitcode == 1:
+            _, message = errors.get() if not errors.empty() else (number, "see above")
+            raise OSError(f"{self.inputs[number]}: {message}")
+        if self.stop or process.exitcode == 0 and Shard(self.parts, number).state["done"]:
+            return
+        waiting.append(number)
+        if process.exitcode:
+            self.note_death(number, (int(shared[0]), int(shared[1])), stuck)
+
+    def note_death(self, number, place, stuck):
+        """A worker died: its file is read with care, then the record that kills again is left."""
+        if number not in self.careful:
+            self.careful.add(number)
+            return
+        self.deaths[number, place] += 2 if stuck else 1
+        if self.deaths[number, place] > 1 and place[1] >= 0:
+            bpe.write_atomically(self.parts / f"{number:05d}.skip", json.dumps(
+                [*self.skipped(number), list(place)]).encode())
+            print(f"{self.inputs[number]}: the record at {place} killed its worker; skipped",
+                  flush=True)
+        elif self.deaths[number, place] > 3:
+            raise OSError(f"a worker must live, got one killed {self.deaths[number, place]} times "
+                          f"before its first record of {self.inputs[number]}; see the system's log")
+
+    def barrier(self):
+        """Waits for the other ranks, where there are any."""
+        if self.world > 1:
+            import torch.distributed as dist
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=timedelta(days=30))
+            dist.barrier()
+
+    # ------------------------------------------------------------ all documents together
+
+    def finish(self):
+        """The stages over all documents, their text, its tokens and the report."""
+        shards = [Shard(self.parts, n) for n in range(len(self.inputs))]
+        for shard in shards:
+            self.funnel.add(shard.state["stages"])
+        self.check_not_empty(shards)
+        folder = self.out_dir / "documents"
+        paths = [shard.paths[0] for shard in shards]
+        if self.rank == 0:
+            self.write_documents(paths if self.args.no_line_dedup else self.drop_lines(paths),
+                                 folder)
+        self.barrier()
+        documents = [folder / f"{path.stem}.jsonl" for path in paths]
+        survivor = None if self.args.no_copies else self.find_copies(documents)
+        if self.rank == 0:
+            self.write_text(documents, survivor)
+            shutil.rmtree(folder)
+            self.check_not_empty(shards)
+            report = self.report(shards) | {"tokens": self.make_tokens()}
+            print(write_report(report, self.out_dir))
+
+    def drop_lines(self, paths):
+        """Returns files without the lines that occur more than once anywhere, blank ones apart:
+        those are ends of paragraphs."""
+        started, folder = time.perf_counter(), self.out_dir / "lines"
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            exact_line_deduplication(paths, folder, keep_blank=True)
+            (folder / "done").touch()
+        without = [folder / path.name for path in paths]
+        for before, after in zip(paths, without, strict=True):
+            for (notes, text), (_, left) in zip(read_shard(before), read_shard(after), strict=True):
+                self.funnel.count("lines", notes["url"], text, left)
+        self.funnel.stage("lines")["seconds"] = time.perf_counter() - started
+        return without
+
+    def write_documents(self, shards, folder):
+        """Writes what is long enough as .jsonl files, whose lines are documents."""
+        folder.mkdir(exist_ok=True)
+        long_enough = [pair for rules in self.judge.rules.values() for pair in rules
+                       if pair[0] is word_count][:1]
+        with open(self.out_dir / "dropped.jsonl", "w", encoding="utf-8") as self.dropped:
+            for shard in shards:
+                lines = []
+                for notes, text in read_shard(shard):
+                    short = not text.strip() or apply_rules(text, long_enough)[1]
+                    if self.stays("short", "too short without its repeated lines", short, notes,
+                                  text):
+                        lines.append(json.dumps(notes | {"text": text}) + "\n")
+                path, data = folder / f"{shard.stem}.jsonl", "".join(lines).encode()
+                if not path.exists() or path.read_bytes() != data:  # what has its signatures stays
+                    bpe.write_atomically(path, data)
+
+    def find_copies(self, paths):
+        """Returns for each document in order the one that stays of its near copies."""
+        started, args = time.perf_counter(), self.args
+        _, survivor = find_near_duplicates(
+            paths, self.out_dir / "copies", args.num_hashes, args.num_bands, args.ngrams,
+            args.jaccard_threshold, args.num_workers, rank=self.rank, ranks=self.world,
+            barrier=self.barrier)
+        self.funnel.stage("copies")["seconds"] = time.perf_counter() - started
+        return survivor
+
+    def stays(self, stage, reason, wrong, notes, text):
+        """Counts a document in a stage; returns whether nothing is wrong with it."""
+        self.funnel.count(stage, notes["url"], text, text, reason if wrong else None)
+        if self.funnel.sample:
+            self.dropped.write(json.dumps(notes | self.funnel.sample) + "\n")
+        return not wrong
+
+    def write_text(self, paths, survivor):
+        """Writes clean.txt and kept.jsonl: the documents that stay, in the order of the inputs."""
+        args, start = self.args, 0
+        grams = contamination_grams(args.decontaminate, args.decontaminate_ngram)
+        with (open_whole(self.out_dir / "clean.txt") as clean,
+              open_whole(self.out_dir / "kept.jsonl") as kept,
+              open(self.out_dir / "dropped.jsonl", "a", encoding="utf-8") as self.dropped):
+            for number, line in enumerate(chain.from_iterable(map(open_lines, paths))):
+                notes = json.loads(line)
+                text = notes.pop("text")
+                if survivor is not None and not self.stays(
+                        "copies", "near copy of an earlier one", survivor[number] != number, notes,
+                        text):
+                    continue
+                if grams and not self.stays(
+                        "contamination", "shares words with the validation text",
+                        not grams.isdisjoint(gram_hashes(text, args.decontaminate_ngram)), notes,
+                        text):
+                    continue
+                data = text.encode()
+                clean.write(data + bpe.END_OF_TEXT.encode())
+                kept.write(json.dumps(notes | {"start": start, "bytes": len(data)}).encode()
+                           + b"\n")
+                start += len(data) + len(bpe.END_OF_TEXT)
+
+    def make_tokens(self):
+        """Returns what write_tokens says of tokens.bin, made with a tokenizer given or trained."""
+        text, tokenizer = self.out_dir / "clean.txt", self.tokenizer
+        if tokenizer is None:
+            vocab, merges = bpe.train_bpe(text, self.args.vocab_size, [bpe.END_OF_TEXT],
+                                          self.args.num_workers)
+            tokenizer = bpe.Tokenizer(vocab, merges, [bpe.END_OF_TEXT])
+        tokenizer.save(self.out_dir / "tokenizer.json")
+        return bpe.write_tokens([text], tokenizer, self.out_dir / "tokens.bin",
+                                self.args.num_workers)
+
+    def check_not_empty(self, shards):
+        """Raises ValueError that names stage and reason if a stage dropped everything."""
+        if not self.funnel.stage("records")["documents_in"]:
+            others = sum((Counter(shard.state["others"]) for shard in shards), Counter())
+            raise ValueError("the inputs must hold documents, got records of other kinds only "
+                             f"({dict(others)}); give WARC or WET files")
+        for name, stage in self.funnel.stages.items():
+            if stage["documents_in"] and not stage["documents_out"]:
+                worst = sorted(stage["reasons"].items(), key=lambda item: -item[1]["documents"])
+                write_report(self.report(shards), self.out_dir)
+                raise ValueError(
+                    f"a stage must keep a document, got none of {stage['documents_in']:,} after "
+                    f"{name} ("
+                    + ", ".join(f"{reason}: {entry['documents']:,}" for reason, entry in worst[:3])
+                    + f"); see {self.out_dir}/report.txt, loosen it, and give --overwrite")
+
+    def report(self, shards):
+        """Returns what report.json holds."""
+        stages = []
+        for name in STAGES:
+            if (stage := self.funnel.stages.get(name)) and stage["documents_in"]:
+                dropped = sum(entry["characters"] for entry in stage["reasons"].values())
+                stages.append({"stage": name} | stage | {
+                    "seconds": round(stage["seconds"], 3), "characters_dropped": dropped,
+                    "characters_changed":
+                        stage["characters_out"] - stage["characters_in"] + dropped})
+        n_bytes = sum(shard.state["bytes"] for shard in shards)
+        busy_s = sum(stage["seconds"] for stage in stages)
+        per_file_h = WET_BYTES * busy_s / max(n_bytes, 1) / 3600 / self.args.num_workers
+        return {"inputs": len(self.inputs), "bytes_in": n_bytes,
+                "other_records": sum((Counter(s.state["others"]) for s in shards), Counter()),
+                "stages": stages, "tokens": None, "methods": self.judge.methods,
+                "wall_seconds": round(time.monotonic() - self.started, 2),
+                "hours": {f"{files} files of 70 MB": round(files * per_file_h, 1)
+                          for files in (5000, 100_000)}}
+
+
+def lock_folder(out_dir, rank):
+    """Returns the file whose lock keeps other runs out; waits up to 20 s for the workers of a
+    killed run to end, and raises ValueError if one lives."""
+    file = open(out_dir / f"lock.{rank}", "w")  # noqa: SIM115, it is held as long as the run lives
+    try:
+        import fcntl
+    except ImportError:
+        return file
+    for _ in range(200):
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        time.sleep(0.1)
+    file.close()
+    raise ValueError(f"--out_dir must be of one run at a time, got {out_dir}, in which another is "
+                     "at work; wait for it")
+
+
+def remove_run(out_dir):
+    """Removes what a run left, and nothing else."""
+    for pattern in ("parts/*", "lines", "documents", "copies", "plan.json", "clean.txt",
+                    "kept.jsonl", "tokens.*", "tokenizer.json", "report.*", "dropped.jsonl",
+                    "*.tmp"):
+        for path in out_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def check_tokenizer(args):
+    """Returns the Tokenizer of --tokenizer, or None; raises ValueError if it is not for uint16."""
+    if not args.tokenizer:
+        if not 257 <= args.vocab_size <= 1 << 16:
+            raise ValueError("--vocab_size must be 257 to 65,536, for tokens of uint16, got "
+                             f"{args.vocab_size}; choose another")
+        return None
+    path = Path(args.tokenizer)
+    tokenizer = bpe.Tokenizer.load(path / "tokenizer.json" if path.is_dir() else path)
+    if tokenizer.vocab_size > 1 << 16:
+        raise ValueError("--tokenizer must have at most 65,536 ids, for tokens of uint16, got "
+                         f"{tokenizer.vocab_size:,}; use a smaller one")
+    if bpe.END_OF_TEXT not in tokenizer.special_ids:
+        raise ValueError(f"--tokenizer must have the special token {bpe.END_OF_TEXT}, got "
+                         f"{args.tokenizer} without; train it with bpe.py")
+    return tokenizer
+
+
+@contextmanager
+def open_whole(path):
+    """A file to write that stands under its name only when all of it has reached the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def open_lines(path):
+    with open(path, "rb") as file:
+        yield from file
+
+
+def gram_hashes(text, n):
+    """Yields a 64-bit hash of each n words in a row, case and punctuation aside."""
+    words = WORD.findall(text.lower())
+    for i in range(len(words) - n + 1):
+        yield hash_bytes(" ".join(words[i:i + n]).encode())
+
+
+def contamination_grams(path, n):
+    """Returns the set of n-gram hashes of a validation text, or None where there is none."""
+    if not path:
+        return None
+    text = Path(path).read_text("utf-8", errors="replace")
+    return {gram for document in text.split(bpe.END_OF_TEXT) for gram in gram_hashes(document, n)}
+
+
+# ---------------------------------------------------------------- the report
+
+WET_BYTES = 70_000_000  # of a Common Crawl WET file, gzip, about
+
+
+def write_report(report, out_dir):
+    """Writes report.json and report.txt; returns the text."""
+    bpe.write_atomically(out_dir / "report.json",
+                         json.dumps(report, indent=1, ensure_ascii=False).encode())
+    table = report_table(report)
+    bpe.write_atomically(out_dir / "report.txt", table.encode())
+    return table
+
+
+def report_table(data):
+    """Returns the funnel as text: a line a stage, and under it one a reason."""
+    first = data["stages"][0]["documents_in"] if data["stages"] else 1
+
+    def row(name, documents, characters, seconds="", sign=""):
+        return (f"{name[:43]:<44}{documents:>{sign}12,}{documents / first:>9.1%}"
+                f"{characters:>{sign}16,}{seconds:>10}")
+
+    lines = [f"{'stage':<44}{'documents':>12}{'share':>9}{'characters':>16}{'seconds':>10}"]
+    for stage in data["stages"]:
+        lines.append(row(f"{stage['stage']} in", stage["documents_in"], stage["characters_in"],
+                         f"{stage['seconds']:.2f}"))
+        for reason, entry in sorted(stage["reasons"].items(),
+                                    key=lambda item: -item[1]["documents"]):
+            lines.append(row(f"  - {reason}", -entry["documents"], -entry["characters"]))
+        if stage["characters_changed"]:
+            lines.append(f"{'  changed in what stays':<65}{stage['characters_changed']:>+16,}")
+    if data["stages"]:
+        last = data["stages"][-1]
+        lines.append(row("kept", last["documents_out"], last["characters_out"]))
+    if data["tokens"]:
+        lines.append(f"{data['tokens']['tokens']:,} tokens of {data['tokens']['bytes']:,} bytes")
+    lines.append("judged by: " + ", ".join(f"{k} {v}" for k, v in data["methods"].items()))
+    lines.append(f"{data['bytes_in']:,} bytes of {data['inputs']} files in {data['wall_seconds']}"
+                 " s; at this rate "
+                 + ", ".join(f"{k} {v} h" for k, v in data["hours"].items()))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- verbs
+
+def run(args):
+    """WARC or WET files to clean text and tokens."""
+    args.languages = [code for code in args.languages.split(",") if code not in ("", "any")]
+    args.rules = [name for name in args.rules.split(",") if name not in ("", "none")]
+    args.num_workers = bpe.default_workers(args.num_workers)
+    job = Run(args)
+    try:
+        return job.run()
+    finally:
+        if job.lock:
+            job.lock.close()
+
+
+def extract(args):
+    """The text of HTML files, or of every page of WARC and WET files."""
+    for path in bpe.list_files(args.input):
+        if not re.search(r"\.(?:warc|wet)\b", path.name):
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                print(extract_text_from_html_bytes(file.read(), args.mode))
+            continue
+        for record in read_records(path):
+            print(f"{DOCUMENT_MARK}{record.url}\t{record.problem or ''}".rstrip())
+            if not record.problem:
+                print(record.data.decode("utf-8", "replace") if record.kind == "conversion" else
+                      extract_text_from_html_bytes(record.data, args.mode, record.content_type))
+
+
+def inspect(args):
+    """Kept and dropped documents of a run, drawn by --seed, and why."""
+    out_dir, rng = Path(args.out_dir), random.Random(args.seed)
+    if not (out_dir / "kept.jsonl").exists():
+        raise ValueError(f"--out_dir must hold a finished run, got {out_dir}; run it first")
+
+    def show(notes, verdict, text):
+        rest = {k: v for k, v in notes.items() if k not in ("url", "text", "reason", "start", "id")}
+        print(f"--- {verdict} | {notes['url']} | {json.dumps(rest)}\n{text[:args.chars]}\n")
+
+    kept = [json.loads(line) for line in open_lines(out_dir / "kept.jsonl")]
+    with open(out_dir / "clean.txt", "rb") as text:
+        for notes in rng.sample(kept, min(args.kept, len(kept))):
+            text.seek(notes["start"])
+            show(notes, "kept", text.read(notes["bytes"]).decode())
+    paths = [*sorted((out_dir / "parts").glob("*.dropped.jsonl")), out_dir / "dropped.jsonl"]
+    dropped = [json.loads(line) for path in paths for line in open_lines(path)]
+    dropped = [sample for sample in dropped if (args.reason or "") in sample["reason"]]
+    for sample in rng.sample(dropped, min(args.dropped, len(dropped))):
+        show(sample, f"dropped, {sample['reason']}", sample["text"])
+
+
+TRAINING = {"dim": 50, "epoch": 5, "lr": 0.1, "word_ngrams": 2, "bucket": 200_000, "minn": 0,
+            "maxn": 0, "min_count": 1}
+
+
+def read_texts(path):
+    """Yields the texts of a file: "text" of each line of a .jsonl(.gz), else its lines."""
+    path = Path(path)
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        yield from (text for _, text in bpe.read_jsonl(path, "replace"))
+        return
+    with (gzip.open if path.suffix == ".gz" else open)(
+            path, "rt", encoding="utf-8", errors="replace", newline="\n") as file:
+        yield from (line.rstrip("\n") for line in file if line.strip())
+
+
+def train_classifier(args):
+    """Trains on 9 in 10 texts of two files, measures on the rest, saves model and notes."""
+    started, parts = time.perf_counter(), ([], [])
+    for path, label in zip(args.train, args.labels, strict=True):
+        for text in read_texts(path):
+            held_out = hash_bytes(text.encode("utf-8", "replace"))[0] % 10 == 0
+            parts[held_out].append((text, label))
+    train_texts, train_labels = zip(*parts[0], strict=True) if parts[0] else ((), ())
+    settings = {name: getattr(args, name) for name in TRAINING}
+    model, counts = train_fasttext(train_texts, train_labels, seed=args.seed, progress=True,
+                                   lower=not args.cased, **settings)
+    model.save(args.model, counts)
+    answers = model.predict([text for text, _ in parts[1]], k=-1)
+    scores = [dict(zip(*answer, strict=True)).get(args.labels[0], 0.5) for answer in answers]
+    auc = area_under_curve(scores, [label == args.labels[0] for _, label in parts[1]])
+    notes = {"lower": model.lower, "labels": args.labels, "texts": len(parts[0]), "held_out":
+             len(parts[1]), "auc": None if math.isnan(auc) else round(auc, 4), **settings}
+    bpe.write_atomically(f"{args.model}.json", (json.dumps(notes) + "\n").encode())
+    print(f"{args.model}: {len(parts[0]):,} texts, {len(model.words):,} words | AUC {auc:.4f} on "
+          f"{len(parts[1]):,} held out | {time.perf_counter() - started:.1f} s")
+
+
+def classify(args):
+    """Labels texts, or trains a classifier of two files of texts."""
+    if args.train:
+        if not args.model:
+            raise ValueError("classify --train must have --model, got none; name the .bin to write")
+        return train_classifier(args)
+    classifier = load_classifier(args.kind, args.model)
+    if args.text is None and not args.input:
+        raise ValueError("classify must have --text, --input or --train, got none; give one")
+    print(f"method: {classifier.method}", file=sys.stderr)
+    texts = [args.text] if args.text is not None else chain.from_iterable(
+        map(read_texts, bpe.list_files(args.input)))
+    counts, seconds, n_bytes = Counter(), 0.0, 0
+    with open(args.out, "w", encoding="utf-8") if args.out else nullcontext() as out:
+        for batch in batches(texts, BATCH_BYTES):
+            started = time.perf_counter()
+            answers = classifier.predict(batch)
+            seconds += time.perf_counter() - started
+            n_bytes += sum(len(text.encode("utf-8", "replace")) for text in batch)
+            counts.update(label for label, _ in answers)
+            for text, (label, score) in zip(batch, answers, strict=True):
+                print(json.dumps({"text": text, "label": label, "score": score}, ensure_ascii=False)
+                      if out else f"{label}\t{score:.6f}\t{' '.join(text.split())[:60]}", file=out)
+    print(f"{sum(counts.values()):,} texts: {dict(counts.most_common())} | "
+          f"{n_bytes / 1e6 / max(seconds, 1e-9):.2f} MB/s", file=sys.stderr)
+
+
+def dedup(args):
+    """Drops lines that occur more than once, or all but one of near-duplicate documents."""
+    files, started = bpe.list_files(args.input), time.perf_counter()
+    if args.how == "lines":
+        report = exact_line_deduplication(files, args.out_dir, args.memory_mb)
+        print(f"{report['kept']:,} of {report['lines']:,} lines kept, {report['kept_bytes']:,} of "
+              f"{report['bytes']:,} bytes | {time.perf_counter() - started:.1f} s")
+        return
+    report = minhash_deduplication(
+        files, args.num_hashes, args.num_bands, args.ngrams, args.jaccard_threshold, args.out_dir,
+        args.num_workers, args.memory_mb, args.work_dir, progress=True)
+    if args.report:
+        names = ("dropped", "at", "kept", "kept_at")
+        bpe.write_atomically(args.report, "".join(
+            json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in report["duplicates"]
+        ).encode())
+    seconds = time.perf_counter() - started
+    print(f"{report['kept']:,} of {report['documents']:,} documents kept, {report['clusters']:,} "
+          f"clusters | {report['documents'] / seconds:,.0f} documents/s | {seconds:.1f} s")
+
+
+# ---------------------------------------------------------------- bench
+
+def bench_texts(count, words, seed=0):
+    """Returns random texts of words as frequent as in real ones: the n-th in 1 / n of places, in
+    sentences of 15 words and paragraphs of 60."""
+    rng = np.random.default_rng(seed)
+    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
+    vocabulary = [*STOP_WORDS, *("".join(letters[(rng.random(rng.integers(2, 11)) ** 2 * 26)
+                                                 .astype(int)]) for _ in range(30_000))]
+    ranks = np.exp(rng.random((count, words)) * math.log(len(vocabulary))).astype(int)
+    ends = ["." * (not i % 15) + ("\n\n" if not i % 60 else " ") for i in range(1, words + 1)]
+    return ["".join(map(str.__add__, map(vocabulary.__getitem__, row), ends)).strip()
+            for row in ranks]
+
+
+def bench_page(text):
+    """Returns an HTML page of a text's paragraphs, among as much markup as pages have."""
+    menu = "".join(f'<li class="menu-item item-{n}"><a href="/section/{n}">Section {n}</a></li>'
+                   for n in range(40))
+    paragraphs = "".join(f'<p class="text">{p} <a href="/more">See <b>this</b></a>.</p>\n'
+                         for p in text.split("\n\n"))
+    return (f"<!doctype html><html><head><title>Title</title><style>{'p { margin: 0 } ' * 200}"
+            f"</style></head><body><nav><ul>{menu}</ul></nav><main><article><h1>Title</h1>"
+            f"{paragraphs}</article></main><script>{'let a = 1; ' * 800}</script>"
+            f"<footer><ul>{menu}</ul></footer></body></html>").encode()
+
+
+def bench_record(kind, url, content_type, body):
+    return (f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {url}\r\nContent-Type: "
+            f"{content_type}\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body + b"\r\n\r\n"
+
+
+def check_before_bench(texts, model, minhash):
+    """Compares what is timed with plainer ways to the same, and with the right answers."""
+    page = extract_text_from_html_bytes(bench_page(texts[0]), "main")
+    assert page.count("See this") == len(texts[0].split("\n\n")) and "Section" not in page
+    assert model.predict(texts[:5]) == [model.predict([text])[0] for text in texts[:5]]
+    assert gopher_quality_filter(texts[0]) and not gopher_quality_filter(texts[0][:200])
+    assert mask_phone_numbers(f"{texts[0]} 283-182-3829")[1] == 1
+    a, b = (minhash.shingle_set(text) for text in texts[:2])
+    high = [int(s) >> 32 for s in a]
+    assert minhash.signature(a).tolist() == [
+        min((int(f) * x + int(o)) % 2**32 for x in high)
+        for f, o in zip(minhash.factors[:, 0], minhash.offsets[:, 0], strict=True)]
+    assert jaccard(a, b) == len(set(a) & set(b)) / len(set(a) | set(b))
+
+
+def bench_jobs(texts, folder, options):
+    """Returns {name: (amount of work, its unit a second, function)}."""
+    model, _ = train_fasttext(texts[:20], ["a", "b"] * 10, dim=16, word_ngrams=1, minn=2, maxn=4)
+    minhash, pages = MinHash(128, 16), [bench_page(text) for text in texts]
+    check_before_bench(texts, model, minhash)
+    http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n"
+    paths = folder / "a.warc.gz", folder / "a.warc.wet.gz"
+    for path, kind, type_, bodies in (
+            (paths[0], "response", "application/http", [http + page for page in pages]),
+            (paths[1], "conversion", "text/plain", [text.encode() for text in texts])):
+        path.write_bytes(b"".join(gzip.compress(bench_record(kind, f"http://example.com/{n}", type_,
+                                                             body))
+                                  for n, body in enumerate(bodies)))
+    assert [record.data for record in read_records(paths[0])] == pages
+    judge, sizes = Judge(options), [path.stat().st_size / 1e6 for path in paths]
+    rules = [rule for rules in choose_rules(RULES).values() for rule in rules]
+    (folder / "parts").mkdir()
+
+    def funnel():
+        shutil.rmtree(folder / "parts")
+        (folder / "parts").mkdir()
+        filter_file(0, paths[1], judge, folder / "parts", [0] * 4)
+        assert judge.funnel.stages["pii"]["documents_out"] > 0
+
+    text_mb, html_mb = sum(map(len, texts)) / 1e6, sum(map(len, pages)) / 1e6
+    return {
+        "records": (sizes[0], "MB gz/s", lambda: list(read_records(paths[0]))),
+        "text plain": (html_mb, "MB/s", lambda: [*map(extract_text_from_html_bytes, pages)]),
+        "text main": (html_mb, "MB/s",
+                      lambda: [extract_text_from_html_bytes(page, "main") for page in pages]),
+        "language": (text_mb, "MB/s", lambda: [*map(identify_by_rules, texts)]),
+        "fasttext": (text_mb, "MB/s", lambda: model.predict(texts)),
+        "masks": (text_mb, "MB/s",
+                  lambda: [mask_ips(mask_phone_numbers(mask_emails(t)[0])[0]) for t in texts]),
+        "all rules": (text_mb, "MB/s",
+                      lambda: [rule(Document(t), **s) for t in texts for rule, s in rules]),
+        "word list": (text_mb, "MB/s", lambda: [word_list_score(t, TOXIC_WORDS) for t in texts]),
+        "minhash": (len(texts), "documents/s", lambda: [minhash.keys(text) for text in texts]),
+        "wet funnel": (sizes[1], "MB gz/s", funnel)}
+
+
+def bench(args):
+    """Times each stage on random texts, and the funnel on a WET file of them."""
+    texts = bench_texts(args.documents, 1261)
+    options = build_parser().parse_args(["run", "--input", "-"])
+    options.languages, options.rules = LANGUAGES, ["gopher"]
+    options.language_score, options.harm_score = 0.0, 2.0  # nothing falls: all stages are timed
+    print(f"{len(texts)} texts of 1,261 words, one process, {args.repeats} repeats after one that "
+          "fills caches; a second of CPU time")
+    result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (amount, unit, job) in bench_jobs(texts, Path(folder), options).items():
+            times = []
+            for _ in range(args.repeats + 1):
+                started = time.process_time()
+                job()
+                times.append(time.process_time() - started)
+            rates = sorted(amount / seconds for seconds in times[1:])
+            result[name] = round(float(np.median(rates)), 2)
+            print(f"{name:<12}{result[name]:>10,.2f} {unit:<12} ({rates[0]:,.2f} to "
+                  f"{rates[-1]:,.2f}, first {amount / times[0]:,.2f})")
+    print(json.dumps(result))
+
+
+def add_run_flags(add):
+    add("--input", nargs="+", required=True,
+        help="files, patterns, folders, addresses, or lists of paths (wet.paths.gz)")
+    add("--out_dir", default="clean")
+    add("--mode", choices=("main", "plain"), default="main", help="what is taken of a page")
+    add("--languages", default="en", help="codes to keep, with commas, or any")
+    add("--language_model", help="a fastText file, lid.176.bin or .ftz")
+    add("--language_score", type=float, default=0.5)
+    add("--rules", default="gopher", help=f"of {', '.join(RULES)}, with commas, or none")
+    add("--threshold", nargs="*", default=[], help="like word_count.low=30")
+    add("--no_harm", action="store_true", help="keep NSFW and toxic text")
+    add("--nsfw_model", help="a fastText file")
+    add("--toxic_model", help="a fastText file")
+    add("--harm_score", type=float, default=0.5)
+    add("--quality_model", help="a fastText file, as classify --train makes")
+    add("--quality_label", default="wiki", help="the model's label of good text")
+    add("--quality_score", type=float, default=0.5)
+    add("--no_pii", action="store_true", help="leave personal data as it is")
+    add("--blocklist", help="a file of hosts and addresses to drop")
+    add("--no_line_dedup", action="store_true")
+    add("--no_copies", action="store_true")
+    add_copies_flags(add)
+    add("--decontaminate", help="a validation text: documents that share words with it fall")
+    add("--decontaminate_ngram", type=int, default=13)
+    add("--tokenizer", help="a tokenizer.json or its folder; without, one is trained")
+    add("--vocab_size", type=int, default=8192, help="of the tokenizer that is trained")
+    add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+
+
+def add_copies_flags(add):
+    add("--num_hashes", type=int, default=128)
+    add("--num_bands", type=int, default=16)
+    add("--ngrams", type=int, default=5, help="words of a shingle")
+    add("--jaccard_threshold", type=float, default=0.8)
+    add("--num_workers", type=int, help="processes; without it, one a core")
+
+
+def add_extract_flags(add):
+    add("--input", nargs="+", required=True)
+    add("--mode", choices=("plain", "main"), default="plain")
+
+
+def add_inspect_flags(add):
+    add("--out_dir", default="clean")
+    add("--kept", type=int, default=5)
+    add("--dropped", type=int, default=5)
+    add("--reason", help="only documents dropped for a reason with these words")
+    add("--chars", type=int, default=600, help="shown of each document")
+    add("--seed", type=int, default=0)
+
+
+def add_classify_flags(add):
+    add("--kind", choices=CLASSIFIERS, default="quality", help="what to tell without --model")
+    add("--model", help="a .bin or .ftz file; with --train the .bin to write")
+    add("--text", help="one text to label")
+    add("--input", nargs="+", help="files of texts: .jsonl(.gz) with \"text\", else a line each")
+    add("--out", help="a .jsonl of texts, labels and scores, instead of the screen")
+    add("--train", nargs=2, metavar=("POSITIVE", "NEGATIVE"), help="files of texts of two labels")
+    add("--labels", nargs=2, default=["wiki", "cc"], help="of the two files")
+    add("--cased", action="store_true", help="do not lower-case texts when training")
+    add("--seed", type=int, default=0)
+    for name, default in TRAINING.items():
+        add(f"--{name}", type=type(default), default=default, help="of training")
+
+
+def add_dedup_flags(add):
+    add("--input", nargs="+", required=True, help="files and folders; each file is a document, "
+        "but each line of a .jsonl")
+    add("--out_dir", required=True)
+    add("--how", choices=("minhash", "lines"), default="minhash")
+    add_copies_flags(add)
+    add("--report", help="a .jsonl of what was dropped for what")
+    add("--work_dir", help="keep signatures here; the same command goes on from them")
+    add("--memory_mb", type=int, default=1024, help="to sort in")
+
+
+def add_bench_flags(add):
+    add("--documents", type=int, default=300)
+    add("--repeats", type=int, default=5)
+
+
+def build_parser():
+    """Returns the argparse parser of all verbs."""
+    parser = argparse.ArgumentParser(prog="data_filter.py", description=__doc__.split("\n", 1)[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb, add_flags in ((run, add_run_flags), (extract, add_extract_flags),
+                            (classify, add_classify_flags), (dedup, add_dedup_flags),
+                            (inspect, add_inspect_flags), (bench, add_bench_flags)):
+        sub = verbs.add_parser(verb.__name__, help=verb.__doc__)
+        sub.set_defaults(function=verb)
+        add_flags(sub.add_argument)
+    return parser
+
+
+def main(argv=None):
+    """Runs the command line; a user's error is one line and exit status 2."""
+    args = build_parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # print what the terminal's encoding lacks, escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return args.function(args)
+    except (ValueError, OSError) as error:
+        print(f"data_filter.py {args.verb}: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"data_filter.py {args.verb}: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
