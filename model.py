@@ -1279,7 +1279,8 @@ def is_finished(row, stop_ids, stop_strings, tokenizer):
 
 def decode_known(tokenizer, tokens):
     """The text of `tokens`, without ids that the model knows and its tokenizer does not."""
-    size = getattr(tokenizer, "vocab_size", None)
+    counts = hasattr(tokenizer, "__len__")  # added tokens too, which Hugging Face's vocab_size omits
+    size = len(tokenizer) if counts else getattr(tokenizer, "vocab_size", None)
     return tokenizer.decode([t for t in tokens if size is None or t < size])
 
 

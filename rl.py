@@ -1311,7 +1311,7 @@ def policy_loss(log_probs, old_log_probs, advantages, mask=None, surrogate="clip
         mask = torch.ones_like(log_rho) if mask is None else mask
         total = masked_normalize(log_rho, mask, 1, dim=1)
         log_rho = (total / mask.sum(1).clamp(min=1)).unsqueeze(1).expand_as(log_rho)
-    rho = log_rho.exp()
+    rho = log_rho.clamp(max=20).exp()  # inf, at a token that is clipped or masked, has gradient NaN
     low, high = rho < 1 - clip_low, rho > 1 + clip_high
     if surrogate == "ratio":
         return -rho * advantages, low & False, high & False
@@ -1591,11 +1591,11 @@ class Run:
         """The slice of n things that is this rank's."""
         return slice(n * self.rank // self.ranks, n * (self.rank + 1) // self.ranks)
 
-    def gather(self, values, n):
-        """All n numbers, of which each rank gives those of its share, on every rank."""
-        full = torch.zeros(n, dtype=torch.float64)
-        full[self.share(n)] = torch.as_tensor(values, dtype=torch.float64)
-        return self.sum(full)
+    def gather(self, values, n, each=1):
+        """The `each` numbers of n things, of which each rank gives those of its share, on all."""
+        full, mine = torch.zeros(n, each, dtype=torch.float64), self.share(n)
+        full[mine] = torch.as_tensor(values, dtype=torch.float64).view_as(full[mine])
+        return self.sum(full.flatten())
 
     def draw(self, items, n):
         """The next n of `items`, gone through in shuffled passes; the same on all ranks."""
@@ -1860,10 +1860,10 @@ def ei_step(run):
     rollout_s = time.perf_counter() - began
     entropy, tokens = run.sum([run.score(run.model, rows, "log_probs"),
                                sum(len(row["tokens"]) for row in rows)]).tolist()
-    good = run.gather([r["reward"] > 0 for r in rows], len(problems) * args.group_size)
+    good = run.gather([r["reward"] > 0 for r in rows], len(problems), args.group_size)
     entry = {**rollout_statistics(run, rows), "kept": int(good.sum()), "entropy": entropy / tokens}
     number = good.cumsum(0) - 1  # of each kept response among all that are kept
-    first = len(problems) * run.rank // run.ranks * args.group_size
+    first = run.share(len(problems)).start * args.group_size
     kept = {int(number[first + i]): r for i, r in enumerate(rows) if r["reward"] > 0}
     say_when_dry(run, entry["kept"] == 0)
     for epoch in range(args.epochs):
@@ -2367,8 +2367,9 @@ def generate_responses(model, tokenizer, prompts, max_new_tokens, temperature=0.
     """num_samples responses to each prompt, lists of dicts with text and finish_reason. A prompt
     that leaves no room in the context gets "", for the reason "too long"."""
     room = model.config.context_length - max_new_tokens
-    fits = [len(encode_text(tokenizer, prompt)) <= room for prompt in prompts]
-    rows = iter(rollout(model, tokenizer, list(itertools.compress(prompts, fits)), max_new_tokens,
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    fits = [len(prompt) <= room for prompt in ids]
+    rows = iter(rollout(model, tokenizer, list(itertools.compress(ids, fits)), max_new_tokens,
                         temperature, top_p, num_samples, stop, seed))
     missing = {"text": "", "finish_reason": "too long"}
     return [[next(rows) if fit else missing for _ in range(num_samples)] for fit in fits]

@@ -325,6 +325,15 @@ def test_the_handouts_losses_are_their_formulas():
         compute(log_probs, "ppo")
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_ratio_beyond_floating_point_leaves_finite_gradients(ratio):
+    log_probs, mask = torch.zeros(2, 2, requires_grad=True), torch.tensor([[1, 1], [1, 0]])
+    old = torch.tensor([[-300.0, -300.0], [0.0, -math.inf]])  # the last one is masked
+    loss = rl.policy_loss(log_probs, old, torch.ones(2, 1), mask, ratio=ratio)[0]
+    (gradient,) = torch.autograd.grad(rl.masked_normalize(loss, mask, 1), log_probs)
+    close(gradient, [[0, 0], [-1, 0]], **F32)  # the first row is clipped
+
+
 def test_microbatch_steps_leave_the_gradient_of_the_loss_that_they_return():
     log_probs, old, advantages, mask = inputs_of_losses()
     loss, _ = rl.sft_microbatch_train_step(log_probs, mask, 2, 42.0)
@@ -590,6 +599,22 @@ def test_only_end_tokens_end_a_text_not_all_special_ones():
     assert rl.pad_id(Words(pad=None)) == 2 and rl.pad_id(Words(pad=None, eos=None)) == 0
 
 
+def test_tokens_that_were_added_to_a_tokenizer_are_in_the_text_and_end_it():
+    class Added(Words):  # Hugging Face's vocab_size omits what was added, its len() does not
+        vocab_size = 3
+
+        def __len__(self):
+            return 3 + len(self.words)
+
+    tokenizer, model = Added(), Logits(vocab_size=8)
+    ids = tokenizer.encode("a </think> </answer>", add_special_tokens=False)
+    model.table.data.zero_()[ids, [*ids[1:], 2]] = 50.0  # each is followed by the next, the last by the end
+    (row,) = rl.rollout(model, tokenizer, [ids[:1]], 6, temperature=0)
+    assert row["text"] == "</think> </answer>" and row["finish_reason"] == "stop"
+    (row,) = rl.rollout(model, tokenizer, [ids[:1]], 6, temperature=0, stop=["</think>"])
+    assert row["text"] == "</think>" and len(row["tokens"]) == 1
+
+
 def test_a_sequence_begins_with_the_begin_token_of_its_tokenizer_once():
     ours = Tokenizer(DIGITS.vocab, [], ["<|endoftext|>", "<|begin_of_text|>"])
     begin = ours.special_ids["<|begin_of_text|>"]
@@ -622,7 +647,7 @@ def test_log_generations_gives_examples_and_the_means_over_them():
 TINY = ("--task addition --digits 1 --max_new_tokens 3 --eval_problems 6 --eval_samples 2 --examples 30 "
         "--max_steps 4 --save_every 1 --eval_every 2 --device cpu --lr 3e-3").split()  # fmt: skip
 SHAPE = "--context_length 12 --d_model 16 --num_layers 1 --num_heads 2 --d_ff 16".split()
-SAMPLED = "--problems 60 --prompts_per_step 6 --group_size 8 --rollout_batch 16 --micro_batch_size 10".split()
+SAMPLED = "--problems 60 --prompts_per_step 5 --group_size 8 --rollout_batch 16 --micro_batch_size 10".split()
 VERBS = {
     "sft": ["--batch_size", "6"],
     "ei": [*SAMPLED, "--batch_size", "4", "--epochs", "2"],
@@ -1277,6 +1302,10 @@ def test_prompts_that_do_not_fit_are_counted_and_wrong(tmp_path, model_folder):
     rl.main(eval_flags(tmp_path, model_folder, "math", data, "--prompt", "question_only"))
     assert json.loads((tmp_path / "eval/results.json").read_text())["too_long"] == 1
     assert [r["finish_reason"] == "too long" for _, r in written(tmp_path)] == [False, True]
+    words, model = Words(), Logits(vocab_size=8)  # whose sequences begin with a token
+    model.config = SimpleNamespace(context_length=5, vocab_size=8, max_position_embeddings=5)
+    fits, too_long = rl.generate_responses(model, words, ["a b", "a b c"], 2)
+    assert fits[0]["finish_reason"] != "too long" and too_long[0]["finish_reason"] == "too long"
 
 
 def test_flags_that_do_not_fit_are_told_in_one_line(tmp_path, model_folder, capsys):
