@@ -1279,8 +1279,9 @@ def is_finished(row, stop_ids, stop_strings, tokenizer):
 
 def decode_known(tokenizer, tokens):
     """The text of `tokens`, without ids that the model knows and its tokenizer does not."""
-    counts = hasattr(tokenizer, "__len__")  # added tokens too, which Hugging Face's vocab_size omits
-    size = len(tokenizer) if counts else getattr(tokenizer, "vocab_size", None)
+    size = getattr(tokenizer, "vocab_size", None)
+    if hasattr(tokenizer, "__len__"):  # Hugging Face's, whose vocab_size omits added tokens
+        size = len(tokenizer)
     return tokenizer.decode([t for t in tokens if size is None or t < size])
 
 

@@ -72,7 +72,7 @@ ALGORITHMS = {
 # Texts that end a response, the first one that a tokenizer of ours has is appended in training.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>")
 
-# Largest mean |log-probability when sampled - in training| of a token, by dtype of computing.
+# Most |log-probability when sampled - in training| by dtype: of any token in float32, else the mean.
 MAX_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
@@ -1258,14 +1258,15 @@ def grade(reward_fn, responses, ground_truths):
 def compute_advantages(rewards, baseline="mean", normalize_by_std=False, eps=1e-6):
     """Advantages (groups, G) of rewards (groups, G): less the baseline ("none", the group's
     "mean", or for each response the mean of the others, "leave_one_out" [7]), and / (std + eps),
-    the unbiased one, if asked. A group of equal rewards gives exact zeros, not rounding / eps."""
+    the unbiased one, if asked. With either, a group of equal rewards gives exact zeros, not
+    rounding / eps."""
     G = rewards.shape[1]
-    if baseline == "none":
+    if baseline == "none" and not normalize_by_std:
         return rewards
     if G == 1:
-        raise ValueError("group_size must be at least 2 with a baseline, got 1; raise it, or use "
-                         "--baseline none")
-    advantages = rewards - rewards.mean(1, keepdim=True)
+        raise ValueError("group_size must be at least 2 with a baseline or a std, got 1; raise it, "
+                         "or do without them")
+    advantages = rewards if baseline == "none" else rewards - rewards.mean(1, keepdim=True)
     if baseline == "leave_one_out":
         advantages = advantages * (G / (G - 1))
     if normalize_by_std:
@@ -1525,19 +1526,20 @@ class Run:
         if holds_a_run and not (args.resume or args.overwrite):
             raise ValueError(f"out_dir must be a new folder, got {self.out_dir}, which holds a run;"
                              " give --resume to go on, --overwrite to start anew, or another")
+        if args.overwrite and Path(args.model or "/").resolve().is_relative_to(
+                self.out_dir.resolve()):
+            raise ValueError(f"--overwrite must leave the model to start from, got {args.model} in "
+                             f"{self.out_dir}; give another --out_dir")
         self.make_model()
         self.optimizer = lm.AdamW(lm.optimizer_groups(self.model, args.weight_decay), args.lr,
                                   (args.beta1, args.beta2))
         # all that is random comes of the seed and these two counts, so that a run can go on
         self.step = self.position = self.rollouts = 0
         self.saved, self.signals, self.said, self.gap, self.dry = None, [], set(), 0.0, 0
-        self.sampler = None
+        self.sampler, self.log, self.evaluated = None, None, -1
         args.prepare(self)
-        self.sum([0])  # all ranks are ready: rank 0 may write
         if args.resume:
             self.load()
-        if self.rank == 0:
-            self.log = self.open_log()
         print(f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.ranks} x "
               f"{self.device}, {str(self.dtype)[6:]}")
 
@@ -1693,13 +1695,15 @@ class Run:
     # files
 
     def open_log(self):
+        """Of rank 0, once there is something to write: a run that fails at once leaves nothing."""
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        for old in [*self.out_dir.glob("checkpoint.pt*")] if self.args.overwrite else ():
+        former = [*self.out_dir.glob("checkpoint.pt*"), *self.out_dir.glob("model/*")]
+        for old in former if self.args.overwrite else ():
             old.unlink()
         self.tokenizer.save(self.out_dir / "tokenizer.json")
         first = {"flags": self.flags(), "device": str(self.device), "ranks": self.ranks,
                  "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-        return lm.open_log(self.out_dir / "log.jsonl", self.step, first)
+        return lm.open_log(self.out_dir / "log.jsonl", self.saved or 0, first)
 
     def flags(self):
         skip = ("model_defaults", "resume", "overwrite", "run", "prepare", "take_step")
@@ -1707,6 +1711,7 @@ class Run:
 
     def record(self, entry):
         if self.rank == 0:
+            self.log = self.log or self.open_log()
             entry = {**entry, "elapsed_s": round(time.perf_counter() - self.started, 3)}
             self.log.write(json.dumps(entry) + "\n")
             self.log.flush()
@@ -1730,6 +1735,12 @@ class Run:
         self.step = self.saved = saved["iteration"]
         self.position, self.rollouts, self.dry = (saved[k] for k in ("position", "rollouts", "dry"))
         self.started -= saved["elapsed_s"]
+        if self.rank == 0:
+            self.log = self.open_log()
+            lines = (self.out_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            self.evaluated = max((r["step"] for r in map(json.loads, lines) if "greedy" in r),
+                                 default=-1)
+        self.evaluated = int(self.sum([self.evaluated if self.rank == 0 else 0]))
         print(f"resumed {self.checkpoint} at step {self.step}")
 
     def say_once(self, text):
@@ -1742,8 +1753,7 @@ class Run:
     def run(self):
         """Trains to max_steps; returns 0, or 128 + the signal that stopped it after a save."""
         args = self.args
-        if self.step == 0:
-            self.validate()
+        self.validate()  # on resuming too: a kill may have come between saving and this
         while self.step < args.max_steps:
             began = time.perf_counter()
             lr = lm.lr_cosine_schedule(self.step + 1, args.lr, args.min_lr, args.warmup_steps,
@@ -1759,27 +1769,27 @@ class Run:
             if self.step % args.log_every == 0 or self.step in (1, args.max_steps):
                 print(log_line(entry, args.max_steps), flush=True)
                 self.record(entry)
-            last = self.step == args.max_steps
             stopping = int(self.sum([max(self.signals, default=0)]))
-            if self.step % args.save_every == 0 or last or stopping:
+            if self.step % args.save_every == 0 or self.step == args.max_steps or stopping:
                 self.save()
             if stopping:
                 print(f"signal {max(self.signals, default=stopping)}: saved at step {self.step}, "
                       "--resume goes on")
                 return 128 + max(self.signals, default=stopping)
-            if self.step % args.eval_every == 0 or last:
-                self.validate(samples=args.eval_samples if last else 0)
+            self.validate()
         if self.rank == 0:
             lm.save_pretrained(self.model, self.tokenizer, self.out_dir / "model")
         print(f"wrote {self.out_dir / 'model'} after {time.perf_counter() - self.started:.0f} s")
         return 0
 
-    def validate(self, samples=0):
-        """Prints and logs the share of held-out problems that greedy responses solve; with samples,
-        also pass@1 and pass@samples."""
-        problems = self.held_out
-        if not problems:
+    def validate(self):
+        """Where it is due and not yet done, prints and logs the share of held-out problems that
+        greedy responses solve; at the end also pass@1 and pass@eval_samples."""
+        problems, last = self.held_out, self.step == self.args.max_steps
+        due = self.step % self.args.eval_every == 0 or last
+        if not problems or not due or self.step == self.evaluated:
             return
+        samples = self.args.eval_samples if last else 0
         entry, rollouts = {"step": self.step}, self.rollouts  # leaves the run as it is
         for name, n, temperature in (("greedy", 1, 0), ("pass", samples, 1.0)):
             if not n:
@@ -1814,7 +1824,7 @@ LOG_FORMATS = {  # of a step, in the order of the line; what a verb does not giv
     "length_wrong": "wrong {:.1f}", "entropy": "entropy {:.3f}", "clip_low": "clip- {:.2%}",
     "clip_high": "clip+ {:.2%}", "kl": "kl {:.4f}", "accuracy": "accuracy {:.1%}",
     "margin": "margin {:.3f}", "chosen": "chosen {:.2f}", "rejected": "rejected {:.2f}",
-    "gap": "gap {:.1e}", "grad_norm": "norm {:.2f}", "lr": "lr {:.1e}", "step_ms": "{:.0f} ms",
+    "gap": "gap {:.1e}", "gap_max": "max {:.1e}", "grad_norm": "norm {:.2f}", "lr": "lr {:.1e}", "step_ms": "{:.0f} ms",
     "tokens_per_s": "{:,.0f} tok/s", "rollout_share": "rollout {:.0%}"}
 
 
@@ -1970,7 +1980,9 @@ def grpo_step(run):
     for name in (*GRPO_VALUES, "grad_norm") if updates else ():
         if name != "kl" or run.reference is not None:
             entry[name] = mean(update[name] for update in updates)
-    check_gap(run, entry.get("gap", 0))
+    if updates:
+        entry["gap_max"] = run.gather([run.gap], run.ranks).max().item()
+        check_gap(run, entry)
     run.say_once("a loss near zero is normal: advantages have mean zero in a group, and the ratio "
                  "is 1 while the policy is the one that sampled; watch reward and norm instead")
     say_when_dry(run, not run.sum([sum(row["advantage"] != 0 for row in rows)]).item())
@@ -2013,14 +2025,15 @@ def grpo_loss(run, rows, sequences, tokens):
     return loss, [loss, *shares]
 
 
-def check_gap(run, gap):
-    """raises FloatingPointError where sampling and training disagree about log-probabilities."""
+def check_gap(run, entry):
+    """raises FloatingPointError where sampling and training disagree about log-probabilities: of
+    any token in float32, on average in bfloat16, whose rounding may be large at a single one."""
     most = MAX_GAP[run.dtype] if run.args.max_gap is None else run.args.max_gap
-    if gap > most:
+    if entry["gap_max" if run.dtype == torch.float32 else "gap"] > most:
         raise FloatingPointError(
-            f"log-probabilities when sampled and in training must agree to {most}, got a mean"
-            f" gap of {gap:.2e} (largest on rank 0 {run.gap:.2e}) at step {run.step + 1}; use "
-            "--dtype float32, or raise --max_gap")
+            f"log-probabilities when sampled and in training must agree to {most}, got a mean gap "
+            f"of {entry['gap']:.2e}, the largest {entry['gap_max']:.2e}, at step {run.step + 1}; "
+            "use --dtype float32, or raise --max_gap")
 
 
 def dpo_losses(run, rows, pairs):
@@ -2268,9 +2281,8 @@ def file_problems(path, prompt):
 def prepare_problems(run):
     """Problems to sample responses to, held-out ones, and their reward."""
     args = run.args
-    if args.group_size == 1 and getattr(args, "baseline", "none") != "none":
-        raise ValueError("group_size must be at least 2 with a baseline, got 1; raise it, or use "
-                         "--baseline none")
+    if args.verb == "grpo":  # what it refuses is refused before any work
+        compute_advantages(torch.zeros(1, args.group_size), args.baseline, args.normalize_by_std)
     if run.task:
         run.reward_fn = run.task.reward_fn
         held_out, _, problems = task_problems(args, run.task, args.problems)
@@ -2278,7 +2290,7 @@ def prepare_problems(run):
         reward_fn = r1_zero_reward if args.prompt == "r1_zero" else question_only_reward
         run.reward_fn = functools.partial(reward_fn, strict=args.strict)
         args.stop = args.stop or list(STOPS.get(args.prompt, ()))
-        problems = file_problems(args.data, args.prompt)
+        problems = file_problems(args.data, args.prompt)[: args.examples]
         held_out = file_problems(args.valid_data, args.prompt) if args.valid_data else []
         unreadable = sum(not is_gradable(p["answer"]) for p in problems)
         if unreadable:
@@ -2750,7 +2762,7 @@ def add_grpo_flags(add):
     add("--importance_cap", type=lm.positive(float, zero=True), default=0.0,
         help="truncated weights against the gap between sampling and training; 0: off")
     add("--max_gap", type=lm.positive(float, zero=True),
-        help="stop beyond this mean gap (default: "
+        help="stop beyond this gap, of any token in float32, else the mean (default: "
         + ", ".join(f"{gap} in {str(dtype)[6:]}" for dtype, gap in MAX_GAP.items()) + ")")
 
 
