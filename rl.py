@@ -72,7 +72,7 @@ ALGORITHMS = {
 # Texts that end a response, the first one that a tokenizer of ours has is appended in training.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>")
 
-# Most |log-probability when sampled - in training| by dtype: of any token in float32, else the mean.
+# Most |log-probability when sampled - in training|: of any token in float32, else of their mean.
 MAX_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
@@ -1104,6 +1104,12 @@ def linear_log_probs(hidden, weight, targets, temperature=1.0, chunk=None):
     return _LinearLogProbs.apply(hidden, weight, targets, temperature, chunk)
 
 
+def device_of(model):
+    """Where a model has its weights: the CPU for one that has none, or is just a function."""
+    tensors = [model.parameters(), model.buffers()] if isinstance(model, nn.Module) else []
+    return next((t.device for t in itertools.chain(*tensors)), torch.device("cpu"))
+
+
 def token_log_probs(model, input_ids, labels, mask=None, temperature=1.0):
     """(log-probabilities of labels, entropies), both (B, T): chunked and with 0 where the mask is
     0 for a model of ours, plainly for any other that returns logits or an object with .logits."""
@@ -1139,18 +1145,25 @@ def get_response_log_probs(model, input_ids, labels, return_token_entropy=False)
 def encode_text(tokenizer, text):
     """The ids of `text` alone, none added: by a Tokenizer of ours or one with Hugging Face's
     methods."""
+    encode = getattr(tokenizer, "encode", tokenizer)
     try:
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        ids = encode(text, add_special_tokens=False)
     except TypeError:  # ours adds none
-        ids = tokenizer.encode(text)
-    return list(getattr(ids, "ids", ids))
+        ids = encode(text)
+    return list(ids["input_ids"] if hasattr(ids, "keys") else getattr(ids, "ids", ids))
+
+
+def special_ids(tokenizer):
+    """{text: id} of the special tokens, where a tokenizer tells them."""
+    known = lm.special_ids(tokenizer) if hasattr(tokenizer, "special_tokens") else {}
+    return {text: i for i, text in known.items()}
 
 
 def end_ids(tokenizer):
     """The ids that end a text, the first one is appended to text; () where there is none."""
     if hasattr(tokenizer, "eos_token_id"):
         return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    ids = {text: i for i, text in lm.special_ids(tokenizer).items()}
+    ids = special_ids(tokenizer)
     return tuple(ids[text] for text in END_TOKENS if text in ids)
 
 
@@ -1159,7 +1172,7 @@ def begin_ids(tokenizer):
     if hasattr(tokenizer, "eos_token_id"):
         begin = getattr(tokenizer, "bos_token_id", None)
         return () if begin in (None, tokenizer.eos_token_id) else (begin,)
-    return tuple(i for i, text in lm.special_ids(tokenizer).items() if text == "<|begin_of_text|>")
+    return tuple(i for text, i in special_ids(tokenizer).items() if text == "<|begin_of_text|>")
 
 
 def encode_prompt(tokenizer, text):
@@ -1279,7 +1292,7 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
                                      group_size, advantage_eps, normalize_by_std):
     """(advantages (n,), raw rewards (n,), metadata) of n = groups * group_size responses, group by
     group. source: [1] compute_group_normalized_rewards, equations 28 and 31"""
-    if len(rollout_responses) % group_size:
+    if not rollout_responses or len(rollout_responses) % group_size:
         raise ValueError(f"responses must come in groups of {group_size}, got "
                          f"{len(rollout_responses)}; give whole groups")
     grades = grade(reward_fn, rollout_responses, repeated_ground_truths)
@@ -1423,7 +1436,7 @@ def compute_per_instance_dpo_loss(lm, lm_ref, tokenizer, beta, prompt, response_
            for response in (response_chosen, response_rejected)]
 
     def log_probs(model):
-        rows = [torch.tensor([row], device=next(model.parameters()).device) for row in ids]
+        rows = [torch.tensor([row], device=device_of(model)) for row in ids]
         return torch.cat([token_log_probs(model, r[:, :-1], r[:, 1:])[0].sum(1) for r in rows])
 
     policy = log_probs(lm)
@@ -1441,6 +1454,7 @@ class AnyModel(nn.Module):
 
     def __init__(self, model):
         super().__init__()
+        self.place = nn.Parameter(torch.empty(0, device=device_of(model)), requires_grad=False)
         self.model, self.lm_head = model, nn.Identity()
         own = getattr(model, "config", None)
         self.config = SimpleNamespace(
@@ -1478,23 +1492,40 @@ def rollout(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.
                  logprobs=r.logprobs, text=r.text, finish_reason=r.finish_reason) for r in rows]
 
 
+@contextlib.contextmanager
+def in_eval_mode(model):
+    """Turns dropout off, for models of others, and on again where it was on."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    training = [module for module in modules if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def log_generations(model, tokenizer, prompts, ground_truths, reward_fn, max_new_tokens=256,
                     temperature=1.0, top_p=1.0, stop=(), seed=0):
     """{"examples": a dict for each prompt (prompt, response, ground_truth, rewards, mean entropy of
     its tokens, length in tokens), "summary": their means, lengths also of the right and the wrong
     (NaN where there is none)}. source: [1] log_generations"""
-    rows = rollout(model, tokenizer, prompts, max_new_tokens, temperature, top_p, 1, stop, seed)
+    with in_eval_mode(model):
+        rows = rollout(model, tokenizer, prompts, max_new_tokens, temperature, top_p, 1, stop, seed)
+        batches = [pad_pairs([(row["prompt_ids"], row["tokens"])], device=device_of(model))
+                   for row in rows]
+        entropies = [token_log_probs(model, *b.values())[1] for b in batches]
     grades = grade(reward_fn, [r["text"] for r in rows], ground_truths)
-    device, examples = next(model.parameters()).device, []
-    for row, prompt, truth, rewards in zip(rows, prompts, ground_truths, grades, strict=True):
-        batch = pad_pairs([(row["prompt_ids"], row["tokens"])], device=device)
-        mask = batch.pop("response_mask")
-        entropy = token_log_probs(model, *batch.values(), mask)[1]
-        examples.append(dict(prompt=prompt, response=row["text"], ground_truth=truth, **rewards,
-                             entropy=masked_mean(entropy, mask).item(), length=len(row["tokens"])))
+    examples = [
+        dict(prompt=prompt, response=row["text"], ground_truth=truth, **rewards,
+             entropy=masked_mean(entropy, b["response_mask"]).item(), length=len(row["tokens"]))
+        for row, prompt, truth, rewards, entropy, b in zip(
+            rows, prompts, ground_truths, grades, entropies, batches, strict=True)]
     right, wrong = ([e for e in examples if (e["reward"] > 0) == kind] for kind in (True, False))
-    means = {name: mean(e[name] for e in examples) for name in (*grades[0], "entropy", "length")}
+    names = [*(grades[0] if grades else ()), "entropy", "length"]
+    means = {name: mean(e[name] for e in examples) for name in names}
     return {"examples": examples, "summary": {
         **means, "length_right": mean(e["length"] for e in right),
         "length_wrong": mean(e["length"] for e in wrong)}}
@@ -1824,8 +1855,8 @@ LOG_FORMATS = {  # of a step, in the order of the line; what a verb does not giv
     "length_wrong": "wrong {:.1f}", "entropy": "entropy {:.3f}", "clip_low": "clip- {:.2%}",
     "clip_high": "clip+ {:.2%}", "kl": "kl {:.4f}", "accuracy": "accuracy {:.1%}",
     "margin": "margin {:.3f}", "chosen": "chosen {:.2f}", "rejected": "rejected {:.2f}",
-    "gap": "gap {:.1e}", "gap_max": "max {:.1e}", "grad_norm": "norm {:.2f}", "lr": "lr {:.1e}", "step_ms": "{:.0f} ms",
-    "tokens_per_s": "{:,.0f} tok/s", "rollout_share": "rollout {:.0%}"}
+    "gap": "gap {:.1e}", "gap_max": "max {:.1e}", "grad_norm": "norm {:.2f}", "lr": "lr {:.1e}",
+    "step_ms": "{:.0f} ms", "tokens_per_s": "{:,.0f} tok/s", "rollout_share": "rollout {:.0%}"}
 
 
 def log_line(entry, max_steps):
@@ -1875,7 +1906,7 @@ def ei_step(run):
     number = good.cumsum(0) - 1  # of each kept response among all that are kept
     first = run.share(len(problems)).start * args.group_size
     kept = {int(number[first + i]): r for i, r in enumerate(rows) if r["reward"] > 0}
-    say_when_dry(run, entry["kept"] == 0)
+    say_when_dry(run, entry["kept"] == 0, entry)
     for epoch in range(args.epochs):
         order = shuffled(entry["kept"], args.seed, (run.rollouts << 20) + epoch)
         for part in spans(len(order), args.batch_size):
@@ -1894,11 +1925,12 @@ def rollout_statistics(run, rows):
         tokens=sum(len(r["tokens"]) for r in rows), right=len(right),
         right_tokens=sum(len(r["tokens"]) for r in right),
         cut=sum(r["finish_reason"] == "length" for r in rows),
-        same=sum(len({r["reward"] for r in rows[g]}) == 1 for g in spans(len(rows), G)),
+        silent=sum(not any(r.get("advantage", r["reward"] > 0) for r in rows[g])
+                   for g in spans(len(rows), G)),
         **{k: sum(r[k] for r in rows) for k in ("reward", "format_reward", "answer_reward")})
     s = SimpleNamespace(**dict(zip(sums, run.sum([*sums.values()]).tolist(), strict=True)))
     entry = dict(tokens=s.seen, reward=s.reward / s.count, format_reward=s.format_reward / s.count,
-                 answer_reward=s.answer_reward / s.count, no_signal=s.same / (s.count / G),
+                 answer_reward=s.answer_reward / s.count, no_signal=s.silent / (s.count / G),
                  truncated=s.cut / s.count, length=s.tokens / s.count)
     if s.right:
         entry["length_right"] = s.right_tokens / s.right
@@ -1907,12 +1939,14 @@ def rollout_statistics(run, rows):
     return entry
 
 
-def say_when_dry(run, dry):
+def say_when_dry(run, dry, entry):
     """Says it when many steps on end had nothing to learn from."""
     run.dry = run.dry + 1 if dry else 0
     if run.dry and run.dry % 10 == 0:
-        print(f"no response has taught anything for {run.dry} steps: all groups have equal rewards;"
-              " try easier problems, more SFT or a larger --group_size", flush=True)
+        advice = "harder problems" if entry["answer_reward"] > 0.5 else "easier problems, more SFT"
+        print(f"no response has taught anything for {run.dry} steps: {entry['answer_reward']:.0%} "
+              f"of the last are right, {entry['truncated']:.0%} cut off; try {advice}, or a larger "
+              "--group_size", flush=True)
 
 
 def sample_groups(run):
@@ -1983,9 +2017,13 @@ def grpo_step(run):
     if updates:
         entry["gap_max"] = run.gather([run.gap], run.ranks).max().item()
         check_gap(run, entry)
-    run.say_once("a loss near zero is normal: advantages have mean zero in a group, and the ratio "
-                 "is 1 while the policy is the one that sampled; watch reward and norm instead")
-    say_when_dry(run, not run.sum([sum(row["advantage"] != 0 for row in rows)]).item())
+    other = args.entropy_coef or (args.kl_coef and args.kl_in == "loss")
+    if args.baseline != "none" and args.surrogate in ("ratio", "clip") and not other:
+        run.say_once("a loss near zero is normal: advantages have mean zero in a group, and the "
+                     "ratio is 1 while the policy is the one that sampled; watch reward and norm")
+    else:
+        run.say_once("the loss is no measure of progress here: watch reward and norm")
+    say_when_dry(run, not run.sum([sum(row["advantage"] != 0 for row in rows)]).item(), entry)
     return {**entry, "rollout_share": rollout_s / (time.perf_counter() - began)}
 
 
@@ -2250,6 +2288,8 @@ def encode_pairs(run, pairs):
 
 
 def keep_fitting(rows, length, limit, what):
+    if not rows:
+        raise ValueError(f"at least one of the {what} must be left, got none; give others")
     fitting = [row for row in rows if length(row) <= limit]
     if len(fitting) < len(rows):
         print(f"dropped {len(rows) - len(fitting):,} of {len(rows):,} {what}: they are longer than "
@@ -2283,6 +2323,9 @@ def prepare_problems(run):
     args = run.args
     if args.verb == "grpo":  # what it refuses is refused before any work
         compute_advantages(torch.zeros(1, args.group_size), args.baseline, args.normalize_by_std)
+        if args.overlong_buffer > args.max_new_tokens:
+            raise ValueError("--overlong_buffer must be at most --max_new_tokens, got "
+                             f"{args.overlong_buffer} and {args.max_new_tokens}; lower it")
     if run.task:
         run.reward_fn = run.task.reward_fn
         held_out, _, problems = task_problems(args, run.task, args.problems)
@@ -2319,10 +2362,15 @@ def prepare_pairs(run):
     else:
         pairs = read_pairs(args.data)
         if args.correct_only:
-            read = len(pairs)
-            pairs = [p for p in pairs if p["ground_truth"] is not None
-                     and answers_match(p["response"], p["ground_truth"])]
-            print(f"{len(pairs):,} of {read:,} examples have a right answer, and are used")
+            known = [p for p in pairs if p["ground_truth"] is not None]
+            right = [p for p in known if answers_match(p["response"], p["ground_truth"])]
+            told = (f"{len(right):,} of {len(pairs):,} examples have a right answer, "
+                    f"{len(pairs) - len(known):,} no ground_truth")
+            if not right:
+                raise ValueError(f"--correct_only needs right answers, got none: {told}; give "
+                                 "others, or leave it out")
+            print(f"{told}: the right ones are used")
+            pairs = right
         for pair in pairs:
             pair["prompt"] = PROMPTS[args.prompt].replace("{question}", pair["prompt"])
     run.examples = encode_pairs(run, pairs[: args.examples])
@@ -2530,9 +2578,10 @@ def add_eval_parser(subparsers):
     add("--num_samples", type=from_zero, default=0, help="beside the greedy response")
     add("--pass_at", type=counting, nargs="*", default=[], metavar="K", help="of the samples")
     add("--temperature", type=lm.positive(float), default=1.0, help="of the samples")
-    add("--top_p", type=float, default=1.0)
+    add("--top_p", type=share, default=1.0)
     add("--max_new_tokens", type=counting, default=1024)
-    add("--stop", action="append", default=[], help="ends a response, beside the prompt's own")
+    add("--stop", action="append", type=some_text, default=[],
+        help="ends a response, beside the prompt's own")
     add("--batch_size", type=counting, default=32, help="prompts at a time")
     add("--out_dir", default="out_eval")
     add("--resume", action="store_true", help="go on where an evaluation was killed")
@@ -2550,9 +2599,29 @@ def add_eval_parser(subparsers):
 def train(args):
     """Any of sft, ei, grpo and dpo."""
     args.min_lr = args.lr if args.min_lr is None else args.min_lr
-    run = Run(args)
+    if args.min_lr > args.lr:
+        raise ValueError(f"--min_lr must be at most --lr, got {args.min_lr} and {args.lr}; lower "
+                         "it")
+    run, plain = Run(args), vars(parse([args.verb]))
+    unused = [f"--{name}" for name in unused_flags(args)
+              if name in plain and getattr(args, name) != plain[name]]
+    if unused:
+        print(f"not used in this run: {', '.join(unused)}")
     with lm.stop_politely(run.signals):
         return run.run()
+
+
+def unused_flags(args):
+    """The names of flags that have no say in this run: what is ignored is told."""
+    evaluation = ["eval_problems", "eval_samples", "eval_every"]
+    if args.task:
+        others = {"addition": ["numbers"], "countdown": ["digits"]}[args.task]
+        return ["prompt", *others, *evaluation[1:] * (args.verb == "dpo")]
+    names = ["digits", "numbers", "problems", *["prompt"] * args.packed]
+    if not getattr(args, "valid_data", None):
+        names += evaluation
+    return names if args.verb in ("ei", "grpo") else [*names, "max_new_tokens", "stop",
+                                                      "rollout_batch"]
 
 
 def plot(logs, out):
@@ -2569,10 +2638,33 @@ def plot(logs, out):
             points = [(r["elapsed_s"], r[key]) for r in records if key in r]
             if points:
                 axis.plot(*zip(*points, strict=True), label=f"{path.parent.name} {key}")
+            elif "reward" in keys:
+                raise ValueError(f"{path} must hold steps to draw, got none; give another log")
         axis.set(xlabel="seconds", ylabel=" or ".join(keys))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
     figure.savefig(out, dpi=120)
+
+
+def share(text):
+    """An argparse type: a number above 0, up to 1."""
+    value = lm.positive(float)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must be at most 1, got {text}; change it")
+    return value
+
+
+def some_text(text):
+    """An argparse type: what is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty; give some text or leave it out")
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # in one line, without the usage of so many flags
+        self.exit(2, f"rl.py: error: {message}; see {self.prog} --help\n")
 
 
 def add_run_flags(parser, **defaults):
@@ -2591,7 +2683,7 @@ def add_run_flags(parser, **defaults):
     for name, steps in (("eval_every", 50), ("save_every", 50), ("log_every", 1)):
         add(f"--{name}", type=at_least_1, default=steps, help="steps")
     add("--max_new_tokens", type=at_least_1, default=256)
-    add("--stop", action="append", default=[], help="a string that ends a response")
+    add("--stop", action="append", type=some_text, default=[], help="a string that ends a response")
     add("--rollout_batch", type=at_least_1, default=512, help="responses sampled at a time")
     add("--micro_batch_size", type=at_least_1, default=64, help="sequences a backward pass")
     add("--max_steps", type=at_least_1, default=200)
@@ -2731,7 +2823,7 @@ def add_rollout_flags(add):
     add("--group_size", type=lm.positive(int), default=8, help="responses to a prompt")
     add("--epochs", type=lm.positive(int), default=1, help="passes over the responses of a step")
     add("--temperature", type=lm.positive(float), default=1.0, help="in sampling and in training")
-    add("--top_p", type=lm.positive(float), default=1.0)
+    add("--top_p", type=share, default=1.0)
     add("--problems", type=lm.positive(int), default=20_000, help="unsolved ones of --task")
     add("--valid_data", help="problems to evaluate on, like --data")
     add("--strict", action="store_true", help="the handout's exact spacing of tags")
@@ -2744,7 +2836,7 @@ def add_grpo_flags(add):
     add("--advantage_eps", type=lm.positive(float), default=1e-6)
     add("--surrogate", choices=("reinforce", "ratio", "clip", "cispo"), default="clip")
     add("--ratio", choices=("token", "sequence"), default="token")
-    add("--clip_low", type=lm.positive(float), default=0.2)
+    add("--clip_low", type=share, default=0.2)
     add("--clip_high", type=lm.positive(float), default=0.2)
     add("--dual_clip", type=lm.positive(float, zero=True), default=0.0, help="0: off; 3 is usual")
     add("--length_norm", choices=("response", "tokens", "constant"), default="tokens")
@@ -2767,7 +2859,7 @@ def add_grpo_flags(add):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(prog="rl.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rl.py", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
 
     def add_verb(name, text, **defaults):
