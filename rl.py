@@ -1268,6 +1268,11 @@ def grade(reward_fn, responses, ground_truths):
     return grades
 
 
+def is_right(row):
+    """Whether a graded response has the right answer: a reward may also be of a part of it."""
+    return row.get("answer_reward", row["reward"]) > 0
+
+
 def compute_advantages(rewards, baseline="mean", normalize_by_std=False, eps=1e-6):
     """Advantages (groups, G) of rewards (groups, G): less the baseline ("none", the group's
     "mean", or for each response the mean of the others, "leave_one_out" [7]), and / (std + eps),
@@ -1523,7 +1528,7 @@ def log_generations(model, tokenizer, prompts, ground_truths, reward_fn, max_new
              entropy=masked_mean(entropy, b["response_mask"]).item(), length=len(row["tokens"]))
         for row, prompt, truth, rewards, entropy, b in zip(
             rows, prompts, ground_truths, grades, entropies, batches, strict=True)]
-    right, wrong = ([e for e in examples if (e["reward"] > 0) == kind] for kind in (True, False))
+    right, wrong = ([e for e in examples if is_right(e) == kind] for kind in (True, False))
     names = [*(grades[0] if grades else ()), "entropy", "length"]
     means = {name: mean(e[name] for e in examples) for name in names}
     return {"examples": examples, "summary": {
@@ -1826,7 +1831,7 @@ class Run:
             if not n:
                 continue
             rows = self.rollout(problems, n, temperature)
-            right = [sum(r["reward"] > 0 for r in rows[g]) for g in spans(len(rows), n)]
+            right = [sum(is_right(r) for r in rows[g]) for g in spans(len(rows), n)]
             for k in {1, n}:
                 key = "greedy" if name == "greedy" else f"pass@{k}"
                 found = sum(pass_at_k(n, c, k) for c in right)
@@ -1901,11 +1906,11 @@ def ei_step(run):
     rollout_s = time.perf_counter() - began
     entropy, tokens = run.sum([run.score(run.model, rows, "log_probs"),
                                sum(len(row["tokens"]) for row in rows)]).tolist()
-    good = run.gather([r["reward"] > 0 for r in rows], len(problems), args.group_size)
+    good = run.gather([is_right(r) for r in rows], len(problems), args.group_size)
     entry = {**rollout_statistics(run, rows), "kept": int(good.sum()), "entropy": entropy / tokens}
     number = good.cumsum(0) - 1  # of each kept response among all that are kept
     first = run.share(len(problems)).start * args.group_size
-    kept = {int(number[first + i]): r for i, r in enumerate(rows) if r["reward"] > 0}
+    kept = {int(number[first + i]): r for i, r in enumerate(rows) if is_right(r)}
     say_when_dry(run, entry["kept"] == 0, entry)
     for epoch in range(args.epochs):
         order = shuffled(entry["kept"], args.seed, (run.rollouts << 20) + epoch)
@@ -1919,13 +1924,13 @@ def ei_step(run):
 
 def rollout_statistics(run, rows):
     """What the log says of all sampled responses of a step, on all ranks."""
-    G, right = run.args.group_size, [r for r in rows if r["reward"] > 0]
+    G, right = run.args.group_size, [r for r in rows if is_right(r)]
     sums = dict(
         count=len(rows), seen=sum(map(row_length, rows)),
         tokens=sum(len(r["tokens"]) for r in rows), right=len(right),
         right_tokens=sum(len(r["tokens"]) for r in right),
         cut=sum(r["finish_reason"] == "length" for r in rows),
-        silent=sum(not any(r.get("advantage", r["reward"] > 0) for r in rows[g])
+        silent=sum(not any(r.get("advantage", is_right(r)) for r in rows[g])
                    for g in spans(len(rows), G)),
         **{k: sum(r[k] for r in rows) for k in ("reward", "format_reward", "answer_reward")})
     s = SimpleNamespace(**dict(zip(sums, run.sum([*sums.values()]).tolist(), strict=True)))
@@ -2238,12 +2243,17 @@ def characters(text, special=()):
 
 
 def addition_task(args):
-    def reward(response, answer):
-        right, number = float(response == answer), float(response.isdecimal())
-        return {"reward": right, "format_reward": number, "answer_reward": right}
+    def reward(response, answer):  # right digits earn a part of it: there are few right answers
+        digits = sum(a == b for a, b in zip(response, answer, strict=False))
+        return {"reward": digits / max(len(response), len(answer)),
+                "format_reward": float(response.isdecimal()),
+                "answer_reward": float(response == answer)}
 
-    def problems(n):  # always as many are drawn, whatever n is: the first ones stay the same
-        return addition_problems(min(10 ** (2 * args.digits), 100_000), args.digits, DATA_SEED)[:n]
+    def problems(n):
+        # always as many are drawn, whatever n is, so that the first ones stay the same; numbers of
+        # all digits only: the few shorter ones teach a small model too little of their kind
+        drawn = addition_problems(min(10 ** (2 * args.digits), 100_000), args.digits, DATA_SEED)
+        return [p for p in drawn if len(p["prompt"]) == 2 * args.digits + 2][:n]
 
     return Task(characters("0123456789+="), reward, problems, lambda p, rng: p["answer"])
 
@@ -2706,11 +2716,11 @@ def add_run_flags(parser, **defaults):
 
 
 # The demonstration: flags that both stages share, those of SFT, of its continuation, and of GRPO.
-DEMO = "--task addition --examples 2500 --max_new_tokens 5 --save_every 1000 --log_every 25"
-DEMO_SFT = "--max_steps 1500 --lr 2e-3 --min_lr 2e-4 --warmup_steps 50 --eval_every 250"
-DEMO_CONTROL = "--max_steps 1000000 --lr 5e-4 --eval_every 250"
-DEMO_GRPO = ("--max_steps 400 --lr 1e-3 --min_lr 2e-4 --prompts_per_step 128 --dynamic_sampling 1 "
-             "--eval_every 25 --rollout_batch 1024 --micro_batch_size 512")
+DEMO = "--task addition --examples 2000 --max_new_tokens 5 --save_every 1000 --log_every 25"
+DEMO_SFT = "--max_steps 1500 --lr 2e-3 --warmup_steps 50 --eval_every 250"
+DEMO_CONTROL = "--max_steps 1000000 --lr 1e-3 --eval_every 250"
+DEMO_GRPO = ("--max_steps 400 --lr 1e-3 --warmup_steps 10 --prompts_per_step 128 --temperature 1.4 "
+             "--dynamic_sampling 1 --eval_every 25 --rollout_batch 1024 --micro_batch_size 512")
 
 
 def demo(args):

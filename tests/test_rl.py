@@ -932,10 +932,13 @@ def test_held_out_problems_are_in_no_training_set(start):
 
 
 def test_it_is_said_when_nothing_has_taught_anything_for_many_steps(tmp_path, capsys):
-    argv = ["grpo", *TINY, *SHAPE, *SAMPLED, "--max_steps", "10", "--eval_problems", "0", "--prompts_per_step", "1",
-            "--group_size", "2", "--out_dir", str(tmp_path)]  # fmt: skip
+    data = write_jsonl(tmp_path / "p.jsonl", [{"question": "What?", "answer": "~"}])  # no response has it
+    argv = ["grpo", *byte_model(tmp_path / "m"), "--data", data, "--max_new_tokens", "4", "--max_steps", "10",
+            "--prompts_per_step", "1", "--group_size", "2", "--out_dir", str(tmp_path / "out")]  # fmt: skip
     assert rl.main(argv) == 0
-    assert capsys.readouterr().out.count("taught anything for 10 steps") == 1
+    out = capsys.readouterr().out
+    assert out.count("taught anything for 10 steps") == 1
+    assert "1 of 1 answers cannot be read" in out
 
 
 def test_a_gap_between_sampling_and_training_stops_the_run(start, tmp_path, capsys, monkeypatch):
