@@ -88,6 +88,7 @@ MAX_NESTING = 10  # of lists, tuples and sets
 MAX_ITEMS = 40  # of a set whose order is free
 MAX_BITS = 8192  # of an exact number, 2,466 digits: towers of powers are refused
 MAX_WORK = 16 * MAX_BITS  # bits of all numbers on the way
+NOTHING = ("", "none", "null", "nan", "n/a")  # what files and programs write for a missing answer
 PROBES = 4  # points of the variables: all positive, all negative, two mixed
 TOLERANCE = 1e-12  # relative, of irrational numbers, in float64
 
@@ -180,16 +181,14 @@ def r1_zero_reward(response, ground_truth, strict=False):
     """The dict of reward, format_reward and answer_reward of a response to the r1_zero prompt. The
     format is </think> <answer> ... </answer>, of which the last pair counts; white space between
     the tags is free, `strict` wants exactly one space. source: [1] math_baseline"""
-    tags = "</think> <answer>" if strict else r"</think>\s*<answer>"
-    return reward_dict(last_tagged(response) if re.search(tags, response) else None, ground_truth)
+    return reward_dict(r1_zero_answer(response, strict), ground_truth)
 
 
 def question_only_reward(response, ground_truth, strict=False):
     r"""The same for the bare question as the prompt: the format is an answer in \boxed{} behind all
     thinking; `strict` refuses \fbox{} and \boxed 5. source: [1] grpo_prompt_ablation"""
-    thinking = response.rfind("<think>") > response.rfind("</think>")
-    unusual = strict and r"\boxed{" not in response
-    return reward_dict(None if thinking or unusual else last_boxed(response), ground_truth)
+    said = response.rpartition("</think>")[2]
+    return reward_dict(None if "<think>" in said else last_boxed(said, strict), ground_truth)
 
 
 def reward_dict(answer, ground_truth):
@@ -254,6 +253,13 @@ def final_answer(text):
     return text if len(text) <= MAX_ANSWER else ""
 
 
+def r1_zero_answer(response, strict=False):
+    """What stands in the last <answer> tags behind the last </think> <answer>; None without them."""
+    tags = " " if strict else r"\s*"
+    thought = re.match(f"(?s:.*)</think>{tags}(?=<answer>)", response)
+    return last_tagged(response[thought.end() :]) if thought else None
+
+
 def last_tagged(text):
     """What stands between the last <answer> and the </answer> behind it, None without both."""
     end = text.rfind("</answer>")
@@ -261,9 +267,9 @@ def last_tagged(text):
     return None if start < 0 else text[start + len("<answer>") : end].strip()
 
 
-def last_boxed(text):
+def last_boxed(text, strict=False):
     r"""What stands in the last \boxed{} or \fbox{}, None without one or when it is cut off; boxes
-    that a comma, "and" or "or" joins are one list."""
+    that a comma, "and" or "or" joins are one list. `strict`: None unless it is \boxed{}."""
     at = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
     if at < 0:
         return None
@@ -271,8 +277,8 @@ def last_boxed(text):
     for box in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", window):
         inside = re.compile(r"[^\s$\\.,{]+").match(window, box.end())  # \boxed 5
         end = inside.end() if inside else closing(window, box.end())
-        if not end:
-            boxes = []  # cut off: only what follows can count
+        if not end or strict and box[0] + window[box.end()] != r"\boxed{":
+            boxes = []  # cut off, or refused: only what follows can count
             continue
         if boxes and not re.fullmatch(r"[\s$]*(?:,|and|or|, and)[\s$]*",
                                       window[boxes[-1][1] : box.start()]):
@@ -301,7 +307,7 @@ def readings(text):
     text = text.strip().rstrip(".")
     if text[:1] == text[-1:] == "$":
         text = text.strip("$").strip()
-    if len(text) > MAX_ANSWER:
+    if len(text) > MAX_ANSWER or text.lower() in NOTHING:
         return ()
     if PLAIN_NUMBER.fullmatch(text):
         return (Value("number", (Fraction(text.replace(",", "")),)),)
@@ -359,7 +365,7 @@ def read_words(text):
     words = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     words = re.sub(r"\s+|\.(?![0-9])|(?<=\\mathbb)\{(?=\w\})|(?<=\\mathbb\{\w)\}", "", words)
     words = words if "\\" in words else words.lower()
-    if not re.search(r"\w", words) or words in ("nan", "null", "n/a"):
+    if not re.search(r"\w", words):
         raise Refused("there is no word")
     return Value("text", words)
 
@@ -2114,8 +2120,7 @@ def countdown_trace(numbers, target, rng):
 def countdown_reward(response, numbers, target):
     """The rewards of a response in r1_zero's format: right when its expression uses each of
     `numbers` once and nothing but + - * / and brackets, and is exactly target."""
-    answer = last_tagged(response) if re.search(r"</think>\s*<answer>", response) else None
-    right = False
+    answer, right = r1_zero_answer(response), False
     if answer and len(answer) <= MAX_ANSWER and re.fullmatch(r"[0-9+\-*/() ]+", answer):
         used = sorted(map(int, re.findall("[0-9]+", answer)))
         if used == sorted(numbers) and not re.search(r"[0-9)] *\(|\) *[0-9]|[0-9] +[0-9]", answer):

@@ -962,14 +962,14 @@ def test_numbers_are_graded_like_their_texts():
     assert not rl.answers_match(float("nan"), float("nan"))
 
 
-@pytest.mark.parametrize("gold", ["", " ", ".", "{", r"\frac{", "(1, 2", "1/0", "9^9^9^9", r"0^{-1}", "???",
+@pytest.mark.parametrize("gold", [None, "None", "N/A", "null", math.nan, "", " ", ".", "{", r"\frac{", "(1, 2", "1/0", "9^9^9^9", r"0^{-1}", "???",
                                   r"2003^{2002^{2001}}", "10**10**8", "1000!", "x^{9999999}", r"\log 0",
                                   r"e^{e^{e^{e^e}}}", "(" * 400 + "1" + ")" * 400, "2^" * 400 + "2",
                                   "9" * 5000, r"\sin" * 300 + "1", "-" * 999 + "1)", "2 + 2 = 5"])  # fmt: skip
 def test_a_gold_that_cannot_be_read_is_told_and_never_rewarded(gold):
     assert not rl.is_gradable(gold) and rl.is_gradable("5")
     boxed = rf"</think> <answer>\boxed{{{gold}}}</answer>"
-    for response in (gold, "5", "", boxed, f"</think> <answer>{gold}</answer>"):
+    for response in (str(gold), "5", "", boxed, f"</think> <answer>{gold}</answer>"):
         assert not rl.answers_match(response, gold)
         assert rl.r1_zero_reward(response, gold)["reward"] == 0
         assert rl.question_only_reward(response, gold)["reward"] == 0
@@ -1024,6 +1024,8 @@ def test_the_answer_is_found_where_responses_put_it():
     ("hm <answer>5</answer>", UNFORMATTED, UNFORMATTED), ("5", UNFORMATTED, UNFORMATTED),
     ("", UNFORMATTED, UNFORMATTED),
     ("</answer></think> <answer>5", UNFORMATTED, UNFORMATTED),
+    ("<answer>5</answer> </think> <answer> oops", UNFORMATTED, UNFORMATTED),
+    ("</think> <answer>5</answer> no </think> <answer>6</answer>", WRONG, WRONG),
     ("a</think> <answer>6</answer> <answer>5</answer>", RIGHT, RIGHT)])  # fmt: skip
 def test_r1_zero_reward_wants_tags_then_the_answer(response, free, strict):
     assert rl.r1_zero_reward(response, "5") == free
@@ -1036,8 +1038,10 @@ def test_question_only_reward_wants_a_box_behind_all_thinking():
     assert rl.question_only_reward("so 0.5", r"\frac12") == UNFORMATTED
     assert rl.question_only_reward(r"<think> maybe \boxed{0.5}", r"\frac12") == UNFORMATTED
     assert rl.question_only_reward(r"<think> hm </think> \boxed{0.5}", r"\frac12") == RIGHT
+    assert rl.question_only_reward(r"<think>\boxed{0.5}</think> no idea", r"\frac12") == UNFORMATTED
     assert rl.question_only_reward(r"\fbox{5}", 5) == RIGHT
-    assert rl.question_only_reward(r"\fbox{5}", 5, strict=True) == UNFORMATTED
+    for refused in (r"\fbox{5}", r"\boxed{5} hmm \fbox{5}", r"\boxed{5} hmm \boxed 5"):
+        assert rl.question_only_reward(refused, 5, strict=True) == UNFORMATTED
     assert rl.question_only_reward(r"\boxed{7}", ["6", "7"]) == RIGHT  # any of several golds
 
 
@@ -1334,7 +1338,8 @@ def test_traces_go_back_sometimes_and_their_steps_are_right():
 def test_countdown_wants_each_number_once_and_the_exact_target(answer, right):
     got = rl.countdown_reward(f"hm</think> <answer>{answer}</answer>", [2, 3, 5], 16)
     assert got == (RIGHT if right else WRONG)
-    assert rl.countdown_reward(f"hm <answer>{answer}</answer>", [2, 3, 5], 16) == UNFORMATTED
+    for unfinished in (f"hm <answer>{answer}</answer>", f"<answer>{answer}</answer> </think> <answer> hm"):
+        assert rl.countdown_reward(unfinished, [2, 3, 5], 16) == UNFORMATTED
 
 
 def test_countdown_values_are_exact_fractions():
