@@ -91,6 +91,7 @@ MAX_WORK = 16 * MAX_BITS  # bits of all numbers on the way
 NOTHING = ("", "none", "null", "nan", "n/a")  # what files and programs write for a missing answer
 PROBES = 4  # points of the variables: all positive, all negative, two mixed
 TOLERANCE = 1e-12  # relative, of irrational numbers, in float64
+ROUNDING = 1e-14  # of a sum's terms or a sine's argument: a smaller result is an error, and so 0
 
 PLAIN_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)")
 THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
@@ -165,7 +166,8 @@ def answers_match(answer, ground_truth):
     be whole responses: see `final_answer`. A missing unit is forgiven, another is not; decimals are
     exact: 0.33 is not 1/3. An inequality may be answered by its interval, not the other way round,
     which would reward an echo of the question."""
-    answers, golds = (readings(final_answer(str(text))) for text in (answer, ground_truth))
+    answers = readings(final_answer(str(answer)))
+    golds = readings(final_answer(str(ground_truth)), True)
     try:
         return any(same(a, g) for a in answers for g in golds)
     except OverflowError:  # beyond float64, beside an irrational number
@@ -174,7 +176,7 @@ def answers_match(answer, ground_truth):
 
 def is_gradable(ground_truth):
     """Whether a ground truth can be read: with one that cannot, no answer is ever rewarded."""
-    return bool(readings(final_answer(str(ground_truth))))
+    return bool(readings(final_answer(str(ground_truth)), True))
 
 
 def r1_zero_reward(response, ground_truth, strict=False):
@@ -255,8 +257,8 @@ def final_answer(text):
 
 def r1_zero_answer(response, strict=False):
     """What stands in the last <answer> tags behind the last </think> <answer>; None without them."""
-    tags = " " if strict else r"\s*"
-    thought = re.match(f"(?s:.*)</think>{tags}(?=<answer>)", response)
+    thought = re.match(r"(?s:.*)</think> (?=<answer>)" if strict
+                       else r"(?s:.*)</think>\s*(?=<answer>)", response)
     return last_tagged(response[thought.end() :]) if thought else None
 
 
@@ -301,9 +303,10 @@ def closing(text, start):
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def readings(text):
+def readings(text, gold=False):
     """The Values that `text` may stand for: a tuple, empty when it cannot be read. Several, since
-    1,200 is a number or a list, 1,5 a list or a decimal, and (C) 12 an option."""
+    1,200 is a number or a list, 1,25 a list or a decimal (1,5 as a gold is a list alone), and
+    (C) 12 an option."""
     text = text.strip().rstrip(".")
     if text[:1] == text[-1:] == "$":
         text = text.strip("$").strip()
@@ -316,7 +319,7 @@ def readings(text):
     if text[:1] not in "([{\\":
         if THOUSANDS.search(text):
             forms.append(THOUSANDS.sub(lambda m: m[0].replace(",", ""), text))
-        elif re.fullmatch(r"[^0-9,]*[0-9]+,[0-9]+[^0-9,]*", text):
+        elif re.fullmatch(rf"[^0-9,]*[0-9]+,[0-9]{'{2,}' if gold else '+'}[^0-9,]*", text):
             forms.append(text.replace(",", "."))
     try:
         values = [read(form) for form in forms]
@@ -571,8 +574,9 @@ class Expression:
             raise Unreadable("something is missing at the end")
         return self.tokens[self.at - 1]
 
-    def bounded(self, value):
-        """`value`, real where it can be; raises Refused when it is too large or one too many."""
+    def bounded(self, value, *terms):
+        """`value`, real where it can be, 0 where it is but the rounding error of `terms`; raises
+        Refused when it is too large or one too many."""
         if isinstance(value, Fraction):
             bits = value.numerator.bit_length() + value.denominator.bit_length()
             self.work += bits
@@ -581,6 +585,8 @@ class Expression:
             return value
         if not cmath.isfinite(value):
             raise Refused("not a number")
+        if terms and abs(value) < ROUNDING * max(map(abs, terms)):
+            return Fraction(0)
         return value.real if value.imag == 0 else value  # -0.0j is the other side of a cut
 
     def evaluate(self):
@@ -592,7 +598,8 @@ class Expression:
     def sum(self):
         value = self.product()
         while self.token in ("+", "-"):  # the sign is that of the product
-            value = self.bounded(value + self.product())
+            term = self.product()
+            value = self.bounded(value + term, value, term)
         return value
 
     def product(self):
@@ -725,10 +732,12 @@ class Expression:
             value = self.power()
             while self.starts_factor() and self.token.removeprefix("\\") not in FUNCTIONS:
                 value = value * self.power()
+        terms = () if isinstance(value, Fraction) or name == "exp" else (value,)
         if base is None:
             value = FUNCTIONS[name](complex(value))
         else:
             value = cmath.log(complex(value)) / cmath.log(complex(base))
+        value = self.bounded(value, *terms)
         return self.bounded(raise_to(value, exponent) if exponent != 1 else value)
 
 
@@ -808,7 +817,7 @@ def close(a, g):
     if len(a) == len(g) == len(exact) == 1 and exact[0].denominator > 10**6:
         return False  # a rounded decimal is no irrational number
     return all(x == y or not (isinstance(x, Fraction) and isinstance(y, Fraction))
-               and cmath.isclose(x, y, rel_tol=TOLERANCE, abs_tol=1e-15)
+               and cmath.isclose(x, y, rel_tol=TOLERANCE)
                for x, y in zip(spread(a), spread(g), strict=True))
 
 
