@@ -203,13 +203,19 @@ def reward_dict(answer, ground_truth):
 
 def parse_mmlu_response(mmlu_example, model_output):
     """The letter that the output gives as the answer, one of as many as the example (a dict) has
-    "options"; None without one. source: [1] supplement, mmlu_baseline"""
+    "options"; None without one. A small letter must be all that is said or stand in brackets, and
+    A and I are words before others. source: [1] supplement, mmlu_baseline"""
     letters = "ABCDEFGHIJ"[: len(mmlu_example.get("options", "ABCD"))]
-    tail = model_output[-MAX_TAIL:]
-    letter = rf"[\s*_(\"'$]*([{letters}])(?![\w'])"
-    said = re.findall(rf"(?i:answer(?:\s+is|\s*:)\s*:?(?:\s+(?:option|choice))?){letter}", tail)
-    alone = re.fullmatch(rf"{letter}[\s*_)\"'$.]*(?:[.:)]\s.*)?", tail, re.DOTALL)
-    return said[-1] if said else alone[1] if alone else None
+    tagged = last_tagged(model_output)
+    tail = (model_output if tagged is None else tagged)[-MAX_TAIL:]
+    word = r"[AI] (?!(?:as|and|because|but|for|is|or|since|so|which|with)\b)[a-z]"
+    small = rf"[{letters.lower()}](?:(?<=\(.)(?=\))|(?=[\W_]*\Z))"
+    letter = (rf"(?:[\s*_(\"'`$<\[{{]|\\(?:text|boxed)\b)*"
+              rf"((?!{word})[{letters}]|{small})(?![^\W_]|')")
+    said = re.findall(
+        rf"(?:(?i:answer(?:\s+is|\s*:)\s*:?(?:\s+(?:option|choice))?)|\\boxed){letter}", tail)
+    alone = re.fullmatch(rf"{letter}[\s*_)\"'`$>\]}}.]*(?:[.:)]\s.*)?", tail, re.DOTALL)
+    return said[-1].upper() if said else alone[1].upper() if alone else None
 
 
 def parse_gsm8k_response(model_output):
@@ -217,11 +223,14 @@ def parse_gsm8k_response(model_output):
     source: [1] supplement, gsm8k_baseline"""
     end = max(model_output.rfind(digit) for digit in "0123456789") + 1
     window = model_output[max(0, end - MAX_ANSWER) : end]
-    number = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
+    number = (r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|"
+              r"[0-9]+(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+")
     found = [*re.finditer(number, window)]
     if not found:
         return None
-    negative = re.search(r"(?:^|[\s(=:*])(?:-\$?|\$-)$", window[: found[-1].start()])
+    negative = re.search(  # a space behind the sign: not in 5 - 3
+        r"(?:^|[\s(=:*])(?:[-−]\\?\$?|\\?\$[-−])$|(?:^|[=(:]) ?[-−] \\?\$?$",
+        window[: found[-1].start()])
     return "-" * bool(negative) + found[-1][0].replace(",", "")
 
 
@@ -256,7 +265,7 @@ def final_answer(text):
 
 
 def r1_zero_answer(response, strict=False):
-    """What stands in the last <answer> tags behind the last </think> <answer>; None without them."""
+    """What stands in the last <answer> tags behind the last </think> <answer>, None without."""
     thought = re.match(r"(?s:.*)</think> (?=<answer>)" if strict
                        else r"(?s:.*)</think>\s*(?=<answer>)", response)
     return last_tagged(response[thought.end() :]) if thought else None
@@ -935,9 +944,16 @@ def pick(place, record, *names):
 
 
 def read_pairs(path):
-    """[{"prompt", "response", "ground_truth" (None without one)}] for SFT, of JSONL."""
-    return [{"prompt": pick(place, r, "prompt", *QUESTION), "response": pick(place, r, *RESPONSE),
-             "ground_truth": r.get("ground_truth")} for place, r in read_records(path)]
+    """[{"prompt", "response", "ground_truth" (None without one)}] for SFT, of JSONL; an instruction
+    goes on with its input."""
+    pairs = []
+    for place, r in read_records(path):
+        prompt = pick(place, r, "prompt", *QUESTION)
+        if prompt == r.get("instruction"):  # Alpaca's
+            prompt = f"{prompt}\n\n{r.get('input') or ''}".rstrip()
+        pairs.append({"prompt": prompt, "response": pick(place, r, *RESPONSE),
+                      "ground_truth": r.get("ground_truth")})
+    return pairs
 
 
 def read_problems(path):
@@ -949,8 +965,8 @@ def read_problems(path):
 def read_preferences(path):
     """[{"prompt", "chosen", "rejected"}] for DPO, of JSONL with these fields or with Anthropic's HH
     conversations, of which those of one turn are kept. source: [1] supplement, look_at_hh"""
-    pairs = []
-    for place, record in read_records(path):
+    pairs, records = [], read_records(path)
+    for place, record in records:
         sides = [pick(place, record, side) for side in ("chosen", "rejected")]
         if "prompt" in record:
             prompts = [pick(place, record, "prompt")] * 2
@@ -964,6 +980,9 @@ def read_preferences(path):
     if not pairs:
         raise ValueError(f"{path} must hold pairs with a prompt, or conversations of one turn, got "
                          "neither; give the fields prompt, chosen and rejected")
+    if len(pairs) < len(records):
+        print(f"dropped {len(records) - len(pairs):,} of {len(records):,} pairs: they are not of "
+              "one turn, or have no text on a side")
     return pairs
 
 
@@ -2363,7 +2382,8 @@ def grade_response(task, prompt, example, response, strict=False):
     if task in ("alpaca_eval", "sst"):
         return {}
     if task == "mmlu":
-        said, gold = parse_mmlu_response(example, response), example["answer"]
+        text = response if prompt != "r1_zero" else r1_zero_answer(response, strict) or ""
+        said, gold = parse_mmlu_response(example, text), example["answer"]
     elif prompt == "r1_zero":
         return r1_zero_reward(response, example["answer"], strict)
     elif task == "gsm8k" and prompt != "question_only":
@@ -2381,8 +2401,9 @@ def generate_responses(model, tokenizer, prompts, max_new_tokens, temperature=0.
     """num_samples responses to each prompt, lists of dicts with text and finish_reason. A prompt
     that leaves no room in the context gets "", for the reason "too long"."""
     room = model.config.context_length - max_new_tokens
-    fits = [len(encode_text(tokenizer, prompt)) <= room for prompt in prompts]
-    rows = iter(rollout(model, tokenizer, list(itertools.compress(prompts, fits)), max_new_tokens,
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    fits = [len(prompt) <= room for prompt in ids]
+    rows = iter(rollout(model, tokenizer, list(itertools.compress(ids, fits)), max_new_tokens,
                         temperature, top_p, num_samples, stop, seed))
     missing = {"text": "", "finish_reason": "too long"}
     return [[next(rows) if fit else missing for _ in range(num_samples)] for fit in fits]

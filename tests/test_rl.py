@@ -965,7 +965,8 @@ def test_numbers_are_graded_like_their_texts():
     assert not rl.answers_match(float("nan"), float("nan"))
 
 
-@pytest.mark.parametrize("gold", [None, "None", "N/A", "null", math.nan, "", " ", ".", "{", r"\frac{", "(1, 2", "1/0", "9^9^9^9", r"0^{-1}", "???",
+@pytest.mark.parametrize("gold", [None, "None", "N/A", "null", math.nan, "", " ", ".", "{", r"\frac{",
+                                  "(1, 2", "1/0", "9^9^9^9", r"0^{-1}", "???",
                                   r"2003^{2002^{2001}}", "10**10**8", "1000!", "x^{9999999}", r"\log 0",
                                   r"e^{e^{e^{e^e}}}", "(" * 400 + "1" + ")" * 400, "2^" * 400 + "2",
                                   "9" * 5000, r"\sin" * 300 + "1", "-" * 999 + "1)", "2 + 2 = 5"])  # fmt: skip
@@ -1097,7 +1098,11 @@ def test_threads_grade_like_one():
     ("The correct answer is B. There is more.", "B"), ("The correct answer is (C).", "C"), ("Answer: D", "D"),
     ("The correct answer is **A**", "A"), ("B", "B"), ("(D)", "D"), ("C. because", "C"), ("I think A is it", None),
     ("The correct answer is 10000 polygons.", None), ("The correct answer is Apples", None), ("", None),
-    ("The correct answer is E", None), ("The answer is A. No: the answer is B.", "B")])  # fmt: skip
+    ("The correct answer is E", None), ("The answer is A. No: the answer is B.", "B"),
+    ("B or C? </think> <answer> D </answer>", "D"), ("The correct answer is _B_", "B"), ("`B`", "B"), ("[B].", "B"),
+    (r"Thus $\boxed{\text{C}}$.", "C"), ("the correct answer is b.", "B"), ("The correct answer is (a) or so", "A"),
+    ("The correct answer is a dog", None), ("The correct answer is A good one", None),
+    ("The correct answer is A because", "A")])  # fmt: skip
 def test_mmlu_responses_give_a_letter_or_none(output, letter):
     assert rl.parse_mmlu_response({"options": ["1", "2", "3", "4"]}, output) == letter
 
@@ -1105,6 +1110,7 @@ def test_mmlu_responses_give_a_letter_or_none(output, letter):
 @pytest.mark.parametrize(("output", "number"), [
     ("48 / 2 = 24 in May. 48 + 24 = 72 altogether.", "72"), ("She has $1,234.50.", "1234.50"), ("none", None),
     ("", None), ("It is -5", "-5"), ("16-3", "3"), ("3 - 5", "5"), ("-$7", "-7"), ("$-7", "-7"), ("1,2", "2"),
+    ("1.2.3", "3"), ("- 3", "-3"), ("x = - 3", "-3"), ("it is −7", "-7"), (r"it is -\$5", "-5"), ("2 or\n- 3", "3"),
     (".5", ".5"), ("12,345,678 of them", "12345678"), ("1234,567", "567"),
     ("x" * 10**6 + "1 " + "y" * 10**6, "1")])  # fmt: skip
 def test_gsm8k_responses_give_their_last_number_or_none(output, number):
@@ -1132,19 +1138,21 @@ def test_records_are_read_from_jsonl_gz_json_and_csv(tmp_path):
     assert rl.read_examples("sst", path, "question_only")[0]["prompt"] == "one, two"
 
 
-def test_fields_go_by_their_usual_names(tmp_path):
+def test_fields_go_by_their_usual_names(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", {"problem": "p", "solution": r"so \boxed{1}"})
     assert rl.read_problems(path) == [{"question": "p", "answer": r"so \boxed{1}"}]
     path = write(tmp_path / "b.jsonl", {"instruction": "i", "output": "o", "ground_truth": "g"},
-                 {"prompt": "p", "response": "r"})  # fmt: skip
+                 {"prompt": "p", "response": "r"}, {"instruction": "Add", "input": "2 3", "output": "5"})  # fmt: skip
     assert rl.read_pairs(path) == [dict(prompt="i", response="o", ground_truth="g"),
-                                        dict(prompt="p", response="r", ground_truth=None)]  # fmt: skip
+                                   dict(prompt="p", response="r", ground_truth=None),
+                                   dict(prompt="Add\n\n2 3", response="5", ground_truth=None)]
     talk = "\n\nHuman: hi\n\nAssistant: {}"
     path = write(tmp_path / "c.jsonl", {"chosen": talk.format("good"), "rejected": talk.format("bad")},
                  {"chosen": talk.format("a") + talk.format("b"), "rejected": talk.format("c")},
                  {"prompt": "p", "chosen": "c", "rejected": "r"})  # fmt: skip
     assert rl.read_preferences(path) == [dict(prompt="hi", chosen="good", rejected="bad"),
                                               dict(prompt="p", chosen="c", rejected="r")]  # fmt: skip
+    assert capsys.readouterr().out.startswith("dropped 1 of 3 pairs")
 
 
 @pytest.mark.parametrize(("lines", "message"), [
@@ -1277,6 +1285,8 @@ def test_mmlu_is_asked_as_the_handout_says(tmp_path, model_folder):
     assert rl.grade_response("mmlu", "system", example, "The correct answer is B.") == RIGHT
     assert rl.grade_response("mmlu", "system", example, "The correct answer is C.") == WRONG
     assert rl.grade_response("mmlu", "system", example, "Who knows?") == UNFORMATTED
+    assert rl.grade_response("mmlu", "r1_zero", example, "A? </think> <answer> B </answer>") == RIGHT
+    assert rl.grade_response("mmlu", "r1_zero", example, "The correct answer is B.") == UNFORMATTED
 
 
 def test_prompts_that_do_not_fit_are_counted_and_wrong(tmp_path, model_folder):
@@ -1284,6 +1294,13 @@ def test_prompts_that_do_not_fit_are_counted_and_wrong(tmp_path, model_folder):
     rl.main(eval_flags(tmp_path, model_folder, "math", data, "--prompt", "question_only"))
     assert json.loads((tmp_path / "eval/results.json").read_text())["too_long"] == 1
     assert [r["finish_reason"] == "too long" for _, r in written(tmp_path)] == [False, True]
+
+
+def test_a_begin_token_counts_when_a_prompt_is_just_too_long():
+    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>", "<|begin_of_text|>"])
+    config = lm.ModelConfig(vocab_size=258, context_length=8, d_model=16, num_layers=1, num_heads=2)
+    texts = rl.generate_responses(lm.TransformerLM(config), tokenizer, ["1234", "12345"], 3)
+    assert [group[0]["finish_reason"] == "too long" for group in texts] == [False, True]
 
 
 def test_flags_that_do_not_fit_are_told_in_one_line(tmp_path, model_folder, capsys):
