@@ -97,16 +97,18 @@ PLAIN_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9
 THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
 FORMULA = re.compile(r"\$\$?[^$]{1,1000}\$\$?")
 UNION, LIST, RELATION = (
-    r"\\cup(?![A-Za-z])", r"[,;]|\b(?:and|or)\b", r"\\(?:le|ge|ne|neq|in)(?![A-Za-z])|[=<>]")
-NAME = re.compile(  # what may be called something: x, x_1, f(x), \theta, AB, \text{Area}
-    r"(?:\\?(?!(?:pi|e|i|infty)\b)[A-Za-z]+|\\text\{[^{}]*\})(?:_(?:\{[^{}]*\}|\w))?"
-    r"\s*(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?")
+    r"\\cup(?![A-Za-z])", r"[,;]|\b(?:and|or)\b", r"\\(?:le|ge|ne|neq|in|approx)(?![A-Za-z])|[=<>]")
+NAME = re.compile(  # what may be called something: x, x_1, f(x), f(2), (x, y), \theta, \text{Area}
+    r"(?:\\angle\s*)?(?:\\?(?!(?:pi|e|i|infty)\b)[A-Za-z]+|\\text\{[^{}]*\})"
+    r"(?:_(?:\{[^{}]*\}|\w))?\s*(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?|"
+    r"[fghpqFGHPQ]\s*\([+-]?[0-9]+\)|\([A-Za-z](?:,\s*[A-Za-z])+\)")
 UNIT = re.compile(  # words in \text, words behind a space, a few short ones right behind a digit
     r"(?P<head>.+?)\s*(?:\\text\{(?P<text>[^{}]*)\}|(?<=[0-9)}.!]) (?P<words>[A-Za-z]{2,}"
-    r"(?: [A-Za-z]+)?)|(?<=[0-9])(?P<short>[kcm]m|[km]g|ml|hrs?|mph|lbs?))"
+    r"(?:(?: |/| per )[A-Za-z]+)?)|(?<=[0-9])(?P<short>[kcm]m|[km]g|ml|hrs?|mph|lbs?))"
     r"\s*(?P<power>\^\s*\{?[23]\}?)?", re.DOTALL)
 UNIT_NAMES = {"¤": "dollar", "usd": "dollar", "percent": "%", "feet": "foot", "ft": "foot",
-              "inche": "inch", "hr": "hour", "centimeter": "cm", "kilometer": "km", "unit": ""}
+              "inche": "inch", "hr": "hour", "centimeter": "cm", "kilometer": "km", "unit": "",
+              "meter": "m", "gram": "g", "kilogram": "kg", "second": "s"}
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
           "trillion": 10**12}
 NO_UNITS = re.compile(  # words behind a number that change it
@@ -117,7 +119,8 @@ NO_UNITS = re.compile(  # words behind a number that change it
 SPELLINGS = str.maketrans({
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "√": r"\sqrt ",
     "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "°": r"^\circ ",
-    "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "²": "^2", "³": "^3", "½": r"\frac{1}{2}",
+    "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "≈": r"\approx ",
+    "²": "^2", "³": "^3", "½": r"\frac{1}{2}",
     "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
     "\t": " ", "\n": " ", "\r": " "})
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
@@ -207,10 +210,10 @@ def parse_mmlu_response(mmlu_example, model_output):
     A and I are words before others. source: [1] supplement, mmlu_baseline"""
     letters = "ABCDEFGHIJ"[: len(mmlu_example.get("options", "ABCD"))]
     tagged = last_tagged(model_output)
-    tail = (model_output if tagged is None else tagged)[-MAX_TAIL:]
+    tail = (model_output if tagged is None else tagged)[-MAX_TAIL:].strip()
     word = r"[AI] (?!(?:as|and|because|but|for|is|or|since|so|which|with)\b)[a-z]"
     small = rf"[{letters.lower()}](?:(?<=\(.)(?=\))|(?=[\W_]*\Z))"
-    letter = (rf"(?:[\s*_(\"'`$<\[{{]|\\(?:text|boxed)\b)*"
+    letter = (rf"(?:[\s*_(\"'`$<\[{{]|\\(?:text|boxed)\b){{0,9}}"
               rf"((?!{word})[{letters}]|{small})(?![^\W_]|')")
     said = re.findall(
         rf"(?:(?i:answer(?:\s+is|\s*:)\s*:?(?:\s+(?:option|choice))?)|\\boxed){letter}", tail)
@@ -325,6 +328,8 @@ def readings(text, gold=False):
         return (Value("number", (Fraction(text.replace(",", "")),)),)
     text = normalise(text)
     forms = [text]
+    if re.search("[0-9] [mgs]$", text):  # 5 m: meters, or 5 times m
+        forms.append(rf"{text[:-1]}\text{{{text[-1]}}}")
     if text[:1] not in "([{\\":
         if THOUSANDS.search(text):
             forms.append(THOUSANDS.sub(lambda m: m[0].replace(",", ""), text))
@@ -336,6 +341,8 @@ def readings(text, gold=False):
         return ()
     if option := re.match(r"(?:\\text\{)?\(?([A-J])[).:]\}?\s+[\w\\](?!.*\b[A-J][).:])", text):
         values.append(Value("choice", option[1].lower()))
+    elif not gold and (option := re.fullmatch(r"\(?([a-e])\)?", text)):
+        values.append(Value("choice", option[1]))
     return tuple(dict.fromkeys(values))
 
 
@@ -361,7 +368,8 @@ def read(text, nesting=0):
         raise Refused("nothing to read, or too deep")
     if option := re.fullmatch(r"(?:[({\s]|\\text)*([A-Z])[)}\s.]*", text):
         return Value("text", option[1].lower())
-    if re.fullmatch(r"[A-Za-z]{2,}(?: +[A-Za-z]+)*", text) and text not in RULES:
+    if re.fullmatch(r"[A-Za-z]{2,}(?: +[A-Za-z]+)*", text) and text not in RULES and (
+            not re.fullmatch("[abcxyz]{2,3}|[b-df-hj-np-tv-z]{2,3}", text)):
         return read_words(text)  # "no" is not n times o
     try:
         for reader in (read_matrix, read_list, read_relation, read_bracketed, read_number):
@@ -426,6 +434,11 @@ def read_relation(text, nesting):
     sides, signs = parts[::2], parts[1::2]
     if not signs:
         return None
+    if signs[-1] == r"\approx":  # 1/3 \approx 0.333 says 1/3
+        exact = read(text.rpartition(r"\approx")[0], nesting)
+        if exact.kind != "number" or len(exact.value) > 1:
+            raise Unreadable("a rounded number without an exact one")
+        return exact
     if len(sides) == 2 and not sides[0]:
         return read(sides[1], nesting)
     if set(signs) == {"="}:
@@ -445,7 +458,10 @@ def read_equation(sides, nesting):
             constant = value.kind == last.kind == "number" and len(value.value + last.value) == 2
             if constant and not same(value, last):
                 raise Refused("the sides of an equation differ")
-        return last._replace(name=re.sub(r"\s|\\text", "", sides[0]))
+        name = re.sub(r"\s|\\text", "", sides[0])
+        if name[0] == "(" and (last.kind != "tuple" or [*name[1::2]] != sorted(name[1::2])):
+            raise Unreadable("(y, x) = (1, 2), which is not what (1, 2) says")
+        return last._replace(name=name)
     difference = fingerprint(f"({sides[0]})-({sides[-1]})")
     if len(difference) == 1:
         if not all(close(fingerprint(side), fingerprint(sides[-1])) for side in sides):
@@ -500,8 +516,8 @@ def read_number(text, nesting):
         return make_set(read(signed, nesting) for signed in (plus, minus))
     if m := re.fullmatch(r"([+-]?)\s*([¤€£¥₹])\s*(.+)", text):
         return with_unit(m[1] + m[3], m[2], nesting)
-    if text.endswith("%"):
-        return with_unit(text[:-1], "%", nesting)
+    if text.endswith((*"%¤€£¥₹",)):
+        return with_unit(text[:-1], text[-1], nesting)
     if m := re.fullmatch(r"(.+?)\s*\^\s*\\circ\s*(?:\\text\{)?\s*([CFK]?)\s*\}?", text):
         return with_unit(m[1], f"degree {m[2]}", nesting)
     if m := re.fullmatch(r"([0-9]+)_\{?\s*([0-9]+)\s*\}?", text):
@@ -552,7 +568,7 @@ FUNCTIONS = {"sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "sinh": cmath
              "cosh": cmath.cosh, "tanh": cmath.tanh, "exp": cmath.exp,
              "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
              "cot": lambda x: 1 / cmath.tan(x), "arcsin": cmath.asin, "arccos": cmath.acos,
-             "arctan": cmath.atan, "ln": cmath.log, "log": cmath.log10}
+             "arctan": cmath.atan, "ln": cmath.log, "log": cmath.log10, "lg": cmath.log10}
 GREEK = ("alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi "
          "varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell")
 CONSTANTS = {"pi": math.pi, "infty": math.inf, "inf": math.inf, "infinity": math.inf,
@@ -644,7 +660,7 @@ class Expression:
         value = self.primary()
         while self.accept("!"):
             if not isinstance(value, Fraction) or value.denominator > 1 or not 0 <= value <= 900:
-                raise Refused("a factorial of that")
+                raise (Unreadable if self.has_variables else Refused)("a factorial of that")
             value = self.bounded(Fraction(math.factorial(int(value))))
         if not self.accept("^"):
             return value
@@ -808,7 +824,8 @@ def left_minus_right(value):
     if value.kind == "equation":
         return value.value
     try:
-        left = fingerprint(value.name) if value.kind == "number" and value.name else ()
+        plain = value.kind == "number" and value.name and "(" not in value.name
+        left = fingerprint(value.name) if plain else ()
     except (Unreadable, Refused):
         left = ()
     if not left:
