@@ -330,6 +330,8 @@ def readings(text, gold=False):
     forms = [text]
     if re.search("[0-9] [mgs]$", text):  # 5 m: meters, or 5 times m
         forms.append(rf"{text[:-1]}\text{{{text[-1]}}}")
+    if re.fullmatch("[abcxyz]{2,3}|[b-df-hj-np-tv-z]{2,3}", text):  # no word: a product too
+        forms.append(" ".join(text))
     if text[:1] not in "([{\\":
         if THOUSANDS.search(text):
             forms.append(THOUSANDS.sub(lambda m: m[0].replace(",", ""), text))
@@ -368,8 +370,7 @@ def read(text, nesting=0):
         raise Refused("nothing to read, or too deep")
     if option := re.fullmatch(r"(?:[({\s]|\\text)*([A-Z])[)}\s.]*", text):
         return Value("text", option[1].lower())
-    if re.fullmatch(r"[A-Za-z]{2,}(?: +[A-Za-z]+)*", text) and text not in RULES and (
-            not re.fullmatch("[abcxyz]{2,3}|[b-df-hj-np-tv-z]{2,3}", text)):
+    if re.fullmatch(r"[A-Za-z]{2,}(?: +[A-Za-z]+)*", text) and text not in RULES:
         return read_words(text)  # "no" is not n times o
     try:
         for reader in (read_matrix, read_list, read_relation, read_bracketed, read_number):
