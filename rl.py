@@ -91,7 +91,7 @@ MAX_WORK = 16 * MAX_BITS  # bits of all numbers on the way
 NOTHING = ("", "none", "null", "nan", "n/a")  # what files and programs write for a missing answer
 PROBES = 4  # points of the variables: all positive, all negative, two mixed
 TOLERANCE = 1e-12  # relative, of irrational numbers, in float64
-ROUNDING = 1e-14  # of a sum's terms or a sine's argument: a smaller result is an error, and so 0
+ROUNDING = 1e-14  # of a sum's term or a sine's argument: a smaller result is an error, and so 0
 
 PLAIN_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)")
 THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
@@ -600,8 +600,8 @@ class Expression:
             raise Unreadable("something is missing at the end")
         return self.tokens[self.at - 1]
 
-    def bounded(self, value, *terms):
-        """`value`, real where it can be, 0 where it is but the rounding error of `terms`; raises
+    def bounded(self, value, term=0):
+        """`value`, real where it can be, 0 where it is but the rounding error of `term`; raises
         Refused when it is too large or one too many."""
         if isinstance(value, Fraction):
             bits = value.numerator.bit_length() + value.denominator.bit_length()
@@ -611,7 +611,7 @@ class Expression:
             return value
         if not cmath.isfinite(value):
             raise Refused("not a number")
-        if terms and abs(value) < ROUNDING * max(map(abs, terms)):
+        if abs(value) < ROUNDING * abs(term):
             return Fraction(0)
         return value.real if value.imag == 0 else value  # -0.0j is the other side of a cut
 
@@ -625,7 +625,7 @@ class Expression:
         value = self.product()
         while self.token in ("+", "-"):  # the sign is that of the product
             term = self.product()
-            value = self.bounded(value + term, value, term)
+            value = self.bounded(value + term, term)
         return value
 
     def product(self):
@@ -758,12 +758,12 @@ class Expression:
             value = self.power()
             while self.starts_factor() and self.token.removeprefix("\\") not in FUNCTIONS:
                 value = value * self.power()
-        terms = () if isinstance(value, Fraction) or name == "exp" else (value,)
+        term = 0 if isinstance(value, Fraction) or name == "exp" else value
         if base is None:
             value = FUNCTIONS[name](complex(value))
         else:
             value = cmath.log(complex(value)) / cmath.log(complex(base))
-        value = self.bounded(value, *terms)
+        value = self.bounded(value, term)
         return self.bounded(raise_to(value, exponent) if exponent != 1 else value)
 
 
