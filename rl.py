@@ -88,23 +88,27 @@ MAX_NESTING = 10  # of lists, tuples and sets
 MAX_ITEMS = 40  # of a set whose order is free
 MAX_BITS = 8192  # of an exact number, 2,466 digits: towers of powers are refused
 MAX_WORK = 16 * MAX_BITS  # bits of all numbers on the way
+NOTHING = ("", "none", "null", "nan", "n/a")  # what files and programs write for a missing answer
 PROBES = 4  # points of the variables: all positive, all negative, two mixed
 TOLERANCE = 1e-12  # relative, of irrational numbers, in float64
+ROUNDING = 1e-14  # of a sum's term or a sine's argument: a smaller result is an error, and so 0
 
 PLAIN_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)")
 THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
 FORMULA = re.compile(r"\$\$?[^$]{1,1000}\$\$?")
 UNION, LIST, RELATION = (
-    r"\\cup(?![A-Za-z])", r"[,;]|\b(?:and|or)\b", r"\\(?:le|ge|ne|neq|in)(?![A-Za-z])|[=<>]")
-NAME = re.compile(  # what may be called something: x, x_1, f(x), \theta, AB, \text{Area}
-    r"(?:\\?(?!(?:pi|e|i|infty)\b)[A-Za-z]+|\\text\{[^{}]*\})(?:_(?:\{[^{}]*\}|\w))?"
-    r"\s*(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?")
+    r"\\cup(?![A-Za-z])", r"[,;]|\b(?:and|or)\b", r"\\(?:le|ge|ne|neq|in|approx)(?![A-Za-z])|[=<>]")
+NAME = re.compile(  # what may be called something: x, x_1, f(x), f(2), (x, y), \theta, \text{Area}
+    r"(?:\\angle\s*)?(?:\\?(?!(?:pi|e|i|infty)\b)[A-Za-z]+|\\text\{[^{}]*\})"
+    r"(?:_(?:\{[^{}]*\}|\w))?\s*(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?|"
+    r"[fghpqFGHPQ]\s*\([+-]?[0-9]+\)|\([A-Za-z](?:,\s*[A-Za-z])+\)")
 UNIT = re.compile(  # words in \text, words behind a space, a few short ones right behind a digit
     r"(?P<head>.+?)\s*(?:\\text\{(?P<text>[^{}]*)\}|(?<=[0-9)}.!]) (?P<words>[A-Za-z]{2,}"
-    r"(?: [A-Za-z]+)?)|(?<=[0-9])(?P<short>[kcm]m|[km]g|ml|hrs?|mph|lbs?))"
+    r"(?:(?: |/| per )[A-Za-z]+)?)|(?<=[0-9])(?P<short>[kcm]m|[km]g|ml|hrs?|mph|lbs?))"
     r"\s*(?P<power>\^\s*\{?[23]\}?)?", re.DOTALL)
 UNIT_NAMES = {"¤": "dollar", "usd": "dollar", "percent": "%", "feet": "foot", "ft": "foot",
-              "inche": "inch", "hr": "hour", "centimeter": "cm", "kilometer": "km", "unit": ""}
+              "inche": "inch", "hr": "hour", "centimeter": "cm", "kilometer": "km", "unit": "",
+              "meter": "m", "gram": "g", "kilogram": "kg", "second": "s"}
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
           "trillion": 10**12}
 NO_UNITS = re.compile(  # words behind a number that change it
@@ -115,7 +119,8 @@ NO_UNITS = re.compile(  # words behind a number that change it
 SPELLINGS = str.maketrans({
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "√": r"\sqrt ",
     "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "°": r"^\circ ",
-    "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "²": "^2", "³": "^3", "½": r"\frac{1}{2}",
+    "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "≈": r"\approx ",
+    "²": "^2", "³": "^3", "½": r"\frac{1}{2}",
     "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
     "\t": " ", "\n": " ", "\r": " "})
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
@@ -164,7 +169,8 @@ def answers_match(answer, ground_truth):
     be whole responses: see `final_answer`. A missing unit is forgiven, another is not; decimals are
     exact: 0.33 is not 1/3. An inequality may be answered by its interval, not the other way round,
     which would reward an echo of the question."""
-    answers, golds = (readings(final_answer(str(text))) for text in (answer, ground_truth))
+    answers = readings(final_answer(str(answer)))
+    golds = readings(final_answer(str(ground_truth)), True)
     try:
         return any(same(a, g) for a in answers for g in golds)
     except OverflowError:  # beyond float64, beside an irrational number
@@ -173,23 +179,21 @@ def answers_match(answer, ground_truth):
 
 def is_gradable(ground_truth):
     """Whether a ground truth can be read: with one that cannot, no answer is ever rewarded."""
-    return bool(readings(final_answer(str(ground_truth))))
+    return bool(readings(final_answer(str(ground_truth)), True))
 
 
 def r1_zero_reward(response, ground_truth, strict=False):
     """The dict of reward, format_reward and answer_reward of a response to the r1_zero prompt. The
     format is </think> <answer> ... </answer>, of which the last pair counts; white space between
     the tags is free, `strict` wants exactly one space. source: [1] math_baseline"""
-    tags = "</think> <answer>" if strict else r"</think>\s*<answer>"
-    return reward_dict(last_tagged(response) if re.search(tags, response) else None, ground_truth)
+    return reward_dict(r1_zero_answer(response, strict), ground_truth)
 
 
 def question_only_reward(response, ground_truth, strict=False):
     r"""The same for the bare question as the prompt: the format is an answer in \boxed{} behind all
     thinking; `strict` refuses \fbox{} and \boxed 5. source: [1] grpo_prompt_ablation"""
-    thinking = response.rfind("<think>") > response.rfind("</think>")
-    unusual = strict and r"\boxed{" not in response
-    return reward_dict(None if thinking or unusual else last_boxed(response), ground_truth)
+    said = response.rpartition("</think>")[2]
+    return reward_dict(None if "<think>" in said else last_boxed(said, strict), ground_truth)
 
 
 def reward_dict(answer, ground_truth):
@@ -202,13 +206,19 @@ def reward_dict(answer, ground_truth):
 
 def parse_mmlu_response(mmlu_example, model_output):
     """The letter that the output gives as the answer, one of as many as the example (a dict) has
-    "options"; None without one. source: [1] supplement, mmlu_baseline"""
+    "options"; None without one. A small letter must be all that is said or stand in brackets, and
+    A and I are words before others. source: [1] supplement, mmlu_baseline"""
     letters = "ABCDEFGHIJ"[: len(mmlu_example.get("options", "ABCD"))]
-    tail = model_output[-MAX_TAIL:]
-    letter = rf"[\s*_(\"'$]*([{letters}])(?![\w'])"
-    said = re.findall(rf"(?i:answer(?:\s+is|\s*:)\s*:?(?:\s+(?:option|choice))?){letter}", tail)
-    alone = re.fullmatch(rf"{letter}[\s*_)\"'$.]*(?:[.:)]\s.*)?", tail, re.DOTALL)
-    return said[-1] if said else alone[1] if alone else None
+    tagged = last_tagged(model_output)
+    tail = (model_output if tagged is None else tagged)[-MAX_TAIL:].strip()
+    word = r"[AI] (?!(?:as|and|because|but|for|is|or|since|so|which|with)\b)[a-z]"
+    small = rf"[{letters.lower()}](?:(?<=\(.)(?=\))|(?=[\W_]*\Z))"
+    letter = (rf"(?:[\s*_(\"'`$<\[{{]|\\(?:text|boxed)\b){{0,9}}"
+              rf"((?!{word})[{letters}]|{small})(?![^\W_]|')")
+    said = re.findall(
+        rf"(?:(?i:answer(?:\s+is|\s*:)\s*:?(?:\s+(?:option|choice))?)|\\boxed){letter}", tail)
+    alone = re.fullmatch(rf"{letter}[\s*_)\"'`$>\]}}.]*(?:[.:)]\s.*)?", tail, re.DOTALL)
+    return said[-1].upper() if said else alone[1].upper() if alone else None
 
 
 def parse_gsm8k_response(model_output):
@@ -216,11 +226,14 @@ def parse_gsm8k_response(model_output):
     source: [1] supplement, gsm8k_baseline"""
     end = max(model_output.rfind(digit) for digit in "0123456789") + 1
     window = model_output[max(0, end - MAX_ANSWER) : end]
-    number = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
+    number = (r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|"
+              r"[0-9]+(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+")
     found = [*re.finditer(number, window)]
     if not found:
         return None
-    negative = re.search(r"(?:^|[\s(=:*])(?:-\$?|\$-)$", window[: found[-1].start()])
+    negative = re.search(  # a space behind the sign: not in 5 - 3
+        r"(?:^|[\s(=:*])(?:[-−]\\?\$?|\\?\$[-−])$|(?:^|[=(:]) ?[-−] \\?\$?$",
+        window[: found[-1].start()])
     return "-" * bool(negative) + found[-1][0].replace(",", "")
 
 
@@ -254,6 +267,13 @@ def final_answer(text):
     return text if len(text) <= MAX_ANSWER else ""
 
 
+def r1_zero_answer(response, strict=False):
+    """What stands in the last <answer> tags behind the last </think> <answer>, None without."""
+    thought = re.match(r"(?s:.*)</think> (?=<answer>)" if strict
+                       else r"(?s:.*)</think>\s*(?=<answer>)", response)
+    return last_tagged(response[thought.end() :]) if thought else None
+
+
 def last_tagged(text):
     """What stands between the last <answer> and the </answer> behind it, None without both."""
     end = text.rfind("</answer>")
@@ -261,9 +281,9 @@ def last_tagged(text):
     return None if start < 0 else text[start + len("<answer>") : end].strip()
 
 
-def last_boxed(text):
+def last_boxed(text, strict=False):
     r"""What stands in the last \boxed{} or \fbox{}, None without one or when it is cut off; boxes
-    that a comma, "and" or "or" joins are one list."""
+    that a comma, "and" or "or" joins are one list. `strict`: None unless it is \boxed{}."""
     at = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
     if at < 0:
         return None
@@ -271,8 +291,8 @@ def last_boxed(text):
     for box in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", window):
         inside = re.compile(r"[^\s$\\.,{]+").match(window, box.end())  # \boxed 5
         end = inside.end() if inside else closing(window, box.end())
-        if not end:
-            boxes = []  # cut off: only what follows can count
+        if not end or strict and box[0] + window[box.end()] != r"\boxed{":
+            boxes = []  # cut off, or refused: only what follows can count
             continue
         if boxes and not re.fullmatch(r"[\s$]*(?:,|and|or|, and)[\s$]*",
                                       window[boxes[-1][1] : box.start()]):
@@ -295,22 +315,27 @@ def closing(text, start):
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def readings(text):
+def readings(text, gold=False):
     """The Values that `text` may stand for: a tuple, empty when it cannot be read. Several, since
-    1,200 is a number or a list, 1,5 a list or a decimal, and (C) 12 an option."""
+    1,200 is a number or a list, 1,25 a list or a decimal (1,5 as a gold is a list alone), and
+    (C) 12 an option."""
     text = text.strip().rstrip(".")
     if text[:1] == text[-1:] == "$":
         text = text.strip("$").strip()
-    if len(text) > MAX_ANSWER:
+    if len(text) > MAX_ANSWER or text.lower() in NOTHING:
         return ()
     if PLAIN_NUMBER.fullmatch(text):
         return (Value("number", (Fraction(text.replace(",", "")),)),)
     text = normalise(text)
     forms = [text]
+    if re.search("[0-9] [mgs]$", text):  # 5 m: meters, or 5 times m
+        forms.append(rf"{text[:-1]}\text{{{text[-1]}}}")
+    if re.fullmatch("[abcxyz]{2,3}|[b-df-hj-np-tv-z]{2,3}", text):  # no word: a product too
+        forms.append(" ".join(text))
     if text[:1] not in "([{\\":
         if THOUSANDS.search(text):
             forms.append(THOUSANDS.sub(lambda m: m[0].replace(",", ""), text))
-        elif re.fullmatch(r"[^0-9,]*[0-9]+,[0-9]+[^0-9,]*", text):
+        elif re.fullmatch(rf"[^0-9,]*[0-9]+,[0-9]{'{2,}' if gold else '+'}[^0-9,]*", text):
             forms.append(text.replace(",", "."))
     try:
         values = [read(form) for form in forms]
@@ -318,6 +343,8 @@ def readings(text):
         return ()
     if option := re.match(r"(?:\\text\{)?\(?([A-J])[).:]\}?\s+[\w\\](?!.*\b[A-J][).:])", text):
         values.append(Value("choice", option[1].lower()))
+    elif not gold and (option := re.fullmatch(r"\(?([a-e])\)?", text)):
+        values.append(Value("choice", option[1]))
     return tuple(dict.fromkeys(values))
 
 
@@ -359,7 +386,7 @@ def read_words(text):
     words = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     words = re.sub(r"\s+|\.(?![0-9])|(?<=\\mathbb)\{(?=\w\})|(?<=\\mathbb\{\w)\}", "", words)
     words = words if "\\" in words else words.lower()
-    if not re.search(r"\w", words) or words in ("nan", "null", "n/a"):
+    if not re.search(r"\w", words):
         raise Refused("there is no word")
     return Value("text", words)
 
@@ -408,6 +435,11 @@ def read_relation(text, nesting):
     sides, signs = parts[::2], parts[1::2]
     if not signs:
         return None
+    if signs[-1] == r"\approx":  # 1/3 \approx 0.333 says 1/3
+        exact = read(text.rpartition(r"\approx")[0], nesting)
+        if exact.kind != "number" or len(exact.value) > 1:
+            raise Unreadable("a rounded number without an exact one")
+        return exact
     if len(sides) == 2 and not sides[0]:
         return read(sides[1], nesting)
     if set(signs) == {"="}:
@@ -427,7 +459,10 @@ def read_equation(sides, nesting):
             constant = value.kind == last.kind == "number" and len(value.value + last.value) == 2
             if constant and not same(value, last):
                 raise Refused("the sides of an equation differ")
-        return last._replace(name=re.sub(r"\s|\\text", "", sides[0]))
+        name = re.sub(r"\s|\\text", "", sides[0])
+        if name[0] == "(" and (last.kind != "tuple" or [*name[1::2]] != sorted(name[1::2])):
+            raise Unreadable("(y, x) = (1, 2), which is not what (1, 2) says")
+        return last._replace(name=name)
     difference = fingerprint(f"({sides[0]})-({sides[-1]})")
     if len(difference) == 1:
         if not all(close(fingerprint(side), fingerprint(sides[-1])) for side in sides):
@@ -482,8 +517,8 @@ def read_number(text, nesting):
         return make_set(read(signed, nesting) for signed in (plus, minus))
     if m := re.fullmatch(r"([+-]?)\s*([¤€£¥₹])\s*(.+)", text):
         return with_unit(m[1] + m[3], m[2], nesting)
-    if text.endswith("%"):
-        return with_unit(text[:-1], "%", nesting)
+    if text.endswith((*"%¤€£¥₹",)):
+        return with_unit(text[:-1], text[-1], nesting)
     if m := re.fullmatch(r"(.+?)\s*\^\s*\\circ\s*(?:\\text\{)?\s*([CFK]?)\s*\}?", text):
         return with_unit(m[1], f"degree {m[2]}", nesting)
     if m := re.fullmatch(r"([0-9]+)_\{?\s*([0-9]+)\s*\}?", text):
@@ -534,7 +569,7 @@ FUNCTIONS = {"sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "sinh": cmath
              "cosh": cmath.cosh, "tanh": cmath.tanh, "exp": cmath.exp,
              "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
              "cot": lambda x: 1 / cmath.tan(x), "arcsin": cmath.asin, "arccos": cmath.acos,
-             "arctan": cmath.atan, "ln": cmath.log, "log": cmath.log10}
+             "arctan": cmath.atan, "ln": cmath.log, "log": cmath.log10, "lg": cmath.log10}
 GREEK = ("alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi "
          "varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell")
 CONSTANTS = {"pi": math.pi, "infty": math.inf, "inf": math.inf, "infinity": math.inf,
@@ -565,8 +600,9 @@ class Expression:
             raise Unreadable("something is missing at the end")
         return self.tokens[self.at - 1]
 
-    def bounded(self, value):
-        """`value`, real where it can be; raises Refused when it is too large or one too many."""
+    def bounded(self, value, term=0):
+        """`value`, real where it can be, 0 where it is but the rounding error of `term`; raises
+        Refused when it is too large or one too many."""
         if isinstance(value, Fraction):
             bits = value.numerator.bit_length() + value.denominator.bit_length()
             self.work += bits
@@ -575,6 +611,8 @@ class Expression:
             return value
         if not cmath.isfinite(value):
             raise Refused("not a number")
+        if abs(value) < ROUNDING * abs(term):
+            return Fraction(0)
         return value.real if value.imag == 0 else value  # -0.0j is the other side of a cut
 
     def evaluate(self):
@@ -586,7 +624,8 @@ class Expression:
     def sum(self):
         value = self.product()
         while self.token in ("+", "-"):  # the sign is that of the product
-            value = self.bounded(value + self.product())
+            term = self.product()
+            value = self.bounded(value + term, term)
         return value
 
     def product(self):
@@ -622,7 +661,7 @@ class Expression:
         value = self.primary()
         while self.accept("!"):
             if not isinstance(value, Fraction) or value.denominator > 1 or not 0 <= value <= 900:
-                raise Refused("a factorial of that")
+                raise (Unreadable if self.has_variables else Refused)("a factorial of that")
             value = self.bounded(Fraction(math.factorial(int(value))))
         if not self.accept("^"):
             return value
@@ -719,10 +758,12 @@ class Expression:
             value = self.power()
             while self.starts_factor() and self.token.removeprefix("\\") not in FUNCTIONS:
                 value = value * self.power()
+        term = 0 if isinstance(value, Fraction) or name == "exp" else value
         if base is None:
             value = FUNCTIONS[name](complex(value))
         else:
             value = cmath.log(complex(value)) / cmath.log(complex(base))
+        value = self.bounded(value, term)
         return self.bounded(raise_to(value, exponent) if exponent != 1 else value)
 
 
@@ -784,7 +825,8 @@ def left_minus_right(value):
     if value.kind == "equation":
         return value.value
     try:
-        left = fingerprint(value.name) if value.kind == "number" and value.name else ()
+        plain = value.kind == "number" and value.name and "(" not in value.name
+        left = fingerprint(value.name) if plain else ()
     except (Unreadable, Refused):
         left = ()
     if not left:
@@ -802,7 +844,7 @@ def close(a, g):
     if len(a) == len(g) == len(exact) == 1 and exact[0].denominator > 10**6:
         return False  # a rounded decimal is no irrational number
     return all(x == y or not (isinstance(x, Fraction) and isinstance(y, Fraction))
-               and cmath.isclose(x, y, rel_tol=TOLERANCE, abs_tol=1e-15)
+               and cmath.isclose(x, y, rel_tol=TOLERANCE)
                for x, y in zip(spread(a), spread(g), strict=True))
 
 
@@ -920,9 +962,16 @@ def pick(place, record, *names):
 
 
 def read_pairs(path):
-    """[{"prompt", "response", "ground_truth" (None without one)}] for SFT, of JSONL."""
-    return [{"prompt": pick(place, r, "prompt", *QUESTION), "response": pick(place, r, *RESPONSE),
-             "ground_truth": r.get("ground_truth")} for place, r in read_records(path)]
+    """[{"prompt", "response", "ground_truth" (None without one)}] for SFT, of JSONL; an instruction
+    goes on with its input."""
+    pairs = []
+    for place, r in read_records(path):
+        prompt = pick(place, r, "prompt", *QUESTION)
+        if prompt == r.get("instruction"):  # Alpaca's
+            prompt = f"{prompt}\n\n{r.get('input') or ''}".rstrip()
+        pairs.append({"prompt": prompt, "response": pick(place, r, *RESPONSE),
+                      "ground_truth": r.get("ground_truth")})
+    return pairs
 
 
 def read_problems(path):
@@ -934,8 +983,8 @@ def read_problems(path):
 def read_preferences(path):
     """[{"prompt", "chosen", "rejected"}] for DPO, of JSONL with these fields or with Anthropic's HH
     conversations, of which those of one turn are kept. source: [1] supplement, look_at_hh"""
-    pairs = []
-    for place, record in read_records(path):
+    pairs, records = [], read_records(path)
+    for place, record in records:
         sides = [pick(place, record, side) for side in ("chosen", "rejected")]
         if "prompt" in record:
             prompts = [pick(place, record, "prompt")] * 2
@@ -949,6 +998,9 @@ def read_preferences(path):
     if not pairs:
         raise ValueError(f"{path} must hold pairs with a prompt, or conversations of one turn, got "
                          "neither; give the fields prompt, chosen and rejected")
+    if len(pairs) < len(records):
+        print(f"dropped {len(records) - len(pairs):,} of {len(records):,} pairs: they are not of "
+              "one turn, or have no text on a side")
     return pairs
 
 
@@ -2170,8 +2222,7 @@ def countdown_trace(numbers, target, rng):
 def countdown_reward(response, numbers, target):
     """The rewards of a response in r1_zero's format: right when its expression uses each of
     `numbers` once and nothing but + - * / and brackets, and is exactly target."""
-    answer = last_tagged(response) if re.search(r"</think>\s*<answer>", response) else None
-    right = False
+    answer, right = r1_zero_answer(response), False
     if answer and len(answer) <= MAX_ANSWER and re.fullmatch(r"[0-9+\-*/() ]+", answer):
         used = sorted(map(int, re.findall("[0-9]+", answer)))
         if used == sorted(numbers) and not re.search(r"[0-9)] *\(|\) *[0-9]|[0-9] +[0-9]", answer):
@@ -2419,7 +2470,8 @@ def grade_response(task, prompt, example, response, strict=False):
     if task in ("alpaca_eval", "sst"):
         return {}
     if task == "mmlu":
-        said, gold = parse_mmlu_response(example, response), example["answer"]
+        text = response if prompt != "r1_zero" else r1_zero_answer(response, strict) or ""
+        said, gold = parse_mmlu_response(example, text), example["answer"]
     elif prompt == "r1_zero":
         return r1_zero_reward(response, example["answer"], strict)
     elif task == "gsm8k" and prompt != "question_only":

@@ -1061,7 +1061,11 @@ SAME = [
     (r"2 \cdot 3^{4}", "162"), ("x^2 y", "yx^2"),
     (r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"), ("p - q", "-(q-p)"),
     ("18", "#### 18"), (r"36\pi \text{ cm}^3", r"36\pi"), (r"\frac{\pi}{4}", "pi/4"), ("{1, 2, 3}", r"\{3,2,1\}"),
-    ("5,000", "5000"), ("-5", "−5"),
+    ("5,000", "5000"), ("-5", "−5"), ("2,3", "2.3"), ("2.35", "2,35"), (r"\sin\pi", "0"), (r"\cos\frac{5\pi}{2}", "0"),
+    (r"(\sqrt2-1)(\sqrt2+1)-1", "0"), (r"\log_2(\sqrt2)", "1/2"), (r"\pi 10^{-20}", r"10^{-20}\pi"),
+    ("xy", "yx"), ("Dry", "dry"), (r"x \cdot y", "xy"), ("(x,y)=(1,2)", "(1,2)"), ("f(2)=4", "4"), ("n!", "n!"),
+    ("5 meters", "5 m"), ("5 m", "5m"), ("80 km/h", "80"), ("80 miles per hour", "80"), ("5€", "5"), (r"\angle ABC = 30^\circ", "30"),
+    (r"1/3 \approx 0.333", "1/3"), (r"x = \sqrt2 ≈ 1.41", r"\sqrt2"), (r"\lg 100", "2"), ("a", "A"), ("(c)", "(C)"),
 ]  # fmt: skip
 DIFFERENT = [
     ("1, 1, 2", "1, 2"), ("C. 12 or D. 13", "C"), ("1.2.3", "12.3."), ("x > 5", "y > 5"), (r"x \ge 5", "x > 5"),
@@ -1075,7 +1079,13 @@ DIFFERENT = [
     ("2003^{2002^{2001}}", "2003^{2002^{2001}}"), ("10**10**8", "10**10**8"), ("1/0", "1/0"), ("x=5=6", "6"),
     ("no", "on"), ("A", "B"), ("(A) 5", "(B) 5"), ("-5", "5"), ("5", "-5"), ("1.414213562373095", r"\sqrt2"),
     ("x", "5"), ("5", "x"), ("2x", "x"), ("12", "1,2"), ("1:2", "0.5"), ("5!", "5"), ("x=1", "1,2"), ("2^{10}", "10"),
-    ("not 5", "5"), (r"\text{not }5", "5"),
+    ("not 5", "5"), (r"\text{not }5", "5"), ("2.3", "2,3"), ("2.3", "x=2,3"), (r"\pi 10^{-16}", "0"),
+    (r"\sqrt{2}\times 10^{-19}", r"\sqrt{3}\times 10^{-19}"), (r"\exp(-40)", "0"),
+    (r"(1+\sqrt2)10^{-19}", r"(1+\sqrt3)10^{-19}"), ("(y,x)=(1,2)", "(1,2)"), ("(x,y)=5", "5"), ("f(2)=4", "f(4)=8"),
+    ("x(2)=4", "4"), ("n!", "n"), ("n!", "m!"), ("5 m", "5 km"), ("5 m", "5 g"), ("80 km/h", "80 mph"), ("5€", "$5"),
+    (r"1/3 \approx 0.333", "0.333"), (r"x \approx 0.333", "x"), (r"x \approx 0.333", "1/3"), (r"\approx 5", "5"),
+    ("A", "a"), ("x", "X"),
+    ("on", "no"), ("5m", "5"),
 ]  # fmt: skip
 
 
@@ -1094,14 +1104,15 @@ def test_numbers_are_graded_like_their_texts():
     assert not rl.answers_match(float("nan"), float("nan"))
 
 
-@pytest.mark.parametrize("gold", ["", " ", ".", "{", r"\frac{", "(1, 2", "1/0", "9^9^9^9", r"0^{-1}", "???",
+@pytest.mark.parametrize("gold", [None, "None", "N/A", "null", math.nan, "", " ", ".", "{", r"\frac{",
+                                  "(1, 2", "1/0", "9^9^9^9", r"0^{-1}", "???",
                                   r"2003^{2002^{2001}}", "10**10**8", "1000!", "x^{9999999}", r"\log 0",
                                   r"e^{e^{e^{e^e}}}", "(" * 400 + "1" + ")" * 400, "2^" * 400 + "2",
                                   "9" * 5000, r"\sin" * 300 + "1", "-" * 999 + "1)", "2 + 2 = 5"])  # fmt: skip
 def test_a_gold_that_cannot_be_read_is_told_and_never_rewarded(gold):
     assert not rl.is_gradable(gold) and rl.is_gradable("5")
     boxed = rf"</think> <answer>\boxed{{{gold}}}</answer>"
-    for response in (gold, "5", "", boxed, f"</think> <answer>{gold}</answer>"):
+    for response in (str(gold), "5", "", boxed, f"</think> <answer>{gold}</answer>"):
         assert not rl.answers_match(response, gold)
         assert rl.r1_zero_reward(response, gold)["reward"] == 0
         assert rl.question_only_reward(response, gold)["reward"] == 0
@@ -1156,6 +1167,8 @@ def test_the_answer_is_found_where_responses_put_it():
     ("hm <answer>5</answer>", UNFORMATTED, UNFORMATTED), ("5", UNFORMATTED, UNFORMATTED),
     ("", UNFORMATTED, UNFORMATTED),
     ("</answer></think> <answer>5", UNFORMATTED, UNFORMATTED),
+    ("<answer>5</answer> </think> <answer> oops", UNFORMATTED, UNFORMATTED),
+    ("</think> <answer>5</answer> no </think> <answer>6</answer>", WRONG, WRONG),
     ("a</think> <answer>6</answer> <answer>5</answer>", RIGHT, RIGHT)])  # fmt: skip
 def test_r1_zero_reward_wants_tags_then_the_answer(response, free, strict):
     assert rl.r1_zero_reward(response, "5") == free
@@ -1168,8 +1181,10 @@ def test_question_only_reward_wants_a_box_behind_all_thinking():
     assert rl.question_only_reward("so 0.5", r"\frac12") == UNFORMATTED
     assert rl.question_only_reward(r"<think> maybe \boxed{0.5}", r"\frac12") == UNFORMATTED
     assert rl.question_only_reward(r"<think> hm </think> \boxed{0.5}", r"\frac12") == RIGHT
+    assert rl.question_only_reward(r"<think>\boxed{0.5}</think> no idea", r"\frac12") == UNFORMATTED
     assert rl.question_only_reward(r"\fbox{5}", 5) == RIGHT
-    assert rl.question_only_reward(r"\fbox{5}", 5, strict=True) == UNFORMATTED
+    for refused in (r"\fbox{5}", r"\boxed{5} hmm \fbox{5}", r"\boxed{5} hmm \boxed 5"):
+        assert rl.question_only_reward(refused, 5, strict=True) == UNFORMATTED
     assert rl.question_only_reward(r"\boxed{7}", ["6", "7"]) == RIGHT  # any of several golds
 
 
@@ -1222,7 +1237,11 @@ def test_threads_grade_like_one():
     ("The correct answer is B. There is more.", "B"), ("The correct answer is (C).", "C"), ("Answer: D", "D"),
     ("The correct answer is **A**", "A"), ("B", "B"), ("(D)", "D"), ("C. because", "C"), ("I think A is it", None),
     ("The correct answer is 10000 polygons.", None), ("The correct answer is Apples", None), ("", None),
-    ("The correct answer is E", None), ("The answer is A. No: the answer is B.", "B")])  # fmt: skip
+    ("The correct answer is E", None), ("The answer is A. No: the answer is B.", "B"),
+    ("B or C? </think> <answer> D </answer>", "D"), ("The correct answer is _B_", "B"), ("`B`", "B"), ("[B].", "B"),
+    (r"Thus $\boxed{\text{C}}$.", "C"), ("the correct answer is b.", "B"), ("The correct answer is (a) or so", "A"),
+    ("The correct answer is a dog", None), ("The correct answer is A good one", None),
+    ("The correct answer is A because", "A")])  # fmt: skip
 def test_mmlu_responses_give_a_letter_or_none(output, letter):
     assert rl.parse_mmlu_response({"options": ["1", "2", "3", "4"]}, output) == letter
 
@@ -1230,6 +1249,7 @@ def test_mmlu_responses_give_a_letter_or_none(output, letter):
 @pytest.mark.parametrize(("output", "number"), [
     ("48 / 2 = 24 in May. 48 + 24 = 72 altogether.", "72"), ("She has $1,234.50.", "1234.50"), ("none", None),
     ("", None), ("It is -5", "-5"), ("16-3", "3"), ("3 - 5", "5"), ("-$7", "-7"), ("$-7", "-7"), ("1,2", "2"),
+    ("1.2.3", "3"), ("- 3", "-3"), ("x = - 3", "-3"), ("it is −7", "-7"), (r"it is -\$5", "-5"), ("2 or\n- 3", "3"),
     (".5", ".5"), ("12,345,678 of them", "12345678"), ("1234,567", "567"),
     ("x" * 10**6 + "1 " + "y" * 10**6, "1")])  # fmt: skip
 def test_gsm8k_responses_give_their_last_number_or_none(output, number):
@@ -1257,19 +1277,21 @@ def test_records_are_read_from_jsonl_gz_json_and_csv(tmp_path):
     assert rl.read_examples("sst", path, "question_only")[0]["prompt"] == "one, two"
 
 
-def test_fields_go_by_their_usual_names(tmp_path):
+def test_fields_go_by_their_usual_names(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", {"problem": "p", "solution": r"so \boxed{1}"})
     assert rl.read_problems(path) == [{"question": "p", "answer": r"so \boxed{1}"}]
     path = write(tmp_path / "b.jsonl", {"instruction": "i", "output": "o", "ground_truth": "g"},
-                 {"prompt": "p", "response": "r"})  # fmt: skip
+                 {"prompt": "p", "response": "r"}, {"instruction": "Add", "input": "2 3", "output": "5"})  # fmt: skip
     assert rl.read_pairs(path) == [dict(prompt="i", response="o", ground_truth="g"),
-                                        dict(prompt="p", response="r", ground_truth=None)]  # fmt: skip
+                                   dict(prompt="p", response="r", ground_truth=None),
+                                   dict(prompt="Add\n\n2 3", response="5", ground_truth=None)]
     talk = "\n\nHuman: hi\n\nAssistant: {}"
     path = write(tmp_path / "c.jsonl", {"chosen": talk.format("good"), "rejected": talk.format("bad")},
                  {"chosen": talk.format("a") + talk.format("b"), "rejected": talk.format("c")},
                  {"prompt": "p", "chosen": "c", "rejected": "r"})  # fmt: skip
     assert rl.read_preferences(path) == [dict(prompt="hi", chosen="good", rejected="bad"),
                                               dict(prompt="p", chosen="c", rejected="r")]  # fmt: skip
+    assert capsys.readouterr().out.startswith("dropped 1 of 3 pairs")
 
 
 @pytest.mark.parametrize(("lines", "message"), [
@@ -1402,6 +1424,8 @@ def test_mmlu_is_asked_as_the_handout_says(tmp_path, model_folder):
     assert rl.grade_response("mmlu", "system", example, "The correct answer is B.") == RIGHT
     assert rl.grade_response("mmlu", "system", example, "The correct answer is C.") == WRONG
     assert rl.grade_response("mmlu", "system", example, "Who knows?") == UNFORMATTED
+    assert rl.grade_response("mmlu", "r1_zero", example, "A? </think> <answer> B </answer>") == RIGHT
+    assert rl.grade_response("mmlu", "r1_zero", example, "The correct answer is B.") == UNFORMATTED
 
 
 def test_prompts_that_do_not_fit_are_counted_and_wrong(tmp_path, model_folder):
@@ -1413,6 +1437,13 @@ def test_prompts_that_do_not_fit_are_counted_and_wrong(tmp_path, model_folder):
     model.config = SimpleNamespace(context_length=5, vocab_size=8, max_position_embeddings=5)
     fits, too_long = rl.generate_responses(model, words, ["a b", "a b c"], 2)
     assert fits[0]["finish_reason"] != "too long" and too_long[0]["finish_reason"] == "too long"
+
+
+def test_a_begin_token_counts_when_a_prompt_is_just_too_long():
+    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>", "<|begin_of_text|>"])
+    config = lm.ModelConfig(vocab_size=258, context_length=8, d_model=16, num_layers=1, num_heads=2)
+    texts = rl.generate_responses(lm.TransformerLM(config), tokenizer, ["1234", "12345"], 3)
+    assert [group[0]["finish_reason"] == "too long" for group in texts] == [False, True]
 
 
 def test_flags_that_do_not_fit_are_told_in_one_line(tmp_path, model_folder, capsys):
@@ -1470,7 +1501,8 @@ def test_traces_go_back_sometimes_and_their_steps_are_right():
 def test_countdown_wants_each_number_once_and_the_exact_target(answer, right):
     got = rl.countdown_reward(f"hm</think> <answer>{answer}</answer>", [2, 3, 5], 16)
     assert got == (RIGHT if right else WRONG)
-    assert rl.countdown_reward(f"hm <answer>{answer}</answer>", [2, 3, 5], 16) == UNFORMATTED
+    for unfinished in (f"hm <answer>{answer}</answer>", f"<answer>{answer}</answer> </think> <answer> hm"):
+        assert rl.countdown_reward(unfinished, [2, 3, 5], 16) == UNFORMATTED
 
 
 def test_countdown_values_are_exact_fractions():
