@@ -605,8 +605,9 @@ class CausalSelfAttention(nn.Module):
         self.k_norm = RMSNorm(c.d_head, c.norm_eps) if c.qk_norm else None
         self.rope = rope or make_rope(c)
 
-    def forward(self, x, positions=None, cache=None, layer=0):
-        """x: (B, T, C); positions: (B, T) int, None for 0..T-1; layer: its number in `cache`."""
+    def forward(self, x, positions=None, cache=None, layer=0, mask=None):
+        """x: (B, T, C); positions: (B, T) int, None for 0..T-1; layer: its number in `cache`;
+        mask: bool (B, 1, T, T), of what a token sees, None for causal."""
         q = self.q_proj(x).unflatten(-1, (-1, self.config.d_head))  # (B, T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.config.d_head))  # (B, T, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.config.d_head))
@@ -618,7 +619,6 @@ class CausalSelfAttention(nn.Module):
             place = torch.atleast_2d(place)
             q, k = self.rope(q, place[..., None]), self.rope(k, place[..., None])
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, D)
-        mask = None
         if cache is not None:
             first = cache.end == 0
             seen_k, seen_v = cache.update(layer, k, v, positions)
@@ -676,11 +676,11 @@ class TransformerBlock(nn.Module):
         self.ln2 = make_norm()
         self.ffn = (SwiGLU if c.ffn == "swiglu" else SiLUFeedForward)(c.d_model, c.d_ff)
 
-    def forward(self, x, positions=None, cache=None, layer=0):
+    def forward(self, x, positions=None, cache=None, layer=0, mask=None):
         if self.post_norm:
-            x = self.ln1(x + self.attn(x, positions, cache, layer))
+            x = self.ln1(x + self.attn(x, positions, cache, layer, mask))
             return self.ln2(x + self.ffn(x))
-        x = x + self.attn(self.ln1(x), positions, cache, layer)
+        x = x + self.attn(self.ln1(x), positions, cache, layer, mask)
         return x + self.ffn(self.ln2(x))
 
 
@@ -706,22 +706,26 @@ class TransformerLM(nn.Module):
     def forward(self, ids, cache=None):
         return self.lm_head(self.hidden_states(ids, cache))
 
-    def hidden_states(self, ids, cache=None):
-        """The input of the output head, (B, T, C). With `cache`, ids follow what it holds."""
+    def hidden_states(self, ids, cache=None, documents=None):
+        """The input of the output head, (B, T, C). With `cache`, ids follow what it holds;
+        documents: (B, T) int, a token sees those of its own number only (packed sequences)."""
         T, limit = ids.shape[1], self.config.context_length
         if T > limit:
             raise ValueError(f"at most context_length = {limit} tokens, got {T}; cut the input")
-        positions = None
+        positions = mask = None
+        if documents is not None:
+            same = documents[:, None, :, None] == documents[:, None, None, :]
+            mask = same.tril()
         if cache is not None:
             positions = cache.lengths[:, None] + torch.arange(T, device=ids.device)
         x = self.token_embeddings(ids)
         if torch.is_autocast_enabled(x.device.type):  # the residual stream in the compute dtype
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.checkpoint_every and self.training and torch.is_grad_enabled():
-            x = recompute_blocks(list(self.layers), x, self.checkpoint_every)
+            x = recompute_blocks(list(self.layers), x, self.checkpoint_every, mask)
         else:
             for i, layer in enumerate(self.layers):
-                x = layer(x, positions, cache, i)
+                x = layer(x, positions, cache, i, mask)
         if cache is not None:
             cache.lengths = cache.lengths + T
             cache.end += T
@@ -733,15 +737,16 @@ class TransformerLM(nn.Module):
         return linear_cross_entropy(hidden, self.lm_head.weight, targets, reduction=reduction)
 
 
-def recompute_blocks(blocks, x, spans):
+def recompute_blocks(blocks, x, spans, mask=None):
     """Runs `blocks` on x keeping only the input of each group of spans[0] of them; spans[1:] does
     the same within a group while it is recomputed. source: [1] A2, gradient_checkpointing"""
     if not spans:
         for block in blocks:
-            x = block(x)
+            x = block(x, mask=mask)
         return x
     for i in range(0, len(blocks), spans[0]):
-        x = recompute(recompute_blocks, blocks[i : i + spans[0]], x, spans[1:], use_reentrant=False)
+        x = recompute(recompute_blocks, blocks[i : i + spans[0]], x, spans[1:], mask,
+                      use_reentrant=False)
     return x
 
 
@@ -1170,12 +1175,13 @@ def sample(logits, uniform, temperature, top_k=0, top_p=1.0):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1,
-             stop_ids=(), stop_strings=(), tokenizer=None, seed=0, use_cache=True):
+             stop_ids=(), stop_strings=(), tokenizer=None, seed=0, use_cache=True, first_row=0):
     """Samples `num_samples` continuations of each prompt: a list of Completion, prompt by prompt.
 
     prompts: lists of ids (or strings, with `tokenizer`), of any lengths, run as one batch
     temperature, top_k, top_p: see `sample`; stop_ids, stop_strings: end a row (strings need
-    `tokenizer`); seed: row r draws from (seed, r), whatever the other rows are and when they end
+    `tokenizer`); seed: row r draws from (seed, r), whatever the other rows are and when they end;
+    first_row: the number of the first row, where these prompts are a part of a larger batch
     use_cache=False recomputes everything at every token: the oracle of the cached path.
     When a row is full (context_length tokens), it goes on from its last context_length // 2 tokens.
     raises ValueError on arguments that it cannot use
@@ -1188,8 +1194,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
                      num_samples, stop_strings)
     device, limit = next(model.parameters()).device, model.config.context_length
     rows = [Completion(i, [], []) for i in range(len(prompts)) for _ in range(num_samples)]
-    seeds = [((seed << 20) + r) % 2**63 for r in range(len(rows))]
+    seeds = [((seed << 20) + first_row + r) % 2**63 for r in range(len(rows))]
     draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    draws = torch.stack(draws, dim=1).to(device)
     windows = [clip_window(list(p), limit) for p in prompts]
     last, cache = prefill(model, windows, max_new_tokens, device, use_cache)
     shared = torch.tensor([row.prompt_index for row in rows], device=device)
@@ -1200,8 +1207,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     alive = list(range(len(rows)))  # rows still growing, in the order of the batch
     for n in range(max_new_tokens):
         logits = model.lm_head(last)
-        uniform = torch.stack([draws[r][n] for r in alive]).to(device)
-        ids, logprobs = sample(logits, uniform, temperature, top_k, top_p)
+        ids, logprobs = sample(logits, draws[n], temperature, top_k, top_p)
         keep = []  # places in the batch
         if not logprobs.isfinite().all():
             raise ValueError("the model's logits must be finite, got others; check its weights")
@@ -1216,9 +1222,10 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             break
         if len(keep) < len(alive):
             alive = [alive[j] for j in keep]
-            ids = ids[keep]
+            chosen = torch.tensor(keep, device=device)
+            ids, draws = ids[chosen], draws[:, chosen]
             if cache:
-                cache.select(torch.tensor(keep, device=device))
+                cache.select(chosen)
         if not use_cache or any(len(windows[r]) > limit for r in alive):
             for r in alive:
                 windows[r] = clip_window(windows[r], limit)
@@ -1273,6 +1280,8 @@ def is_finished(row, stop_ids, stop_strings, tokenizer):
 def decode_known(tokenizer, tokens):
     """The text of `tokens`, without ids that the model knows and its tokenizer does not."""
     size = getattr(tokenizer, "vocab_size", None)
+    if hasattr(tokenizer, "__len__"):  # Hugging Face's, whose vocab_size omits added tokens
+        size = len(tokenizer)
     return tokenizer.decode([t for t in tokens if size is None or t < size])
 
 
