@@ -146,6 +146,7 @@ class Fit:
     samples: np.ndarray | None
     runs: dict  # what run_arrays gave
     details: dict = field(default_factory=dict)
+    widen: float = 1.0  # the samples' deviations, in logs, are so many times too small
 
     def at(self, flops):
         """{flops, parameters, tokens, loss} of the best run for `flops`, and *_interval, 95%."""
@@ -160,9 +161,13 @@ class Fit:
         """{name: float} of quantities(theta), and with samples {name_interval: [low, high]}."""
         result = {name: float(value) for name, value in quantities(self.theta).items()}
         if self.samples is not None:
-            result |= {f"{name}_interval": np.percentile(draws, LEVEL).tolist()
+            result |= {f"{name}_interval": np.percentile(self.widened(result[name], draws),
+                                                         LEVEL).tolist()
                        for name, draws in quantities(self.samples).items()}
         return result
+
+    def widened(self, value, draws):
+        return draws if self.widen == 1 else value * (draws / value) ** self.widen
 
 
 # -------------------------------------------------------------------------------------------------
@@ -554,11 +559,11 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
     stops at an absolute tolerance stops early, which made [2]'s printed fit [3].
     starts: "grid", the 4,500 of [2], or "projection", 16 of variable projection.
     bootstrap: samples, each fitted from the best fit with other weights of the runs, from a gamma
-      distribution of mean 1 and variance 1/4; deviations are doubled to make up for the variance,
-      and widened for the five constants. Drawing runs with replacement, as [3] does, leaves some
-      out, and a fit that is nearly one of least absolute errors rests on few: its 95% intervals
-      held the truth 97 to 100% of the time. What these are worth, with 1% noise: 90 to 98% on 60
-      runs, 99 to 100% on 25, and of one constant or another 87 to 100% on grids of 48 and 100.
+      distribution of mean 1 and variance 1/4; intervals are twice as wide, to make up for the
+      variance, and wider for the five constants. Drawing runs with replacement, as [3] does, leaves
+      some out, and a fit that is nearly one of least absolute errors rests on few: its 95%
+      intervals held the truth 97 to 100% of the time. What these are worth, with 1% noise: 90 to
+      98% on 60 runs; more on 25, and of one constant or another 87 to 100% on grids.
     details: objective, residuals (n,) of log L, predicted - measured.
     raises ValueError below 6 runs or 3 values of N or D, or when the loss does not fall with both.
     source: [2] equation (3), [3]
@@ -598,15 +603,14 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
         if bootstrap:
             weights = np.random.default_rng(seed).gamma(4, 1 / 4, (bootstrap, len(target)))
             ends, _ = minimise(objective, best.repeat(bootstrap, 1), (torch.from_numpy(weights),))
-            factor = 2 * math.sqrt(len(target) / (len(target) - 5))
-            samples = best + factor * (ends - best)
-            samples[:, 3:].clamp_(min=1e-3)  # with less no optimum exists
-            samples = (samples - samples @ centre).numpy()
+            ends[:, 3:].clamp_(min=1e-3)  # with less no optimum exists
+            samples = (ends - ends @ centre).numpy()
     theta = (best - best @ centre).numpy()
     predicted = ChinchillaFit.predict(theta, arrays["parameters"], arrays["tokens"])
     return ChinchillaFit(theta, samples, arrays, {
         "method": "chinchilla", "objective": float(values.min()),
-        "residuals": np.log(predicted / arrays["loss"])})
+        "residuals": np.log(predicted / arrays["loss"])},
+        2 * math.sqrt(len(target) / (len(target) - 5)))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2160,7 +2164,7 @@ def plan_run(shape, tokens, machine, evals=1):
     parameters = body_parameters(shape)
     lr, batch_tokens = step_law(parameters, tokens)
     lr = min(lr, most_lr(shape.d_model, machine.max_lr))
-    batch = 2 ** max(0, round(math.log2(batch_tokens / SEQUENCE)))
+    batch = max(1, round(batch_tokens / SEQUENCE))  # powers of two make steps, and losses, uneven
     while batch > 1 and tokens < 20 * evals * batch * SEQUENCE:  # at least 20 steps each
         batch //= 2
     unit = batch * SEQUENCE * evals
@@ -2268,8 +2272,8 @@ def plan_target(fit, vocab_size, machine, flops=None, seconds=None, evals=16):
     residuals = fit.details["residuals"]
     residuals = residuals * math.sqrt(len(residuals) / (len(residuals) - 5))
     scatter = np.random.default_rng(0).choice(residuals, len(fit.samples))
-    draws = fit.predict(fit.samples, run["parameters"], run["tokens"]) * np.exp(scatter)
-    run["loss_interval"] = np.percentile(draws, LEVEL).tolist()
+    draws = fit.widened(run["loss"], fit.predict(fit.samples, run["parameters"], run["tokens"]))
+    run["loss_interval"] = np.percentile(draws * np.exp(scatter), LEVEL).tolist()
     return run
 
 
