@@ -2768,11 +2768,13 @@ def add_run_flags(parser, **defaults):
 
 
 # The demonstration: flags that both stages share, those of SFT, of its continuation, and of GRPO.
-DEMO = "--task addition --examples 2000 --max_new_tokens 5 --save_every 1000 --log_every 25"
-DEMO_SFT = "--max_steps 1500 --lr 2e-3 --warmup_steps 50 --eval_every 250"
-DEMO_CONTROL = "--max_steps 1000000 --lr 1e-3 --eval_every 250"
-DEMO_GRPO = ("--max_steps 400 --lr 1e-3 --warmup_steps 10 --prompts_per_step 128 --temperature 1.4 "
-             "--dynamic_sampling 1 --eval_every 25 --rollout_batch 1024 --micro_batch_size 512")
+DEMO = ("--task addition --digits 2 --examples 750 --max_new_tokens 4 --eval_problems 1000 "
+        "--save_every 1000 --log_every 25")
+DEMO_SFT = "--max_steps 800 --lr 2e-3 --warmup_steps 50 --eval_every 200"
+DEMO_CONTROL = "--max_steps 1000000 --lr 1e-3 --eval_every 200"
+DEMO_GRPO = ("--max_steps 400 --lr 1e-3 --min_lr 1e-4 --warmup_steps 10 --prompts_per_step 128 "
+             "--temperature 1.2 --dynamic_sampling 1 --problems 6000 --eval_every 25 "
+             "--rollout_batch 1024 --micro_batch_size 512")
 
 
 def demo(args):
