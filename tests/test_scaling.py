@@ -1339,17 +1339,21 @@ def test_a_server_killed_under_load_keeps_every_acknowledged_submit_and_charges_
     def client(first_seed):
         with requests.Session() as session, contextlib.suppress(requests.RequestException):
             for seed in range(first_seed, first_seed + 10**6):
-                value = tiny(model_seed=seed, **LONG) if seed == 0 else body(model_seed=seed, max_runtime_seconds=2)
+                value = body(model_seed=seed, max_runtime_seconds=2)
                 answer = session.post(url + "/submit", json=value, headers=KEY, timeout=60)
                 assert answer.status_code == 200
                 acknowledged[seed] = answer.json()["experiment_id"]
 
-    threads = [threading.Thread(target=client, args=(10**6 * i,)) for i in range(8)]
-    try:
-        for thread in threads:
-            thread.start()
+    threads = [threading.Thread(target=client, args=(10**6 * i,)) for i in range(1, 9)]
+    try:  # one run keeps the only worker busy, so that all others wait
+        answer = requests.post(url + "/submit", json=tiny(model_seed=0, **LONG), headers=KEY, timeout=60)
+        acknowledged[0] = answer.json()["experiment_id"]
         while '"running"' not in requests.get(url + "/experiments", headers=KEY, timeout=60).text:
             time.sleep(0.05)
+        for thread in threads:
+            thread.start()
+        while len(acknowledged) < 30:
+            time.sleep(0.01)
         workers = {pid for pid, parent in running_processes().items() if parent == server.pid}
         assert workers
     finally:
@@ -1365,8 +1369,9 @@ def test_a_server_killed_under_load_keeps_every_acknowledged_submit_and_charges_
     try:
         assert "1 queued again" in said and len(acknowledged) > 8
         listed = [{"status": {"status_type": "queued"}}]
-        while any(e["status"]["status_type"] != "completed" for e in listed):
+        while any(e["status"]["status_type"] in ("queued", "running") for e in listed):
             listed = requests.get(url + "/experiments", headers=KEY, timeout=60).json()
+        assert {e["status"]["status_type"] for e in listed} == {"completed"}
         by_seed = {e["training_config"]["model_seed"]: e["experiment_id"] for e in listed}
         assert len(by_seed) == len(listed) <= len(acknowledged) + 8  # none twice; of each client one unanswered
         assert {seed: by_seed[seed] for seed in acknowledged} == acknowledged
