@@ -296,7 +296,7 @@ class SameGradients:
             return
         if [*present, order] != self.sent:
             self.sent = [*present, order]
-            mine = torch.tensor(self.sent, dtype=torch.int32)
+            mine = torch.tensor(self.sent, dtype=torch.int32, device="cpu")
             self.mine = (mine.pin_memory() if device.type == "cuda" else mine).to(
                 device, non_blocking=True)
         table = self.mine.new_empty(num_ranks() * len(self.sent))
