@@ -235,6 +235,18 @@ def flatten(tensors):
     return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
+def of_size(shards, nbytes):
+    """Cuts a list of ShardedParameter into lists of at least nbytes, as gathered, but the last."""
+    parts, size = [], nbytes
+    for s in shards:
+        if size >= nbytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(s)
+        size += s.nbytes
+    return parts
+
+
 def split_like(flat, tensors):
     """Views of 1-D `flat` in the shapes of `tensors`."""
     parts = flat.split([t.numel() for t in tensors])
@@ -457,8 +469,11 @@ class DDP(Replicated):
     Buckets are filled in reverse order of the parameters, about that of the backward pass, and
     start in the same order on all ranks: one that is complete waits for those before it.
     owner: {parameter: rank}, of a ShardedOptimizer: the mean goes to that rank alone, the others
-    keep no gradient (ZeRO, stages 1 and 2 [3]). For that many bytes once, not twice, over the link.
+    keep no gradient (ZeRO, stages 1 and 2 [3]). For that many bytes once, not twice, over the link;
+    buckets then grow, up to 8 times, until every rank owns a part: all links are in use.
     """
+
+    in_flight_bytes = 512 * MiB  # of gradients for other ranks, which are kept until they are sent
 
     def __init__(self, module, bucket_mb=25.0, owner=None):
         super().__init__(module)
@@ -471,11 +486,14 @@ class DDP(Replicated):
         self.buckets, size, kind = [], math.inf, None
         for i in reversed(range(len(self.trained))):
             p = self.trained[i]
-            if size >= bucket_mb * MiB or kind != (p.dtype, p.device):
+            full = size >= bucket_mb * MiB and (owner is None or len(owners) == num_ranks()
+                                                or size >= 8 * bucket_mb * MiB)
+            if full or kind != (p.dtype, p.device):
                 self.buckets.append([])
-                size, kind = 0, (p.dtype, p.device)
+                size, kind, owners = 0, (p.dtype, p.device), set()
             self.buckets[-1].append(i)
             size += p.nbytes
+            owners.add(owner and owner[p])
         self.bucket_of = {i: b for b, bucket in enumerate(self.buckets) for i in bucket}
         for i, p in enumerate(self.trained):
             p.register_post_accumulate_grad_hook(weakly(self.ready, i))
@@ -483,7 +501,7 @@ class DDP(Replicated):
 
     def reset(self):
         super().reset()
-        for finish in self.in_flight:
+        for finish, _ in self.in_flight:
             finish()
         self.clear()
 
@@ -511,28 +529,29 @@ class DDP(Replicated):
             self.present[i] = p.grad is not None
         if self.owner is None:
             flat = flatten(grads)
-            finish = start_mean(flat)
+            finish, nbytes = start_mean(flat), 0
         else:
             chunks = []
             for r in range(num_ranks()):
                 theirs = [g for g, p in zip(grads, params, strict=True) if self.owner[p] == r]
                 chunks.append(flatten(theirs) if theirs else grads[0].new_empty(0))
             flat, finish = start_mean_to_owners(chunks)
+            nbytes = sum(chunk.nbytes for chunk in chunks)
             for p in params:
                 p.grad = None
             keep = [k for k, p in enumerate(params) if self.owner[p] == this_rank()]
             params, grads = [params[k] for k in keep], [grads[k] for k in keep]
             bucket = [bucket[k] for k in keep]
-            while len(self.in_flight) > 1:  # what others own is freed when it has been sent
-                self.in_flight.pop(0)()
-        self.in_flight.append(finish)
+            while sum(n for _, n in self.in_flight) > self.in_flight_bytes:
+                self.in_flight.pop(0)[0]()
+        self.in_flight.append((finish, nbytes))
         for i, p, view in zip(bucket, params, split_like(flat, grads), strict=True):
             p.grad = view if self.present[i] else None
 
     def synchronise(self):
         while self.started < len(self.buckets):  # parameters that this backward pass did not reach
             self.start_next()
-        for finish in self.in_flight:
+        for finish, _ in self.in_flight:
             finish()
         present = self.present
         self.clear()
@@ -695,9 +714,11 @@ class Unit:
         for s in self.params:  # on the stream that computes: there its memory is used and freed
             s.allocate()
         with self.fsdp.on_stream("gather"):
-            self.sent = [(s.buffer, pad_rows(s.shard.detach().to(s.buffer.dtype), s.n))
-                         for s in self.params]
-            self.works = start_each(_all_gather, self.sent)
+            self.sent = [(s.buffer, my_rows(s.buffer, len(s.buffer))) for s in self.params]
+            torch._foreach_copy_([part[: len(s.shard)] for s, (_, part) in
+                                  zip(self.params, self.sent, strict=True)],
+                                 [s.shard.detach() for s in self.params])
+            self.works = start_each(_all_gather, self.sent)  # in place
 
     def gather(self):
         """away, coming -> here, for what is computed from now on."""
@@ -752,6 +773,8 @@ class FSDP(Wrapper):
     the hooks refer to: copy the module before wrapping it.
     """
 
+    reduce_bytes = 32 * MiB  # of gathered weights whose gradients are reduced in one launch
+
     def __init__(self, module, compute_dtype=None, shard_types=None, reduce_dtype=torch.float32,
                  prefetch=2, device=None):
         super().__init__(module)
@@ -774,7 +797,7 @@ class FSDP(Wrapper):
         self.replicated = {n: p for n, p in self.local.items() if n not in self.rows}
         self.watch_frozen()
         self.same = SameGradients([name for name, p in self.local.items() if p.requires_grad])
-        self.reductions, self.copied, self.again = [], None, 0
+        self.reductions, self.reduced, self.again = [], None, 0
         self.next_up, self.next_down = len(self.units), 0
         for i, unit in enumerate(self.units[1:], 1):
             unit.module.register_forward_pre_hook(functools.partial(self.before_forward, i),
@@ -878,7 +901,7 @@ class FSDP(Wrapper):
 
     def reset(self):
         super().reset()
-        for _, _, works in self.reductions:
+        for *_, works in self.reductions:
             wait_for(works)
         self.join("reduce")
         for unit in self.units:
@@ -888,7 +911,7 @@ class FSDP(Wrapper):
 
     def clear(self):
         """No pass is under way and no gradient is waited for."""
-        self.reductions, self.copied, self.again, self.backward_began = [], None, 0, False
+        self.reductions, self.reduced, self.again, self.backward_began = [], None, 0, False
         self.free_all(in_pass=False)
         for unit in self.units:
             unit.reset()
@@ -1001,47 +1024,49 @@ class FSDP(Wrapper):
                 self.reduce(later)
 
     def reduce(self, unit):
-        """Starts the reduce-scatter of the unit's gradients into the gradients of its shards."""
-        grads = [(s, s.full.grad, s.accumulated) for s in unit.trained]
-        unit.present = {s: grad is not None or more is not None for s, grad, more in grads}
-        if self.copied is not None:  # the gradients of the unit before may be freed now
-            torch.cuda.current_stream(self.device).wait_event(self.copied[1])
+        """Starts the reduce-scatter of the unit's gradients into the gradients of its shards, some
+        at a time: copies in reduce_dtype exist of those alone."""
+        grads = {s: (s.full.grad, s.accumulated) for s in unit.trained}
+        unit.present = {s: any(g is not None for g in gs) for s, gs in grads.items()}
+        if self.reduced is not None:  # the gradients of the unit before may be freed now
+            torch.cuda.current_stream(self.device).wait_event(self.reduced[1])
+            self.reduced = None
         with self.on_stream("reduce"):
-            pairs, borrowed = [], False
-            for s in unit.trained:
-                grad = s.take_gradient(self.reduce_dtype)
-                if grad is None:
-                    grad = s.shard.new_zeros(s.shape, dtype=self.reduce_dtype)
-                whole = pad_rows(grad, len(s.buffer))
-                borrowed = borrowed or any(whole is g for _, *gs in grads for g in gs)
-                pairs.append((torch.empty_like(whole[: s.n]), whole))
-            works = start_each(_reduce_scatter, pairs, self.reduce_group, op=mean_op())
-            if self.device.type != "cuda":
-                self.reductions.append((unit, pairs, works))
-                return
-            self.copied = grads, torch.cuda.Event()
-            if not borrowed:  # by the collective itself: read until it ends
-                self.copied[1].record()
-            wait_for(works)  # the stream "reduce" does, not the host
-            self.add_to_shards(unit, [part for part, _ in pairs])
-            if borrowed:
-                self.copied[1].record()
+            for some in of_size(unit.trained, self.reduce_bytes):
+                self.start_reduction(unit, some)
+                if self.device.type == "cuda":
+                    self.end_reductions()  # the stream "reduce" waits, not the host
+            if self.device.type == "cuda":
+                self.reduced = grads, torch.cuda.Event()
+                self.reduced[1].record()
 
-    def add_to_shards(self, unit, parts):
-        for s, part in zip(unit.trained, parts, strict=True):
-            if unit.present[s]:
-                part = part[: len(s.shard)].to(s.shard.dtype)
-                part = part if averages() else part / num_ranks()
-                s.shard.grad = part if s.shard.grad is None else s.shard.grad + part
+    def start_reduction(self, unit, some):
+        pairs = []
+        for s in some:
+            grad = s.take_gradient(self.reduce_dtype)
+            if grad is None:
+                grad = s.shard.new_zeros(s.shape, dtype=self.reduce_dtype)
+            whole = pad_rows(grad, len(s.buffer))
+            pairs.append((whole if num_ranks() == 1 else torch.empty_like(whole[: s.n]), whole))
+        works = start_each(_reduce_scatter, pairs, self.reduce_group, op=mean_op())
+        self.reductions.append((unit, some, pairs, works))
+
+    def end_reductions(self):
+        for unit, some, pairs, works in self.reductions:
+            wait_for(works)
+            for s, (part, _) in zip(some, pairs, strict=True):
+                if unit.present[s]:
+                    part = part[: len(s.shard)].to(s.shard.dtype)
+                    part = part if averages() else part / num_ranks()
+                    s.shard.grad = part if s.shard.grad is None else s.shard.grad + part
+        self.reductions = []
 
     def finish_gradient_synchronization(self):
         self.refuse_unfrozen()
         for unit in reversed(self.units):
             if unit.present is None and unit.trained:
                 self.reduce(unit)
-        for unit, pairs, works in self.reductions:
-            wait_for(works)
-            self.add_to_shards(unit, [part for part, _ in pairs])
+        self.end_reductions()
         self.join("reduce")
         present = {s.name: there for unit in self.units
                    for s, there in (unit.present or {}).items()}
