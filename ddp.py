@@ -483,7 +483,7 @@ class DDP(Replicated):
         if foreign:
             raise ValueError("owner must name a rank for every parameter that is trained, got none "
                              f"for {', '.join(foreign)}; give them to the optimizer or freeze them")
-        self.buckets, size, kind = [], math.inf, None
+        self.buckets, size, kind, owners = [], 0, None, set()
         for i in reversed(range(len(self.trained))):
             p = self.trained[i]
             full = size >= bucket_mb * MiB and (owner is None or len(owners) == num_ranks()

@@ -1872,22 +1872,26 @@ class Run:
 
     def validate(self):
         """Where it is due and not yet done, prints and logs the share of held-out problems that
-        greedy responses solve; at the end also pass@1 and pass@eval_samples."""
+        greedy responses solve; at the end also pass@1 and pass@eval_samples. Where problems are of
+        several kinds, of each as well."""
         problems, last = self.held_out, self.step == self.args.max_steps
         due = self.step % self.args.eval_every == 0 or last
         if not problems or not due or self.step == self.evaluated:
             return
-        samples = self.args.eval_samples if last else 0
+        samples, kinds = self.args.eval_samples if last else 0, [p.get("kind") for p in problems]
         entry, rollouts = {"step": self.step}, self.rollouts  # leaves the run as it is
         for name, n, temperature in (("greedy", 1, 0), ("pass", samples, 1.0)):
             if not n:
                 continue
             rows = self.rollout(problems, n, temperature)
             right = [sum(is_right(r) for r in rows[g]) for g in spans(len(rows), n)]
-            for k in {1, n}:
+            kind_of = [kinds[row["group"]] for row in rows[::n]]
+            for k, kind in itertools.product({1, n}, (None, *sorted({*kinds} - {None}))):
                 key = "greedy" if name == "greedy" else f"pass@{k}"
-                found = sum(pass_at_k(n, c, k) for c in right)
-                entry[key] = self.sum([found]).item() / len(problems)
+                found = sum(pass_at_k(n, c, k) for c, of in zip(right, kind_of, strict=True)
+                            if kind in (None, of))
+                among = len(problems) if kind is None else kinds.count(kind)
+                entry[key + (f" {kind}" if kind else "")] = self.sum([found]).item() / among
         self.rollouts = rollouts
         values = " | ".join(f"{k} {v:.1%}" for k, v in entry.items() if k != "step")
         print(f"step {self.step}/{self.args.max_steps} | of {len(problems)} held-out problems | "
@@ -2314,7 +2318,9 @@ def countdown_task(args):
         of_each = -(-n // len(args.numbers))
         made = zip(*(countdown_problems(of_each, k, DATA_SEED) for k in args.numbers), strict=True)
         return [dict(prompt=countdown_prompt(p["numbers"], p["target"]),
-                     answer=(p["numbers"], p["target"])) for ps in made for p in ps][:n]
+                     answer=(p["numbers"], p["target"]),
+                     **{"kind": f"of {len(p['numbers'])} numbers"} if len(args.numbers) > 1 else {})
+                for ps in made for p in ps][:n]
 
     return Task(characters(COUNTDOWN_ALPHABET, COUNTDOWN_TAGS),
                 lambda response, answer: countdown_reward(response, *answer), problems,
@@ -2967,6 +2973,8 @@ def build_parser():
 
 def parse(argv):
     """The flags in argv, over those of --algorithm and of the run that --resume goes on with."""
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv = ["demo", *argv]
     parser, verbs = build_parser()
     args = parser.parse_args(argv)
     if getattr(args, "take_step", None) and args.resume:
@@ -3000,7 +3008,7 @@ def main(argv=None):
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         try:
-            args = parse((sys.argv[1:] if argv is None else argv) or ["demo"])
+            args = parse(sys.argv[1:] if argv is None else argv)
             if hasattr(args, "device"):
                 args.device = start_ranks(args.device)
             return args.run(args)
