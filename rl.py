@@ -2198,7 +2198,7 @@ def countdown_problems(n, count, seed):
         if len(found) == n:
             return [*found.values()]
         numbers = [rng.randint(1, 99) for _ in range(count)]
-        _, target, solution = random_steps(numbers, rng)
+        _, [(target, solution, _)] = random_steps(numbers, rng)
         if target <= 99:
             problem = {"numbers": numbers, "target": target, "solution": solution}
             found.setdefault((*sorted(numbers), target), problem)
@@ -2211,16 +2211,19 @@ def countdown_prompt(numbers, target):
 
 
 def countdown_trace(numbers, target, rng):
-    """The text behind `countdown_prompt`: none to two attempts that fail, each given up with "no",
-    the steps of a solution, and its expression in the answer. raises ValueError without one"""
+    """The text behind `countdown_prompt`: none to five attempts that fail, each given up with "no",
+    the steps of a solution, and its expression in the answer. An attempt is given up as soon as two
+    numbers are left that do not make the target: a "no" then rules out all that could follow, and
+    several fit into a response. raises ValueError without a solution"""
     solution = solve_countdown([(n, str(n), 3) for n in numbers], target, rng)
     if solution is None:
         raise ValueError(f"a problem must have a solution, got {numbers} for {target}; take one of "
                          "countdown_problems")
-    attempts = [random_steps(numbers, rng) for _ in range(rng.choice((0, 0, 1, 2)))]
-    thoughts = "".join(f"{' '.join(s)} no " for s, result, _ in attempts if result != target)
+    attempts = [random_steps(numbers, rng, left=2) for _ in range(rng.randint(0, 5))]
+    failed = dict.fromkeys(f"{' '.join(steps)} no " for steps, (a, b) in attempts
+                           if all(item[0] != target for _, item in combine(a, b)))
     steps, expression = solution
-    return f"{thoughts}{' '.join(steps)}</think> <answer>{expression}</answer>"
+    return f"{''.join(failed)}{' '.join(steps)}</think> <answer>{expression}</answer>"
 
 
 def countdown_reward(response, numbers, target):
@@ -2238,7 +2241,8 @@ def countdown_reward(response, numbers, target):
 
 def combine(a, b):
     """[(step, item)] of two items, (value, expression, how tightly it binds): all operations on
-    them, in this order, whose result is a positive integer."""
+    them whose result is a positive integer, the greater one first, so that each has one step."""
+    a, b = (b, a) if a[0] < b[0] else (a, b)
     results = {"+": a[0] + b[0], "*": a[0] * b[0], "-": a[0] - b[0],
                "/": a[0] // b[0] if a[0] % b[0] == 0 else 0}
     combined = []
@@ -2251,23 +2255,23 @@ def combine(a, b):
     return combined
 
 
-def random_steps(numbers, rng):
-    """(steps, result, expression): all numbers combined by random operations in random order."""
+def random_steps(numbers, rng, left=1):
+    """(steps, items): numbers combined by random operations in random order until `left` remain."""
     items, steps = [(n, str(n), 3) for n in numbers], []
-    while len(items) > 1:
+    while len(items) > left:
         a, b = (items.pop(rng.randrange(len(items))) for _ in range(2))
         step, item = rng.choice(combine(a, b))
         steps.append(step)
         items.append(item)
-    return steps, items[0][0], items[0][1]
+    return steps, items
 
 
 def solve_countdown(items, target, rng, steps=()):
     """(steps, expression) of a random solution, by exhaustive search; None when there is none."""
     if len(items) == 1:
         return (steps, items[0][1]) if items[0][0] == target else None
-    moves = [(i, j, step, item) for i, a in enumerate(items) for j, b in enumerate(items) if i != j
-             for step, item in combine(a, b) if len(items) > 2 or item[0] == target]
+    moves = [(i, j, step, item) for i, j in itertools.combinations(range(len(items)), 2)
+             for step, item in combine(items[i], items[j]) if len(items) > 2 or item[0] == target]
     rng.shuffle(moves)
     for i, j, step, item in moves:
         rest = [other for k, other in enumerate(items) if k not in (i, j)]
