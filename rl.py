@@ -106,9 +106,12 @@ UNIT = re.compile(  # words in \text, words behind a space, a few short ones rig
     r"(?P<head>.+?)\s*(?:\\text\{(?P<text>[^{}]*)\}|(?<=[0-9)}.!]) (?P<words>[A-Za-z]{2,}"
     r"(?:(?: |/| per )[A-Za-z]+)?)|(?<=[0-9])(?P<short>[kcm]m|[km]g|ml|hrs?|mph|lbs?))"
     r"\s*(?P<power>\^\s*\{?[23]\}?)?", re.DOTALL)
-UNIT_NAMES = {"¤": "dollar", "usd": "dollar", "percent": "%", "feet": "foot", "ft": "foot",
-              "inche": "inch", "hr": "hour", "centimeter": "cm", "kilometer": "km", "unit": "",
-              "meter": "m", "gram": "g", "kilogram": "kg", "second": "s"}
+UNIT_NAMES = {"¤": "dollar", "usd": "dollar", "eur": "€", "euro": "€", "percent": "%",
+              "feet": "foot", "ft": "foot", "inche": "inch", "in": "inch", "yd": "yard",
+              "mi": "mile", "mph": "mile/hour", "hr": "hour", "h": "hour", "min": "minute",
+              "sec": "s", "second": "s", "millimeter": "mm", "centimeter": "cm", "kilometer": "km",
+              "meter": "m", "gram": "g", "kilogram": "kg", "lb": "pound", "oz": "ounce",
+              "liter": "l", "milliliter": "ml", "unit": ""}
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
           "trillion": 10**12}
 NO_UNITS = re.compile(  # words behind a number that change it
@@ -139,6 +142,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"), (r"\\langle", "("), (r"\\rangle", ")"),
     (r"\\[lr]?vert(?![A-Za-z])", "|"), (r"\\%", "%"), (r"\{,\}", ","), (r"\*\*", "^"),
     (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
+    (r"\\varnothing(?![A-Za-z])|∅|\\\{ *\\\}", r"\\emptyset "),
+    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\b([0-9]+)\.([0-9]*)\\overline\{([0-9]+)\}", lambda m: repeating_decimal(*m.groups())),
     (r"(?<![0-9.,^_}])([0-9]+) +([0-9]+) */ *([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}"),  # 7 3/4
     (r"(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])", lambda m: m[0].replace(" ", "")),
@@ -155,7 +160,7 @@ class Refused(Exception):
 
 class Value(NamedTuple):
     """What a text says. value is, by kind, number: the values at the probe points; text: a str;
-    set: the items (a list may repeat some); tuple, relation, matrix and its rows: (bracket,
+    set, union: the items (a list may repeat some); tuple, relation, matrix and its rows: (bracket,
     items, bracket); equation: left minus right at the points; choice: a letter before more text."""
 
     kind: str
@@ -337,10 +342,11 @@ def readings(text, gold=False):
             forms.append(THOUSANDS.sub(lambda m: m[0].replace(",", ""), text))
         elif re.fullmatch(rf"[^0-9,]*[0-9]+,[0-9]{'{2,}' if gold else '+'}[^0-9,]*", text):
             forms.append(text.replace(",", "."))
-    try:
-        values = [read(form) for form in forms]
-    except (Refused, RecursionError):
-        return ()
+        elif re.fullmatch(r"[^0-9]*[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]+[^0-9]*", text):
+            forms.append(text.replace(".", "").replace(",", "."))  # 1.000,5
+    values = []
+    with contextlib.suppress(Refused, RecursionError):
+        values += [read(form) for form in forms]
     if option := re.match(r"(?:\\text\{)?\(?([A-J])[).:]\}?\s+[\w\\](?!.*\b[A-J][).:])", text):
         values.append(Value("choice", option[1].lower()))
     elif not gold and (option := re.fullmatch(r"\(?([a-e])\)?", text)):
@@ -370,6 +376,8 @@ def read(text, nesting=0):
         raise Refused("nothing to read, or too deep")
     if option := re.fullmatch(r"(?:[({\s]|\\text)*([A-Z])[)}\s.]*", text):
         return Value("text", option[1].lower())
+    if re.fullmatch(r"\\mathbb\s*(?:R|\{R\})|(?:all )?real numbers", text):
+        text = r"(-\infty,\infty)"
     if re.fullmatch(r"[A-Za-z]{2,}(?: +[A-Za-z]+)*", text) and text not in RULES:
         return read_words(text)  # "no" is not n times o
     try:
@@ -418,10 +426,10 @@ def read_matrix(text, nesting):
 
 def read_list(text, nesting):
     """A union, or what commas, semicolons, "and" or "or" separate: a set."""
-    for separators in (UNION, LIST):
+    for kind, separators in (("union", UNION), ("set", LIST)):
         parts = [part for part in split(text, separators)[::2] if part]
         if len(parts) > 1:
-            return Value("set", tuple(read(part, nesting) for part in parts))
+            return Value(kind, tuple(read(part, nesting) for part in parts))
     return None
 
 
@@ -515,7 +523,7 @@ def read_number(text, nesting):
         minus = text.replace(r"\pm", "-").replace(r"\mp", "+")
         plus = text.replace(r"\pm", "+").replace(r"\mp", "-")
         return make_set(read(signed, nesting) for signed in (plus, minus))
-    if m := re.fullmatch(r"([+-]?)\s*([¤€£¥₹])\s*(.+)", text):
+    if m := re.fullmatch(r"([+-]?)\s*(?:US ?(?=¤))?([¤€£¥₹]|USD|EUR)\s*(.+)", text):
         return with_unit(m[1] + m[3], m[2], nesting)
     if text.endswith((*"%¤€£¥₹",)):
         return with_unit(text[:-1], text[-1], nesting)
@@ -537,14 +545,15 @@ def read_number(text, nesting):
 
 
 def with_unit(head, unit, nesting):
-    """The number in `head` with `unit`: one spelling for singular, plural and squares."""
+    """The number in `head` with `unit`: one spelling for singular, plural, squares and rates."""
     value = read(head, nesting)
     if value.kind != "number":
         raise Unreadable("only numbers have units")
     unit = re.sub(r"^(?:square|sq) (\w+)$", r"\1^2", unit.lower().replace(".", "").strip())
     word, power, exponent = unit.partition("^")
-    word = word[:-1] if len(word) > 3 and word.endswith("s") else word
-    return value._replace(unit=UNIT_NAMES.get(word, word) + power + exponent or value.unit)
+    words = [w[:-1] if len(w) > 2 and w.endswith("s") else w for w in re.split("/| per ", word)]
+    name = "/".join(UNIT_NAMES.get(w, w) for w in words)
+    return value._replace(unit=name + power + exponent or value.unit)
 
 
 # what it is worth
@@ -686,8 +695,10 @@ class Expression:
         return self.variable(token[0], whole=len(token) == 1)
 
     def number(self, token):
-        value, before = self.bounded(Fraction(token)), self.tokens[self.at - 2]
-        if token.isdigit() and before not in ("^", r"\sqrt") and self.accept(r"\frac"):
+        whole = token.isdigit()  # int reads it ten times as fast
+        value = self.bounded(Fraction(int(token) if whole else token))
+        before = self.tokens[self.at - 2]
+        if whole and before not in ("^", r"\sqrt") and self.accept(r"\frac"):
             top, bottom = self.argument(), self.argument()
             if all(isinstance(x, Fraction) and x.denominator == 1 for x in (top, bottom)) and (
                     0 < top < bottom):  # 2\frac{1}{3} is 7/3
@@ -722,6 +733,9 @@ class Expression:
             while name.count("{") > name.count("}"):
                 name += self.take()
         if name in CONSTANTS:
+            if CONSTANTS[name] == math.inf and (
+                    re.sub(r"[-+(){}\\]", "", "".join(self.tokens)) != name):
+                raise Refused("infinity is no number to calculate with")
             return CONSTANTS[name]
         self.has_variables = True
         bits = zlib.crc32(f"{re.sub('[{}]', '', name)} {self.probe}".encode())
@@ -781,6 +795,8 @@ def raise_to(base, exponent):
         if root is None:
             return complex(base) ** float(exponent)
         base, exponent = root, Fraction(exponent.numerator)
+    if base == exponent == 0:
+        raise Refused("0^0 has no value")
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if base not in (0, 1, -1) and bits * abs(exponent) > MAX_BITS:
         raise Refused("a power is too large")
@@ -804,6 +820,9 @@ def same(answer, gold):
     """Whether two Values are equal; see `answers_match` for where it is not symmetric."""
     if gold.kind == "relation" and answer.kind == "tuple":
         answer = answer._replace(kind="relation")
+    if answer.kind == "union" and gold.kind == "set" and (
+            {item.kind for item in gold.value} == {"relation"}):  # x < 1 or x > 2
+        answer = answer._replace(kind="set")
     named_apart = answer.name and gold.name and answer.name != gold.name
     if "equation" in (answer.kind, gold.kind) or named_apart:
         a, g = left_minus_right(answer), left_minus_right(gold)
@@ -812,7 +831,7 @@ def same(answer, gold):
     if answer.kind == gold.kind:
         if gold.kind in ("text", "choice"):
             return gold.kind == "text" and answer.value == gold.value
-        return {"number": same_number, "set": same_set}.get(gold.kind, same_items)(answer, gold)
+        return {"number": same_number, "set": same_set, "union": same_set}.get(gold.kind, same_items)(answer, gold)
     if answer.kind == "set" and len(answer.value) == 1:
         return same(answer.value[0], gold)
     if gold.kind == "set" and len(gold.value) == 1:
@@ -1242,15 +1261,16 @@ def pad_id(tokenizer):
 def pad_pairs(pairs, pad=0, device="cpu"):
     """{"input_ids", "labels", "response_mask"}, each (B, T), of pairs of lists (prompt ids,
     response ids): labels are input_ids one token on, the mask has the labels in a response."""
-    length = max(len(prompt) + len(response) for prompt, response in pairs)
-    ids = torch.full((len(pairs), length), pad)
-    mask = torch.zeros(len(pairs), length - 1, dtype=torch.bool)
-    for i, (prompt, response) in enumerate(pairs):
-        end = len(prompt) + len(response)
-        ids[i, :end] = torch.tensor([*prompt, *response])
-        mask[i, max(len(prompt), 1) - 1 : end - 1] = True
-    return {"input_ids": ids[:, :-1].to(device), "labels": ids[:, 1:].to(device),
-            "response_mask": mask.to(device)}
+    prompts, responses = np.array([(len(p), len(r)) for p, r in pairs]).T[:, :, None]
+    ends = prompts + responses
+    place = np.arange(ends.max())
+    ids = np.full((len(pairs), len(place)), pad)
+    tokens = itertools.chain.from_iterable(itertools.chain.from_iterable(pairs))
+    ids[place < ends] = np.fromiter(tokens, np.int64, ends.sum())
+    ids = torch.from_numpy(ids).to(device)
+    mask = (place >= np.maximum(prompts, 1)) & (place < ends)
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:],
+            "response_mask": torch.from_numpy(mask[:, 1:]).to(device)}
 
 
 def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
@@ -1623,7 +1643,7 @@ class Run:
                                   (args.beta1, args.beta2))
         # all that is random comes of the seed and these two counts, so that a run can go on
         self.step = self.position = self.rollouts = 0
-        self.saved, self.signals, self.said, self.gap, self.dry = None, [], set(), 0.0, 0
+        self.saved, self.signals, self.said, self.gaps, self.dry = None, [], set(), [], 0
         self.sampler, self.log, self.evaluated = None, None, -1
         args.prepare(self)
         if args.resume:
@@ -1700,14 +1720,14 @@ class Run:
 
         loss_of(rows): (scalar loss, values (len(names),) to add up), scaled for the whole update
         """
-        args, total = self.args, torch.zeros(len(names), dtype=torch.float64)
+        args, found = self.args, [torch.zeros(len(names), device=self.device)]
         self.optimizer.zero_grad(set_to_none=True)
-        rows = sorted(rows, key=row_length)  # rows of like length: little padding
-        for part in spans(len(rows), args.micro_batch_size):
+        for part in micro_batches(rows, args.micro_batch_size, args.micro_batch_tokens):
             with lm.compute_context(self.device, self.dtype):
-                loss, values = loss_of(rows[part])
+                loss, values = loss_of(part)
             loss.backward()
-            total += torch.stack([v.detach() for v in values]).cpu()
+            found.append(torch.stack([v.detach() for v in values]))
+        total = torch.stack(found).cpu().double().sum(0)  # here the host waits, and only here
         params = [p for p in self.model.parameters() if p.requires_grad]
         if self.ranks > 1:
             self.sum_gradients(params)
@@ -1903,6 +1923,18 @@ def row_length(row):
     return sum(len(row[k]) for k in ("prompt_ids", "tokens", "rejected") if k in row)
 
 
+def micro_batches(rows, sequences, tokens=0):
+    """`rows` by length, in lists of at most so many sequences and, unless 0, so many tokens with
+    the padding: rows of like length need little."""
+    parts = []
+    for row in sorted(rows, key=row_length):
+        size = len(parts[-1]) if parts else sequences
+        if size == sequences or tokens and (size + 1) * row_length(row) > tokens:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
+
+
 @functools.lru_cache(maxsize=4)
 def shuffled(size, seed, epoch):
     """The order of one pass over `size` things."""
@@ -2020,7 +2052,7 @@ def sample_groups(run):
         rows = run.rollout(run.draw(run.problems, n), G, args.temperature, args.top_p)
         if run.reference is not None:
             run.score(run.reference, rows, "ref_log_probs")
-        rewards = torch.tensor([shaped_reward(args, r) for r in rows], dtype=torch.float64)
+        rewards = torch.tensor(shaped_rewards(args, rows), dtype=torch.float64)
         advantages = compute_advantages(rewards.view(len(rows) // G, G), args.baseline,
                                         args.normalize_by_std, args.advantage_eps)
         for row, advantage in zip(rows, advantages.flatten().tolist(), strict=True):
@@ -2030,34 +2062,42 @@ def sample_groups(run):
             kept = rows
             break
         groups = [{r["reward"] for r in rows[g]} for g in spans(len(rows), G)]
-        alive = run.gather([len(group) > 1 for group in groups], n)
-        place = (found + alive.cumsum(0) - 1).long()
+        alive = run.gather([len(group) > 1 for group in groups], n).int().tolist()
+        place = [found + so_far - 1 for so_far in itertools.accumulate(alive)]
         for row in rows:
             if alive[row["group"]] and place[row["group"]] < n:
-                row["group"] = place[row["group"]].item()
+                row["group"] = place[row["group"]]
                 kept.append(row)
-        found += int(alive.sum())
+        found += sum(alive)
         if found >= n:
             break
     return kept, rollout_statistics(run, sampled)
 
 
-def shaped_reward(args, row):
-    """A response's reward, less what its length and its distance from the reference cost."""
-    reward = row["reward"] + overlong_penalty(len(row["tokens"]), args.max_new_tokens,
-                                              args.overlong_buffer)
-    if args.kl_coef and args.kl_in == "reward":
-        sampled = torch.tensor(row["logprobs"], device=row["ref_log_probs"].device)
-        kl = kl_estimate(sampled, row["ref_log_probs"], args.kl)
-        reward -= args.kl_coef * kl.sum().item()
-    return reward
+def shaped_rewards(args, rows):
+    """The rewards of responses, less what length and distance from the reference cost."""
+    rewards = [row["reward"] + overlong_penalty(len(row["tokens"]), args.max_new_tokens,
+                                                args.overlong_buffer) for row in rows]
+    if args.kl_coef and args.kl_in == "reward" and rows:
+        kl = kl_estimate(joined(rows, "logprobs"), joined(rows, "ref_log_probs").cpu(), args.kl)
+        of_rows = kl.split([len(row["tokens"]) for row in rows])
+        return [r - args.kl_coef * k.sum().item() for r, k in zip(rewards, of_rows, strict=True)]
+    return rewards
+
+
+def joined(rows, name):
+    """The values row[name] of all tokens of all rows, lists or tensors, in one tensor."""
+    values = [row[name] for row in rows]
+    if isinstance(values[0], torch.Tensor):
+        return torch.cat(values)
+    return torch.tensor([*itertools.chain.from_iterable(values)])
 
 
 def grpo_step(run):
     """One step of policy gradients: sample groups, turn rewards into advantages, update.
     source: [1] A5 algorithm 3"""
     args, began = run.args, time.perf_counter()
-    run.gap = 0.0
+    run.gaps = [torch.zeros((), device=run.device)]
     rows, entry = sample_groups(run)
     rollout_s = time.perf_counter() - began
     if args.epochs * args.updates_per_rollout > 1:  # else the policy is the one that sampled
@@ -2076,7 +2116,8 @@ def grpo_step(run):
         if name != "kl" or run.reference is not None:
             entry[name] = mean(update[name] for update in updates)
     if updates:
-        entry["gap_max"] = run.gather([run.gap], run.ranks).max().item()
+        gap = torch.stack(run.gaps).max().item()
+        entry["gap_max"] = run.gather([gap], run.ranks).max().item()
         check_gap(run, entry)
     other = args.entropy_coef or (args.kl_coef and args.kl_in == "loss")
     if args.baseline != "none" and args.surrogate in ("ratio", "clip") and not other:
@@ -2097,8 +2138,7 @@ def grpo_loss(run, rows, sequences, tokens):
     ids, labels, mask = run.collate(rows)
 
     def stored(name):  # values of the response tokens of each row, where the mask has them
-        values = torch.cat([torch.as_tensor(row[name]) for row in rows])
-        return put(mask, values.to(run.device))
+        return put(mask, joined(rows, name).to(run.device))
 
     log_probs, entropy = token_log_probs(run.model, ids, labels, mask, args.temperature)
     sampled = stored("logprobs")
@@ -2119,7 +2159,7 @@ def grpo_loss(run, rows, sequences, tokens):
     weights = token_weights(mask, args.length_norm, sequences, tokens, args.max_new_tokens)
     loss = (loss * weights).sum()
     gap = (old - sampled).abs()
-    run.gap = max(run.gap, gap.max().item())
+    run.gaps.append(gap.max().detach())
     shares = [(value * mask).sum() / tokens for value in (entropy, low, high, kl, gap)]
     return loss, [loss, *shares]
 
@@ -2758,6 +2798,7 @@ def add_run_flags(parser, **defaults):
     add("--stop", action="append", type=some_text, default=[], help="a string that ends a response")
     add("--rollout_batch", type=at_least_1, default=512, help="responses sampled at a time")
     add("--micro_batch_size", type=at_least_1, default=64, help="sequences a backward pass")
+    add("--micro_batch_tokens", type=whole, default=0, help="most tokens in it, padding too; 0: any")
     add("--max_steps", type=at_least_1, default=200)
     add("--lr", type=lm.positive(float), default=1e-5)
     add("--min_lr", type=rate, help="of a cosine at its end (default: --lr, no decay)")

@@ -378,7 +378,7 @@ def grpo_flags(**changes):
 
 
 def fake_run(model, device="cpu", **changes):
-    run = SimpleNamespace(model=model, args=grpo_flags(**changes), device=torch.device(device), gap=0.0,
+    run = SimpleNamespace(model=model, args=grpo_flags(**changes), device=torch.device(device), gaps=[],
                           reference=True if changes.get("kl_coef") else None)  # fmt: skip
     run.collate = lambda rows: rl.pad_pairs([(r["prompt_ids"], r["tokens"]) for r in rows]).values()
     return run
@@ -1047,6 +1047,10 @@ RIGHT, WRONG, UNFORMATTED = (
 # grading
 
 SAME = [
+    (r"{1 \over 3}", "1/3"), ("12 inches", r"12\text{ in}"), ("3 miles per hour", "3 mph"), ("60 min", r"60\text{ minutes}"),
+    ("USD 20", "20"), (r"US\$20", "20 dollars"), ("5 EUR", "€5"), ("1.000,5", "1000.5"), (r"\emptyset", r"\varnothing"),
+    (r"\{\}", r"\emptyset"), (r"\mathbb{R}", r"(-\infty, \infty)"), ("B) 12", "B"), (r"-\infty", r"-\infty"),
+    (r"[3,4]\cup[1,2]", r"[1,2]\cup[3,4]"), (r"(-\infty,1)\cup(2,\infty)", "x<1 or x>2"), ("9 hrs", "9 hours"),
     ("5", "5"), ("5", "5.0"), ("1/2", "0.5"), (r"\frac12", "0.5"), (r"\frac{1}{2}", r"$\frac{1}{2}$"),
     (r"\dfrac{3}{4}", ".75"), (r"-\frac{3}{4}", r"\frac{-3}{4}"), ("7,425,000", "7425000"), ("1 000", "1000"),
     ("1000,99", "1000.99"), ("1,22", "1.22"), ("$1,000.99", "1000.99"), (r"10\%", "10"), ("10%", "0.1"),
@@ -1085,6 +1089,9 @@ SAME = [
 DIFFERENT = [
     ("1, 1, 2", "1, 2"), ("C. 12 or D. 13", "C"), ("1.2.3", "12.3."), ("x > 5", "y > 5"), (r"x \ge 5", "x > 5"),
     ("5 apples", "5 oranges"), (r"\$5", "5 cents"), ("45 degrees", "45 radians"), ("5 more", "5"), ("3 - 2 = 2", "2"),
+    (r"[1,2]\cup[3,4]", "[1,2],[3,4]"), ("0^0", "1"), (r"1/\infty", "0"), (r"\infty+1", r"\infty"), ("1.000,5", "1.0005"),
+    ("3 miles per hour", "3 km/h"), ("60 min", "60 h"), (r"\emptyset", "0"), (r"\mathbb{Z}", r"\mathbb{R}"),
+    (r"{1 \over 2}", "2"), ("USD 5", "EUR 5"), ("B) 12", "C"), ("5 in", "5 ft"), ("9 in", "81"),
     ("0.33", "1/3"), ("3.14", r"\pi"), ("3.14159265358979", r"\pi"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"),
     ("(1,2)", r"\{1,2\}"), ("(1,2)", "1,2"), ("5 or 6", "5"), ("5, 6", "5"), ("10 m", "10 cm"), ("x=5", "y=5"),
     ("2+2=5", "5"), (r"10\%", r"1000\%"), ("10 million", "10"), ("2xy", "2"), ("3 quarters", "3"), ("east", "seat"),
