@@ -831,7 +831,8 @@ def same(answer, gold):
     if answer.kind == gold.kind:
         if gold.kind in ("text", "choice"):
             return gold.kind == "text" and answer.value == gold.value
-        return {"number": same_number, "set": same_set, "union": same_set}.get(gold.kind, same_items)(answer, gold)
+        compare = {"number": same_number, "set": same_set, "union": same_set}
+        return compare.get(gold.kind, same_items)(answer, gold)
     if answer.kind == "set" and len(answer.value) == 1:
         return same(answer.value[0], gold)
     if gold.kind == "set" and len(gold.value) == 1:
@@ -1814,7 +1815,8 @@ class Run:
         return lm.open_log(self.out_dir / "log.jsonl", self.saved or 0, first)
 
     def flags(self):
-        skip = ("model_defaults", "resume", "overwrite", "run", "prepare", "take_step")
+        skip = ("model_defaults", "resume", "overwrite", "run", "prepare", "take_step",
+                "measure")
         return {name: value for name, value in vars(self.args).items() if name not in skip}
 
     def record(self, entry):
@@ -1846,8 +1848,8 @@ class Run:
         if self.rank == 0:
             self.log = self.open_log()
             lines = (self.out_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
-            self.evaluated = max((r["step"] for r in map(json.loads, lines) if "greedy" in r),
-                                 default=-1)
+            self.evaluated = max((r["step"] for r in map(json.loads, lines)
+                                  if not {"greedy", "held_out_loss"}.isdisjoint(r)), default=-1)
         self.evaluated = int(self.sum([self.evaluated if self.rank == 0 else 0]))
         print(f"resumed {self.checkpoint} at step {self.step}")
 
@@ -1891,15 +1893,24 @@ class Run:
         return 0
 
     def validate(self):
-        """Where it is due and not yet done, prints and logs the share of held-out problems that
-        greedy responses solve; at the end also pass@1 and pass@eval_samples. Where problems are of
-        several kinds, of each as well."""
-        problems, last = self.held_out, self.step == self.args.max_steps
+        """Where it is due and not yet done, prints and logs how the model does on what is held out.
+        """
+        last = self.step == self.args.max_steps
         due = self.step % self.args.eval_every == 0 or last
-        if not problems or not due or self.step == self.evaluated:
+        if not self.held_out or not due or self.step == self.evaluated:
             return
+        found = self.args.measure(self, last)
+        shown = {k: f"{v:.4f}" if k == "held_out_loss" else f"{v:.1%}" for k, v in found.items()}
+        print(f"step {self.step}/{self.args.max_steps} | of {len(self.held_out)} held-out "
+              f"{'pairs' if self.args.verb == 'dpo' else 'problems'} | "
+              + " | ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+        self.record({"step": self.step, **found})
+
+    def solve(self, last):
+        """The share of held-out problems that greedy responses solve; at the end also pass@1 and
+        pass@eval_samples. Where problems are of several kinds, of each as well."""
+        problems, entry, rollouts = self.held_out, {}, self.rollouts  # leaves the run as it is
         samples, kinds = self.args.eval_samples if last else 0, [p.get("kind") for p in problems]
-        entry, rollouts = {"step": self.step}, self.rollouts  # leaves the run as it is
         for name, n, temperature in (("greedy", 1, 0), ("pass", samples, 1.0)):
             if not n:
                 continue
@@ -1913,10 +1924,19 @@ class Run:
                 among = len(problems) if kind is None else kinds.count(kind)
                 entry[key + (f" {kind}" if kind else "")] = self.sum([found]).item() / among
         self.rollouts = rollouts
-        values = " | ".join(f"{k} {v:.1%}" for k, v in entry.items() if k != "step")
-        print(f"step {self.step}/{self.args.max_steps} | of {len(problems)} held-out problems | "
-              f"{values}", flush=True)
-        self.record(entry)
+        return entry
+
+    @torch.no_grad()
+    def prefer(self, last):
+        """The DPO loss of the held-out pairs, and the share of them that is preferred rightly."""
+        total = torch.zeros(len(DPO_VALUES), dtype=torch.float64)
+        mine = self.held_out[self.share(len(self.held_out))]
+        for part in micro_batches(mine, self.args.micro_batch_size, self.args.micro_batch_tokens):
+            with lm.compute_context(self.device, self.dtype):
+                _, values = dpo_losses(self, part, len(self.held_out))
+            total += torch.stack(values).cpu()
+        loss, accuracy, *_ = self.sum(total).tolist()
+        return {"held_out_loss": loss, "held_out_accuracy": accuracy}
 
 
 def row_length(row):
@@ -2437,33 +2457,39 @@ def prepare_problems(run):
         if args.overlong_buffer > args.max_new_tokens:
             raise ValueError("--overlong_buffer must be at most --max_new_tokens, got "
                              f"{args.overlong_buffer} and {args.max_new_tokens}; lower it")
+    held_out = None
     if run.task:
-        run.reward_fn = run.task.reward_fn
         held_out, _, problems = task_problems(args, run.task, args.problems)
     else:
-        reward_fn = r1_zero_reward if args.prompt == "r1_zero" else question_only_reward
-        run.reward_fn = functools.partial(reward_fn, strict=args.strict)
-        args.stop = args.stop or list(STOPS.get(args.prompt, ()))
         problems = file_problems(args.data, args.prompt)[: args.examples]
-        held_out = file_problems(args.valid_data, args.prompt) if args.valid_data else []
         unreadable = sum(not is_gradable(p["answer"]) for p in problems)
         if unreadable:
             print(f"{unreadable:,} of {len(problems):,} answers cannot be read, and reward nothing")
     run.problems = encode_problems(run, problems)
-    run.held_out = encode_problems(run, held_out[: args.eval_problems]) if held_out else []
+    hold_out(run, held_out)
+
+
+def hold_out(run, problems=None):
+    """Sets the reward, and the problems that are evaluated on: these, or those of --valid_data."""
+    args, run.reward_fn = run.args, run.task and run.task.reward_fn
+    if not run.task:
+        reward_fn = r1_zero_reward if args.prompt == "r1_zero" else question_only_reward
+        run.reward_fn = functools.partial(reward_fn, strict=args.strict)
+        args.stop = args.stop or list(STOPS.get(args.prompt, ()))
+        problems = file_problems(args.valid_data, args.prompt) if args.valid_data else []
+    problems = problems[: args.eval_problems]
+    run.held_out = encode_problems(run, problems) if problems else []
 
 
 def prepare_pairs(run):
     """Pairs to learn from, and held-out problems where there are some."""
-    args, run.held_out = run.args, []
+    args, held_out, run.held_out = run.args, None, []
     if run.task:
-        run.reward_fn = run.task.reward_fn
         held_out, pairs, _ = task_problems(args, run.task)
-        run.held_out = encode_problems(run, held_out) if held_out else []
     elif args.packed:
-        if args.correct_only or args.examples:
-            raise ValueError("--packed takes a whole file, got --correct_only or --examples too; "
-                             "leave them out")
+        if args.correct_only or args.examples or args.valid_data:
+            raise ValueError("--packed takes a whole file, got --correct_only, --examples or "
+                             "--valid_data too; leave them out")
         length = run.model.config.context_length
         run.examples = PackedSFTDataset(run.tokenizer, args.data, length, True, args.seed)
         if not len(run.examples):
@@ -2485,22 +2511,34 @@ def prepare_pairs(run):
         for pair in pairs:
             pair["prompt"] = PROMPTS[args.prompt].replace("{question}", pair["prompt"])
     run.examples = encode_pairs(run, pairs[: args.examples])
+    hold_out(run, held_out)
 
 
 def prepare_preferences(run):
-    """Pairs of a chosen and a rejected response."""
-    args, run.held_out = run.args, []
-    if run.task:  # the rejected response is that of another problem
-        pairs = task_problems(args, run.task)[1]
-        pairs = [{**p, "chosen": p["response"], "rejected": other["response"]}
-                 for p, other in zip(pairs, [*pairs[1:], pairs[0]], strict=True)
-                 if p["response"] != other["response"]]
+    """Pairs of a chosen and a rejected response, and held-out ones."""
+    args, held_out = run.args, []
+    if run.task:
+        held_out, pairs, _ = task_problems(args, run.task)
+        rng = random.Random(DATA_SEED + 1)
+        held_out = [{**p, "response": run.task.solve(p, rng)} for p in held_out]
+        pairs, held_out = task_preferences(pairs), task_preferences(held_out)
     else:
-        pairs = read_preferences(args.data)
-        for pair in pairs:
-            pair["prompt"] = PROMPTS[args.prompt].replace("{question}", pair["prompt"])
-    pairs = [{**p, "response": p["chosen"]} for p in pairs[: args.examples]]
-    run.examples = encode_pairs(run, pairs)
+        pairs = file_preferences(args.data, args.prompt)
+        held_out = file_preferences(args.valid_data, args.prompt) if args.valid_data else []
+    run.examples = encode_pairs(run, pairs[: args.examples])
+    run.held_out = held_out and encode_pairs(run, held_out[: args.eval_problems])
+
+
+def task_preferences(pairs):
+    """Preferences, of solved problems: the rejected response is that of the next one."""
+    return [{**p, "rejected": other["response"]}
+            for p, other in zip(pairs, [*pairs[1:], *pairs[:1]], strict=True)
+            if p["response"] != other["response"]]
+
+
+def file_preferences(path, prompt):
+    return [{**p, "prompt": PROMPTS[prompt].replace("{question}", p["prompt"]),
+             "response": p["chosen"]} for p in read_preferences(path)]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2715,7 +2753,7 @@ def train(args):
         raise ValueError(f"--min_lr must be at most --lr, got {args.min_lr} and {args.lr}; lower "
                          "it")
     run, plain = Run(args), vars(parse([args.verb]))
-    unused = [f"--{name}" for name in unused_flags(args)
+    unused = [f"--{name}" for name in dict.fromkeys(unused_flags(args))
               if name in plain and getattr(args, name) != plain[name]]
     if unused:
         print(f"not used in this run: {', '.join(unused)}")
@@ -2726,14 +2764,15 @@ def train(args):
 def unused_flags(args):
     """The names of flags that have no say in this run: what is ignored is told."""
     evaluation = ["eval_problems", "eval_samples", "eval_every"]
+    sampling = ["max_new_tokens", "stop", "rollout_batch", "eval_samples", "strict"]
     if args.task:
         others = {"addition": ["numbers"], "countdown": ["digits"]}[args.task]
-        return ["prompt", *others, *evaluation[1:] * (args.verb == "dpo")]
+        return ["prompt", *others, *sampling * (args.verb == "dpo")]
     names = ["digits", "numbers", "problems", *["prompt"] * args.packed]
-    if not getattr(args, "valid_data", None):
+    if not args.valid_data:
         names += evaluation
-    return names if args.verb in ("ei", "grpo") else [*names, "max_new_tokens", "stop",
-                                                      "rollout_batch"]
+    samples = args.verb in ("ei", "grpo") or args.valid_data and args.verb == "sft"
+    return names if samples else [*names, *sampling]
 
 
 def plot(logs, out):
@@ -2779,13 +2818,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"rl.py: error: {message}; see {self.prog} --help\n")
 
 
-def add_run_flags(parser, **defaults):
+def add_run_flags(parser, measure=Run.solve, **defaults):
     add, at_least_1 = parser.add_argument, lm.positive(int)
     whole, rate = lm.positive(int, zero=True), lm.positive(float, zero=True)
     add("--model", help="a Hugging Face folder, or what a script here left")
     add("--task", choices=TASKS, help="problems made here, instead of --data")
     add("--data", help="JSONL, JSON or csv of what the verb learns from")
-    add("--prompt", choices=PROMPTS, default="question_only", help="the template of --data")
+    add("--valid_data", help="problems to evaluate on, of dpo: pairs")
+    add("--prompt", choices=PROMPTS, default="question_only", help="the template of both")
+    add("--strict", action="store_true", help="the handout's exact spacing of tags")
     add("--examples", type=at_least_1, help="the first ones of --data (default: all), or solved "
         f"ones of --task (default: {TASK_EXAMPLES})")
     add("--digits", type=at_least_1, default=3, help="of the numbers of the addition task")
@@ -2798,7 +2839,7 @@ def add_run_flags(parser, **defaults):
     add("--stop", action="append", type=some_text, default=[], help="a string that ends a response")
     add("--rollout_batch", type=at_least_1, default=512, help="responses sampled at a time")
     add("--micro_batch_size", type=at_least_1, default=64, help="sequences a backward pass")
-    add("--micro_batch_tokens", type=whole, default=0, help="most tokens in it, padding too; 0: any")
+    add("--micro_batch_tokens", type=whole, default=0, help="most in it, with padding; 0: any")
     add("--max_steps", type=at_least_1, default=200)
     add("--lr", type=lm.positive(float), default=1e-5)
     add("--min_lr", type=rate, help="of a cosine at its end (default: --lr, no decay)")
@@ -2815,7 +2856,7 @@ def add_run_flags(parser, **defaults):
     add("--device", default="auto")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     lm.add_model_flags(parser, **TASK_MODEL)
-    parser.set_defaults(run=train, temperature=1.0, packed=False, **defaults)
+    parser.set_defaults(run=train, measure=measure, temperature=1.0, packed=False, **defaults)
 
 
 # The demonstration: flags that both stages share, those of SFT, of its continuation, and of GRPO.
@@ -2940,8 +2981,6 @@ def add_rollout_flags(add):
     add("--temperature", type=lm.positive(float), default=1.0, help="in sampling and in training")
     add("--top_p", type=share, default=1.0)
     add("--problems", type=lm.positive(int), default=20_000, help="unsolved ones of --task")
-    add("--valid_data", help="problems to evaluate on, like --data")
-    add("--strict", action="store_true", help="the handout's exact spacing of tags")
 
 
 def add_grpo_flags(add):
@@ -3000,7 +3039,7 @@ def build_parser():
     add_rollout_flags(add)
     add_grpo_flags(add)
     add = add_verb("dpo", "learn from pairs of a chosen and a rejected response",
-                   prepare=prepare_preferences, take_step=dpo_step)
+                   prepare=prepare_preferences, take_step=dpo_step, measure=Run.prefer)
     add("--batch_size", type=lm.positive(int), default=32, help="pairs an update")
     add("--beta", type=lm.positive(float), default=0.1)
     add_eval_parser(verbs)

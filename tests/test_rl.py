@@ -490,6 +490,11 @@ def test_the_loss_of_an_update_does_not_depend_on_how_it_is_cut_into_micro_batch
     model = Logits()
     rows = sampled_rows(model)
     tokens = sum(len(r["tokens"]) for r in rows)
+    lengths = [[rl.row_length(row) for row in part] for part in rl.micro_batches(rows, 3, 20)]
+    assert [n for part in lengths for n in part] == sorted(map(rl.row_length, rows)) and len(lengths) > 1
+    assert all(len(part) <= 3 and len(part) * max(part) <= 20 for part in lengths), lengths
+    assert [len(part) for part in rl.micro_batches(rows, 3)] == [3, 1]
+    assert [len(part) for part in rl.micro_batches(rows, 9, 1)] == [1] * 4  # a row is never cut
     for length_norm in ("response", "tokens", "constant"):
         run = fake_run(model, length_norm=length_norm, clip_high=0.3, ratio="sequence")
         whole, _ = rl.grpo_loss(run, rows, len(rows), tokens)
@@ -861,6 +866,27 @@ def test_dpo_starts_at_ln_2_and_learns_to_prefer(start, tmp_path):
     assert losses[0]["accuracy"] == 0.5  # ties count half
     assert sum(r["accuracy"] for r in losses[-5:]) / 5 > 0.9
     assert {"chosen", "rejected", "margin"} <= losses[0].keys()
+    held = [r for r in records(tmp_path) if "held_out_loss" in r]
+    assert (held[0]["step"], held[0]["held_out_accuracy"], held[-1]["step"]) == (0, 0.5, 40)
+    assert held[0]["held_out_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert not any("greedy" in r for r in records(tmp_path))
+    args = rl.parse(flags("dpo", start, tmp_path))
+    problems, _, _ = rl.task_problems(args, rl.addition_task(args))
+    pairs = rl.task_preferences([{**p, "response": p["answer"]} for p in problems])
+    (policy, tokenizer), (reference, _) = lm.load_model(tmp_path / "model"), lm.load_model(start)
+    expected = []
+    for p in pairs:
+        sides = [rl.pad_pairs([(tokenizer.encode(p["prompt"]), [*tokenizer.encode(p[side]), *rl.end_ids(tokenizer)])])
+                 for side in ("response", "rejected")]  # fmt: skip
+        sums = [rl.token_log_probs(m, *side.values())[0].sum() for m in (policy, reference) for side in sides]
+        expected.append(rl.dpo_loss(*sums, args.beta).item())
+    assert held[-1]["held_out_loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-4)  # float32
+
+
+def test_preferences_of_a_task_pair_a_right_response_with_anothers():
+    pairs = [{"prompt": str(i), "response": r} for i, r in enumerate("aabc")]
+    made = [(p["prompt"], p["response"], p["rejected"]) for p in rl.task_preferences(pairs)]
+    assert made == [("1", "a", "b"), ("2", "b", "c"), ("3", "c", "a")]
 
 
 def byte_model(folder, **config):
@@ -899,7 +925,13 @@ def test_files_are_learnt_from_in_every_verb_and_what_is_too_long_is_counted(tmp
     assert "not used in this run: --problems\n" in out
     assert records(tmp_path / "d")[-1]["greedy"] in (0, 1)
     preferences = write_jsonl(tmp_path / "f.jsonl", [{"prompt": "hi", "chosen": "yes", "rejected": "no"}])
-    assert rl.main(["dpo", *base, "--data", preferences, "--batch_size", "1", "--out_dir", str(tmp_path / "e")]) == 0
+    dpo = ["dpo", *base, "--data", preferences, "--batch_size", "1", "--out_dir"]
+    assert rl.main([*dpo, str(tmp_path / "e")]) == 0
+    assert "held-out" not in capsys.readouterr().out
+    assert rl.main([*dpo, str(tmp_path / "e2"), "--valid_data", preferences]) == 0
+    assert records(tmp_path / "e2")[1]["held_out_accuracy"] == 0.5
+    assert rl.main([*sft, "--valid_data", problems, "--max_new_tokens", "4", "--out_dir", str(tmp_path / "g")]) == 0
+    assert records(tmp_path / "g")[-1]["greedy"] in (0, 1)
 
 
 def test_countdown_runs_through_sft_and_grpo(tmp_path):
@@ -1507,7 +1539,14 @@ def test_countdown_problems_have_solutions_that_the_reward_accepts(count):
 def test_traces_go_back_sometimes_and_their_steps_are_right():
     rng, problems = random.Random(0), rl.countdown_problems(100, 3, 0)
     traces = [rl.countdown_trace(p["numbers"], p["target"], rng) for p in problems]
-    assert 20 < sum(" no " in trace for trace in traces) < 80  # half of them, within 6 standard deviations
+    assert 48 < sum(" no " in trace for trace in traces) < 98  # three quarters of them, within 6 deviations
+    for problem, trace in zip(problems, traces, strict=True):
+        for a, b, c in re.findall(r"(\d+)[-+*/](\d+)=(\d+) no ", trace):
+            left = problem["numbers"].copy()
+            for used in (a, b):
+                left.remove(int(used))
+            two = (int(c), str(c), 3), (left[0], str(left[0]), 3)
+            assert all(item[0] != problem["target"] for _, item in rl.combine(*two)), (problem, trace)
     for a, op, b, c in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", " ".join(traces)):
         a, b = int(a), int(b)
         assert {"+": a + b, "-": a - b, "*": a * b, "/": Fraction(a, b)}[op] == int(c)
