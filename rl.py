@@ -1786,13 +1786,13 @@ class Run:
         """Puts the log-probabilities of a row's tokens under `model` into row[name], a tensor;
         returns the sum of their entropies."""
         total = 0.0
-        for part in spans(len(rows), self.args.micro_batch_size):
-            ids, labels, mask = self.collate(rows[part])
+        for part in micro_batches(rows, self.args.micro_batch_size, self.args.micro_batch_tokens):
+            ids, labels, mask = self.collate(part)
             with lm.compute_context(self.device, self.dtype):
                 found, entropy = token_log_probs(model, ids, labels, mask, self.args.temperature)
             total += entropy.sum().item()
             of_rows = found[mask].split(mask.sum(1).tolist())
-            for row, log_probs in zip(rows[part], of_rows, strict=True):
+            for row, log_probs in zip(part, of_rows, strict=True):
                 row[name] = log_probs
         return total
 
@@ -1940,7 +1940,7 @@ class Run:
 
 
 def row_length(row):
-    return sum(len(row[k]) for k in ("prompt_ids", "tokens", "rejected") if k in row)
+    return sum(len(row["prompt_ids"]) + len(row[k]) for k in ("tokens", "rejected") if k in row)
 
 
 def micro_batches(rows, sequences, tokens=0):

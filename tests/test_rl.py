@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -964,6 +965,15 @@ def test_an_algorithm_is_a_set_of_flags_that_others_override():
         assert {k: args[k] for k in changes} == changes
     args = rl.parse(["grpo", "--algorithm", "dapo", "--clip_high", "0.4"])
     assert (args.clip_high, args.overlong) == (0.4, "mask")
+
+
+def test_commands_of_the_readme_are_accepted():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"python rl\.py ((?:sft|ei|grpo|dpo|eval|bench|plot)\b[^`#;|\n]*)", text)
+    commands = [shlex.split(c.replace("$n", "8")) for c in commands if not {"--help", "..."} & {*c.split()}]
+    assert len(commands) > 12
+    for words in commands:
+        assert rl.parse(words).verb == words[0]
 
 
 def test_held_out_problems_are_in_no_training_set(start):
