@@ -2236,6 +2236,7 @@ def dpo_step(run):
 
 COUNTDOWN_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 COUNTDOWN_ALPHABET = "0123456789+-*/=() no"  # of prompts and traces, beside the tags
+COUNTDOWN_MOST = 99  # of numbers and targets, and of the results that a trace tries
 
 
 def addition_problems(n, digits, seed):
@@ -2257,9 +2258,9 @@ def countdown_problems(n, count, seed):
     for _ in range(1000 * (n + 1)):
         if len(found) == n:
             return [*found.values()]
-        numbers = [rng.randint(1, 99) for _ in range(count)]
+        numbers = [rng.randint(1, COUNTDOWN_MOST) for _ in range(count)]
         _, [(target, solution, _)] = random_steps(numbers, rng)
-        if target <= 99:
+        if target <= COUNTDOWN_MOST:
             problem = {"numbers": numbers, "target": target, "solution": solution}
             found.setdefault((*sorted(numbers), target), problem)
     raise ValueError(f"there must be {n} problems of {count} numbers, got {len(found)}; ask "
@@ -2274,12 +2275,15 @@ def countdown_trace(numbers, target, rng):
     """The text behind `countdown_prompt`: none to five attempts that fail, each given up with "no",
     the steps of a solution, and its expression in the answer. An attempt is given up as soon as two
     numbers are left that do not make the target: a "no" then rules out all that could follow, and
-    several fit into a response. raises ValueError without a solution"""
-    solution = solve_countdown([(n, str(n), 3) for n in numbers], target, rng)
+    several fit into a response. Large results, which seldom lead anywhere, are in the solutions
+    that need them alone. raises ValueError without a solution"""
+    items = [(n, str(n), 3) for n in numbers]
+    solution = (solve_countdown(items, target, rng, most=COUNTDOWN_MOST)
+                or solve_countdown(items, target, rng))
     if solution is None:
         raise ValueError(f"a problem must have a solution, got {numbers} for {target}; take one of "
                          "countdown_problems")
-    attempts = [random_steps(numbers, rng, left=2) for _ in range(rng.randint(0, 5))]
+    attempts = [random_steps(numbers, rng, 2, COUNTDOWN_MOST) for _ in range(rng.randint(0, 5))]
     failed = dict.fromkeys(f"{' '.join(steps)} no " for steps, (a, b) in attempts
                            if all(item[0] != target for _, item in combine(a, b)))
     steps, expression = solution
@@ -2299,9 +2303,9 @@ def countdown_reward(response, numbers, target):
             "answer_reward": float(right)}
 
 
-def combine(a, b):
+def combine(a, b, most=math.inf):
     """[(step, item)] of two items, (value, expression, how tightly it binds): all operations on
-    them whose result is a positive integer, the greater one first, so that each has one step."""
+    them whose result is an integer of 1 to `most`, the greater one first: each has one step."""
     a, b = (b, a) if a[0] < b[0] else (a, b)
     results = {"+": a[0] + b[0], "*": a[0] * b[0], "-": a[0] - b[0],
                "/": a[0] // b[0] if a[0] % b[0] == 0 else 0}
@@ -2310,32 +2314,33 @@ def combine(a, b):
         level = 1 if op in "+-" else 2
         left = a[1] if a[2] >= level else f"({a[1]})"
         right = b[1] if b[2] > level or b[2] == level and op in "+*" else f"({b[1]})"
-        if value > 0:
+        if 0 < value <= most:
             combined.append((f"{a[0]}{op}{b[0]}={value}", (value, f"{left}{op}{right}", level)))
     return combined
 
 
-def random_steps(numbers, rng, left=1):
+def random_steps(numbers, rng, left=1, most=math.inf):
     """(steps, items): numbers combined by random operations in random order until `left` remain."""
     items, steps = [(n, str(n), 3) for n in numbers], []
     while len(items) > left:
         a, b = (items.pop(rng.randrange(len(items))) for _ in range(2))
-        step, item = rng.choice(combine(a, b))
+        step, item = rng.choice(combine(a, b, most) or combine(a, b))
         steps.append(step)
         items.append(item)
     return steps, items
 
 
-def solve_countdown(items, target, rng, steps=()):
+def solve_countdown(items, target, rng, steps=(), most=math.inf):
     """(steps, expression) of a random solution, by exhaustive search; None when there is none."""
     if len(items) == 1:
         return (steps, items[0][1]) if items[0][0] == target else None
     moves = [(i, j, step, item) for i, j in itertools.combinations(range(len(items)), 2)
-             for step, item in combine(items[i], items[j]) if len(items) > 2 or item[0] == target]
+             for step, item in combine(items[i], items[j], most)
+             if len(items) > 2 or item[0] == target]
     rng.shuffle(moves)
     for i, j, step, item in moves:
         rest = [other for k, other in enumerate(items) if k not in (i, j)]
-        if found := solve_countdown([*rest, item], target, rng, (*steps, step)):
+        if found := solve_countdown([*rest, item], target, rng, (*steps, step), most):
             return found
     return None
 

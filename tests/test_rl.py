@@ -1089,10 +1089,11 @@ RIGHT, WRONG, UNFORMATTED = (
 # grading
 
 SAME = [
-    (r"{1 \over 3}", "1/3"), ("12 inches", r"12\text{ in}"), ("3 miles per hour", "3 mph"), ("60 min", r"60\text{ minutes}"),
-    ("USD 20", "20"), (r"US\$20", "20 dollars"), ("5 EUR", "€5"), ("1.000,5", "1000.5"), (r"\emptyset", r"\varnothing"),
-    (r"\{\}", r"\emptyset"), (r"\mathbb{R}", r"(-\infty, \infty)"), ("B) 12", "B"), (r"-\infty", r"-\infty"),
-    (r"[3,4]\cup[1,2]", r"[1,2]\cup[3,4]"), (r"(-\infty,1)\cup(2,\infty)", "x<1 or x>2"), ("9 hrs", "9 hours"),
+    (r"{1 \over 3}", "1/3"), ("12 inches", r"12\text{ in}"), ("3 miles per hour", "3 mph"),
+    ("60 min", r"60\text{ minutes}"), ("USD 20", "20"), (r"US\$20", "20 dollars"), ("5 EUR", "€5"), ("1.000,5", "1000.5"),
+    (r"\emptyset", r"\varnothing"), (r"\{\}", r"\emptyset"), (r"\mathbb{R}", r"(-\infty, \infty)"),
+    ("B) 12", "B"), (r"-\infty", r"-\infty"), (r"[3,4]\cup[1,2]", r"[1,2]\cup[3,4]"),
+    (r"(-\infty,1)\cup(2,\infty)", "x<1 or x>2"), ("9 hrs", "9 hours"),
     ("5", "5"), ("5", "5.0"), ("1/2", "0.5"), (r"\frac12", "0.5"), (r"\frac{1}{2}", r"$\frac{1}{2}$"),
     (r"\dfrac{3}{4}", ".75"), (r"-\frac{3}{4}", r"\frac{-3}{4}"), ("7,425,000", "7425000"), ("1 000", "1000"),
     ("1000,99", "1000.99"), ("1,22", "1.22"), ("$1,000.99", "1000.99"), (r"10\%", "10"), ("10%", "0.1"),
@@ -1549,9 +1550,10 @@ def test_countdown_problems_have_solutions_that_the_reward_accepts(count):
 def test_traces_go_back_sometimes_and_their_steps_are_right():
     rng, problems = random.Random(0), rl.countdown_problems(100, 3, 0)
     traces = [rl.countdown_trace(p["numbers"], p["target"], rng) for p in problems]
-    assert 48 < sum(" no " in trace for trace in traces) < 98  # three quarters of them, within 6 deviations
+    assert 31 < sum(" no " in trace for trace in traces) < 91  # 61 of 100, within 6 standard deviations
     for problem, trace in zip(problems, traces, strict=True):
         for a, b, c in re.findall(r"(\d+)[-+*/](\d+)=(\d+) no ", trace):
+            assert int(c) <= rl.COUNTDOWN_MOST
             left = problem["numbers"].copy()
             for used in (a, b):
                 left.remove(int(used))
