@@ -773,7 +773,7 @@ class FSDP(Wrapper):
     the hooks refer to: copy the module before wrapping it.
     """
 
-    reduce_bytes = 32 * MiB  # of gathered weights whose gradients are reduced in one launch
+    reduce_bytes = 96 * MiB  # of gathered weights whose gradients are reduced in one launch
 
     def __init__(self, module, compute_dtype=None, shard_types=None, reduce_dtype=torch.float32,
                  prefetch=2, device=None):
@@ -999,6 +999,7 @@ class FSDP(Wrapper):
             for other in self.units[1:]:
                 if other.in_backward and other is not unit:
                     other.free()
+            self.reduce_complete()
             self.start_down_to(unit.index - self.prefetch)
             self.need(unit)
             unit.in_backward = True
@@ -1009,17 +1010,21 @@ class FSDP(Wrapper):
         super().end_backward()
         self.start_down_to(self.lowest)  # what this rank did not use: others may have
         self.free_all(in_pass=False)
+        self.reduce_complete()
 
     def unit_done(self, unit):
-        """All gradients of the unit are complete: reduces them when syncing."""
+        """All gradients of the unit are complete: accumulated here, or reduced when its backward
+        pass is over and its weights are freed."""
         if not self.syncing:
             unit.waiting = set(unit.trained)
             for s in unit.trained:
                 s.accumulated = s.take_gradient(self.reduce_dtype)
-            return
+
+    def reduce_complete(self):
+        """Reduces, when syncing, the units whose gradients are all there."""
         for later in reversed(self.units):  # the root last; in the same order on all ranks
             if later.present is None and later.trained:
-                if later.waiting:
+                if later.waiting or not self.syncing:
                     return
                 self.reduce(later)
 
@@ -1455,7 +1460,7 @@ class Ranks:
 
     def close(self):
         if self.watch is not None:
-            self.watch.ended.set()
+            self.watch.end()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1490,8 +1495,13 @@ class Watchdog:
         if ranks.world_size > 1:
             self.all = ranks.connect()  # one that no wait() holds up
             self.store = dist.PrefixStore("watch", self.all)
-            self.thread = threading.Thread(target=self.run, daemon=True)
+            self.thread = threading.Thread(target=self.run, name="watchdog", daemon=True)
             self.thread.start()
+
+    def end(self):
+        self.ended.set()
+        if self.ranks.world_size > 1:  # one that is in the store when Python ends would abort it
+            self.thread.join(60)
 
     def __call__(self, what, step=None, limit_s=None, hint=""):
         self.what, self.hint = what, hint
