@@ -566,7 +566,8 @@ class KVCache:
     """Keys and values of the tokens seen so far, preallocated. Row b holds lengths[b] of them.
 
     k, v: (L, B, G, max_length, D). Rows may differ in length: what lies beyond lengths[b] is stale,
-    masked, and overwritten by the next token.
+    masked, and overwritten by the next token. `fixed`: `update` returns the whole of it, so that
+    every token of a batch runs the same shapes, as a CUDA graph needs.
     """
 
     def __init__(self, config, batch_size, max_length, device, dtype):
@@ -575,13 +576,14 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.end = 0  # on the host: max(lengths), so that slicing needs no device sync
+        self.fixed = False
 
     def update(self, layer, k, v, positions):
         """Stores k and v (B, G, T, D) at `positions` (B, T); returns all (B, G, end, D) so far."""
         index = positions[:, None, :, None].expand_as(k)
         self.k[layer].scatter_(2, index, k.to(self.k.dtype))
         self.v[layer].scatter_(2, index, v.to(self.v.dtype))
-        end = self.end + positions.shape[1]
+        end = self.k.shape[3] if self.fixed else self.end + positions.shape[1]
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def select(self, rows):
@@ -625,12 +627,16 @@ class CausalSelfAttention(nn.Module):
             if not first:  # the first tokens see only themselves: plain causal attention
                 k, v = seen_k.to(q.dtype), seen_v.to(q.dtype)
                 mask = torch.arange(k.shape[2], device=x.device) <= positions[:, None, :, None]
-        y = attend(q, k, v, mask, self.config.attention)
+        if mask is not None and cache is not None and self.config.attention == "flash" and (
+                x.shape[1] == 1):
+            y = load_flash_attention(name="flash_decode")(q, k, v, positions[:, 0] + 1)
+        else:
+            y = attend(q, k, v, mask, self.config.attention)
         return self.output_proj(y.transpose(1, 2).flatten(-2))
 
 
-def load_flash_attention(device=None):
-    """flash_attn.flash_attention, imported only where it is asked for.
+def load_flash_attention(device=None, name="flash_attention"):
+    """A function of flash_attn.py, imported only where it is asked for.
     raises ValueError without that file, and where it does not run on `device`, if given"""
     try:
         import flash_attn
@@ -640,7 +646,7 @@ def load_flash_attention(device=None):
         raise ValueError("attention=flash needs flash_attn.py, got none; use sdpa") from None
     if device is not None:
         flash_attn.check_device(device)
-    return flash_attn.flash_attention
+    return getattr(flash_attn, name)
 
 
 def attend(q, k, v, mask, backend):
@@ -727,7 +733,7 @@ class TransformerLM(nn.Module):
             for i, layer in enumerate(self.layers):
                 x = layer(x, positions, cache, i, mask)
         if cache is not None:
-            cache.lengths = cache.lengths + T
+            cache.lengths += T  # in place: a CUDA graph has its address
             cache.end += T
         return self.ln_final(x)
 
@@ -1204,38 +1210,131 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     windows = [list(windows[row.prompt_index]) for row in rows]
     if cache:
         cache.select(shared)
-    alive = list(range(len(rows)))  # rows still growing, in the order of the batch
-    for n in range(max_new_tokens):
-        logits = model.lm_head(last)
-        ids, logprobs = sample(logits, draws[n], temperature, top_k, top_p)
-        keep = []  # places in the batch
-        if not logprobs.isfinite().all():
-            raise ValueError("the model's logits must be finite, got others; check its weights")
-        for j, (r, token, logprob) in enumerate(zip(alive, ids.tolist(), logprobs.tolist())):
-            rows[r].tokens.append(token)
-            rows[r].logprobs.append(logprob)
-            windows[r].append(token)
-            if not is_finished(rows[r], stop_ids, stop_strings, tokenizer):
-                keep.append(j)
-        left = max_new_tokens - n - 1
+    is_over = functools.partial(is_finished, stop_ids=stop_ids, stop_strings=stop_strings,
+                                tokenizer=tokenizer)
+    sampling = temperature, top_k, top_p
+    if cache and replays(device) and max(map(len, windows)) + max_new_tokens <= limit:
+        decode_fixed(model, rows, last, cache, draws, sampling, is_over)
+    else:
+        decode_ragged(model, rows, last, cache, draws, sampling, is_over, windows)
+    if tokenizer:
+        for row in rows:
+            row.text = completion_text(row, stop_ids, stop_strings, tokenizer)
+    return rows
+
+
+def decode_ragged(model, rows, last, cache, draws, sampling, is_over, windows):
+    """Fills `rows` with tokens: those that end leave the batch, those that are full begin again.
+
+    last: (B, C), the hidden state after each prompt; cache: of the prompts, None to do without
+    draws: (max_new_tokens, B) in [0, 1); sampling: temperature, top_k and top_p of `sample`
+    windows: the ids of each prompt; is_over(row): whether its newest token ended it
+    """
+    alive, limit, use_cache = list(range(len(rows))), model.config.context_length, bool(cache)
+    for n in range(len(draws)):
+        ids, logprobs = sample(model.lm_head(last), draws[n], *sampling)
+        keep = take_tokens(rows, alive, ids, logprobs, is_over)
+        for r in alive:
+            windows[r].append(rows[r].tokens[-1])
+        left = len(draws) - n - 1
         if not keep or not left:
             break
         if len(keep) < len(alive):
             alive = [alive[j] for j in keep]
-            chosen = torch.tensor(keep, device=device)
+            chosen = torch.tensor(keep, device=last.device)
             ids, draws = ids[chosen], draws[:, chosen]
             if cache:
                 cache.select(chosen)
         if not use_cache or any(len(windows[r]) > limit for r in alive):
             for r in alive:
                 windows[r] = clip_window(windows[r], limit)
-            last, cache = prefill(model, [windows[r] for r in alive], left, device, use_cache)
+            last, cache = prefill(model, [windows[r] for r in alive], left, last.device, use_cache)
         else:
             last = model.hidden_states(ids[:, None], cache)[:, 0]
-    if tokenizer:
-        for row in rows:
-            row.text = completion_text(row, stop_ids, stop_strings, tokenizer)
-    return rows
+
+
+def decode_fixed(model, rows, last, cache, draws, sampling, is_over):
+    """`decode_ragged` for a device that waits for its host: one token of all rows is one replay of
+    a CUDA graph, and is looked at while the next is drawn. Rows that have ended go on, unread,
+    until half of the batch has. Every row must have room for all its tokens."""
+    alive, cache.fixed = list(range(len(rows))), True
+    step = DecodeStep(model, cache, *sample(model.lm_head(last), draws[0], *sampling), sampling)
+    for n in range(1, len(draws) + 1):
+        drawn = step.on_host()
+        if n < len(draws):
+            step(draws[n])
+        going = take_tokens(rows, alive, *drawn(), is_over)
+        if not going or n == len(draws):
+            break
+        if len(going) <= len(alive) // 2:
+            alive, chosen = [alive[j] for j in going], torch.tensor(going, device=last.device)
+            draws, ids, logprobs = draws[:, chosen], step.ids[chosen], step.logprobs[chosen]
+            cache.select(chosen)
+            step = DecodeStep(model, cache, ids, logprobs, sampling)
+
+
+class DecodeStep:
+    """Draws the next token of every row of a batch into `ids` and `logprobs` (B,), by a CUDA graph
+    from the second time on: hundreds of small kernels then cost the host one launch."""
+
+    def __init__(self, model, cache, ids, logprobs, sampling):
+        self.model, self.cache, self.sampling = model, cache, sampling
+        self.ids, self.logprobs, self.uniform = ids, logprobs, torch.empty_like(logprobs)
+        self.graph, self.calls = None, 0
+
+    def __call__(self, uniform):
+        """uniform: (B,) in [0, 1)"""
+        self.uniform.copy_(uniform)
+        self.calls += 1
+        if self.ids.device.type != "cuda" or self.calls == 1:  # a capture must find all compiled
+            self.draw()
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.draw()
+        self.graph.replay()
+
+    def draw(self):
+        hidden = self.model.hidden_states(self.ids[:, None], self.cache)[:, 0]
+        ids, logprobs = sample(self.model.lm_head(hidden), self.uniform, *self.sampling)
+        self.ids.copy_(ids)
+        self.logprobs.copy_(logprobs)
+
+    def on_host(self):
+        """A function that waits for what `ids` and `logprobs` hold now, and returns it."""
+        copies = [x.to("cpu", non_blocking=True, copy=True) for x in (self.ids, self.logprobs)]
+        mark = time_mark(self.ids.device)
+
+        def wait():
+            if isinstance(mark, torch.cuda.Event):
+                mark.synchronize()
+            return copies
+
+        return wait
+
+
+def take_tokens(rows, places, ids, logprobs, is_over):
+    """Gives rows[places[j]] the token ids[j], unless it has ended; returns the j of those that go
+    on. is_over(row): whether its newest token ended it. raises ValueError where logits are not
+    finite"""
+    going = []
+    for j, (r, token, logprob) in enumerate(zip(places, ids.tolist(), logprobs.tolist(),
+                                                strict=True)):
+        if rows[r].finish_reason == "stop":
+            continue
+        if not math.isfinite(logprob):
+            raise ValueError("the model's logits must be finite, got others; check its weights")
+        rows[r].tokens.append(token)
+        rows[r].logprobs.append(logprob)
+        if not is_over(rows[r]):
+            going.append(j)
+    return going
+
+
+def replays(device):
+    """Whether generation on this torch.device is faster as a CUDA graph of fixed shapes."""
+    return device.type == "cuda"
 
 
 def prefill(model, windows, room, device, use_cache):

@@ -1698,3 +1698,16 @@ def test_decoding_takes_a_cache_of_any_strides():
           FA.attention(q[:1], k[:1], v[:1], causal=False, scale=0.5)[0])  # fmt: skip
     with pytest.raises(ValueError, match="one query and one length a row"):
         FA.flash_decode(k, k, v, lengths)
+
+
+@kernels
+def test_generation_with_flash_attention_gives_the_tokens_of_sdpa(monkeypatch):
+    monkeypatch.setattr(M, "replays", lambda device: ON_GPU)
+    shape = dict(vocab_size=61, context_length=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48)
+    weights, made = M.TransformerLM(M.ModelConfig(**shape)).state_dict(), []
+    for attention in ("sdpa", "flash"):
+        model = M.TransformerLM(M.ModelConfig(**shape, attention=attention)).to(DEVICE)
+        model.load_state_dict(weights)
+        rows = M.generate(model, [[3], [5, 17, 2, 40]], 6, num_samples=2, seed=1)
+        made.append([row.tokens for row in rows])
+    assert made[0] == made[1]

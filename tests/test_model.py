@@ -1353,6 +1353,37 @@ def test_sampling_with_the_cache_equals_sampling_without():
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)  # float32
 
 
+def check_fixed_shapes(model, monkeypatch):
+    """That decode_fixed, which a GPU takes, gives what decode_ragged gives, whichever rows end when."""
+    ragged, sizes = RAGGED[:3], []
+    call = M.DecodeStep.__call__
+    monkeypatch.setattr(M.DecodeStep, "__call__",
+                        lambda step, u: sizes.append(len(u)) or call(step, u))  # fmt: skip
+    for stops in ((), range(0, 12), range(0, 61, 2)):
+        options = dict(temperature=0.9, top_p=0.95, num_samples=4, seed=3, stop_ids=stops)
+        monkeypatch.setattr(M, "replays", lambda device: False)
+        plain = M.generate(model, ragged, 20, **options)
+        monkeypatch.setattr(M, "replays", lambda device: True)
+        fixed = M.generate(model, ragged, 20, **options)
+        assert [(r.tokens, r.finish_reason) for r in plain] == [(r.tokens, r.finish_reason) for r in fixed]
+        for a, b in zip(plain, fixed, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)  # float32
+    assert sizes[0] == 12 and min(sizes) < 4  # the batch has shrunk
+
+
+@pytest.mark.parametrize("changes", [{}, dict(num_kv_heads=2, attention="eager"), dict(qk_norm=True)])
+def test_generation_in_fixed_shapes_gives_the_tokens_of_the_plain_loop(changes, monkeypatch):
+    check_fixed_shapes(exact_model(**changes), monkeypatch)
+
+
+def test_rows_that_would_outgrow_the_context_are_not_decoded_in_fixed_shapes(monkeypatch):
+    model = exact_model()
+    plain = M.generate(model, RAGGED, 10, temperature=0)
+    monkeypatch.setattr(M, "replays", lambda device: True)
+    monkeypatch.setattr(M, "decode_fixed", None)  # RAGGED[3] has 30 of 32 tokens
+    assert [row.tokens for row in M.generate(model, RAGGED, 10, temperature=0)] == [r.tokens for r in plain]
+
+
 def test_sampling_is_reproducible_by_seed_and_independent_of_the_company_in_the_batch():
     model = exact_model()
     global_state = torch.get_rng_state()
@@ -2205,6 +2236,15 @@ def test_cuda_greedy_with_the_cache_equals_greedy_without():
     cached = M.generate(model, RAGGED, 40, temperature=0)
     plain = M.generate(model, RAGGED, 40, temperature=0, use_cache=False)
     assert [row.tokens for row in cached] == [row.tokens for row in plain]
+
+
+@needs_cuda
+@pytest.mark.parametrize("attention", ["sdpa", "flash"])
+def test_cuda_generation_by_graph_gives_the_tokens_of_the_plain_loop(attention, monkeypatch):
+    if attention == "flash":
+        pytest.importorskip("triton", reason="flash attention needs triton")
+    model = exact_model(num_kv_heads=2, d_head=16, attention=attention)
+    check_fixed_shapes(model.float().cuda(), monkeypatch)
 
 
 @needs_cuda
