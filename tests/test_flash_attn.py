@@ -1305,6 +1305,7 @@ for D in map(int, sys.argv[2:]):
         flash_attn._plan_hopper_backward.cache_clear()
         o, lse = flash_attn._forward(q, k, k, True, 0.125, None, False)
         flash_attn._backward(q, k, k, o, lse, o, True, 0.125, None, False, not hopper)
+    flash_attn._decode(q[:, :, :1], k, k, torch.tensor([9]), 0.125)
 """
 # KiB of a block; source: CUDA C++ Programming Guide, technical specifications per compute capability
 SHARED_KIB = {"80": 163, "86": 99, "90": 227}
