@@ -1625,6 +1625,7 @@ class Trainer:
         self.model = lm.TransformerLM(config)  # on the CPU: under FSDP no GPU ever holds it whole
         self.model.to(getattr(torch, args.param_dtype))
         self.model.checkpoint_every = args.checkpoint_every
+        self.model.recompute(self.levels)
         self.generator = torch.Generator().manual_seed(args.seed)  # the place in the data
         self.step, self.saved, content = 0, None, None
         if args.resume:
@@ -1666,15 +1667,14 @@ class Trainer:
         free = lm.free_memory(device)
         if device.type == "cpu":  # the ranks of a host share it
             free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        sharded = {"zero1": ("optimizer (m and v)",)}.get(args.strategy, ())
-        if "fsdp" in args.strategy:
-            sharded = ("parameters", "gradients", "optimizer (m and v)")
         size = min(self.micro_batch_size, self.sequences // N)
         while True:
-            parts = lm.estimate_memory(self.config, size, self.dtype, args.checkpoint_every,
-                                       device.type)
-            need = sum(value / (N if part in sharded else 1) for part, value in parts.items())
-            print(f"memory: about {need / 2**30:.2f} of {free / 2**30:.1f} GiB free on {device}")
+            bytes_with = functools.partial(bytes_of_step, args.strategy, N, size < self.sequences // N,
+                                           args, self.config, size, self.dtype, device)
+            self.levels = lm.choose_recomputation(args, self.config.num_layers, bytes_with, free)
+            need = bytes_with(self.levels)
+            print(f"memory: about {need / 2**30:.2f} of {free / 2**30:.1f} GiB free on {device}"
+                  f"{lm.levels_in_words(self.levels)}")
             if need <= free or size % 2:
                 break
             size //= 2
@@ -1873,6 +1873,21 @@ class Trainer:
         print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
 
 
+def bytes_of_step(strategy, N, accumulates, *of_flags):
+    """Bytes that a rank of N needs for a step; of_flags: of lm.memory_of_flags."""
+    parts = lm.memory_of_flags(*of_flags)
+    if "fsdp" in strategy:  # some blocks' weights are whole at a time
+        _, config, *_ = of_flags
+        parts["weights cast to bfloat16"] *= min(1, 8 / config.num_layers)
+    sharded = {"zero1": ("optimizer (m and v)",)}.get(strategy, ())
+    if "fsdp" in strategy:
+        sharded = ("parameters", "gradients", "optimizer (m and v)")
+    parts = {part: value / (N if part in sharded else 1) for part, value in parts.items()}
+    # a backward pass that does not add to gradients frees more activations than it makes gradients
+    both = min(parts["gradients"], parts["activations of the blocks"])
+    return sum(parts.values()) - (0 if accumulates else both)
+
+
 def digest(ids):
     """A text that tells token arrays apart: their length, and a checksum of a part of them."""
     sample = np.ascontiguousarray(ids[:: max(1, len(ids) // 100_000)])
@@ -1916,14 +1931,15 @@ def bench(args, ranks):
     ranks.agree(functools.partial(check_bench, args, ranks))
     device = device_of_rank(args, ranks)
     ranks.start_group(device, backend_for(args, device), args.timeout)
-    dtype, reason = lm.resolve_dtype(args.dtype, device)
+    narrow = args.param_dtype == "bfloat16"  # then all is computed in it
+    dtype, reason = lm.resolve_dtype("bfloat16" if narrow else args.dtype, device)
     config = lm.config_from_flags(args)
     cuda = device.type == "cuda"
     compiled = lm.compile_problem(device) is None if args.compile is None else args.compile
     card = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
     print(f"{config}\n{parameters_of(config):,} parameters, {ranks.world_size} x {device.type} "
           f"({card}), batch {args.batch_size} a rank, {str(dtype)[6:]}, torch {torch.__version__}, "
-          f"compile {compiled}, checkpoint_every {args.checkpoint_every}"
+          f"compile {compiled}, checkpoint_every {args.checkpoint_every}, recompute {args.recompute}"
           + "".join(f", {name} {value}" for name, value in strategy_settings(args).items())
           + (f"; {reason}" if reason else ""))
     print("ms: median of turns (lowest to highest), the slowest rank's. communicating, exposed: in "
@@ -1988,12 +2004,20 @@ def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, check
         torch.cuda.reset_peak_memory_stats()
     torch.compiler.reset()
     ranks.watch(f"preparing {strategy}")
+    free = 0.95 * lm.free_memory(device)
     torch.manual_seed(0)
     with device:
         model = lm.TransformerLM(config)
+    model.to(getattr(torch, args.param_dtype))
     model.checkpoint_every = args.checkpoint_every
+    levels = lm.choose_recomputation(args, config.num_layers, functools.partial(
+        bytes_of_step, strategy, ranks.world_size, args.grad_accum > 1, args, config,
+        args.batch_size // args.grad_accum, dtype, device), free)
+    model.recompute(levels)
+    if args.recompute == "auto":
+        print(f"{strategy}{lm.levels_in_words(levels) or '; recompute: none'}")
     engine = Engine(strategy, model, dtype, 0.1, 1e-4, (0.9, 0.95), compiled,
-                    **strategy_settings(args))
+                    **strategy_settings(args), precision=lm.optimizer_precision(args))
     gc.collect()
     row, check = {"init_gib": allocated(cuda)}, []
     generator = torch.Generator().manual_seed(ranks.rank)
@@ -2337,7 +2361,8 @@ def build_parser():
     add("--warmup_steps", type=counting, default=5, help="2 or more")
     add("--repeats", type=counting, default=5, help="turns")
     add("--steps", type=counting, default=3, help="of a turn, without a pause")
-    add("--checkpoint_every", type=counting, nargs="*", default=[], help="recompute K blocks")
+    lm.add_recompute_flags(add)
+    lm.add_precision_flags(add)
     add("--device", default="auto")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")

@@ -28,6 +28,7 @@ import argparse
 import bisect
 import contextlib
 import functools
+import itertools
 import importlib.util
 import json
 import math
@@ -43,6 +44,7 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as recompute
 
 CHOICES = {"pos": ("rope", "none"), "norm": ("pre", "post", "none"), "ffn": ("swiglu", "silu"),
@@ -144,7 +146,9 @@ class ModelConfig:
 def add_model_flags(parser, **defaults):
     """Adds --preset and a flag for each field of ModelConfig; `defaults` replace the class's."""
     group = parser.add_argument_group("model")
-    group.add_argument("--preset", choices=PRESETS, help="a named shape; other flags override it")
+    names = {name.lower(): name for name in PRESETS}
+    group.add_argument("--preset", choices=PRESETS, type=lambda name: names.get(name.lower(), name),
+                       help="a named shape; other flags override it")
     for f in fields(ModelConfig):
         if f.name == "rope_scaling":
             continue
@@ -183,7 +187,7 @@ def add_training_flags(parser):
     for name, default in (("weight_decay", 0.1), ("beta1", 0.9), ("beta2", 0.95)):
         add(f"--{name}", type=positive(float, zero=True), default=default)
     add("--grad_clip", type=positive(float), default=1.0, help="largest norm of the gradient")
-    add("--checkpoint_every", type=at_least_1, nargs="*", default=[], help="recompute K blocks")
+    add_recompute_flags(add)
     add("--eval_tokens", type=at_least_1, default=16_384, help="a validation; 4 times at the end")
     for name, steps in (("eval_every", 500), ("save_every", 500), ("log_every", 50)):
         add(f"--{name}", type=at_least_1, default=steps, help="steps")
@@ -194,14 +198,43 @@ def add_training_flags(parser):
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    add("--param_dtype", default="float32", choices=("float32", "bfloat16"),
-        help="of the weights and their gradients")
-    add("--moment_dtype", choices=("float32", "bfloat16"), help="of AdamW's (default: as weights)")
-    add("--stochastic_rounding", action="store_true", help="of bfloat16 weights")
+    add_precision_flags(add)
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     add("--prompt", default="def read(self", help="that the sample at the end continues")
     add("--sample_tokens", type=at_least_1, default=256)
     add_model_flags(parser, **CPU_MODEL)
+
+
+def add_precision_flags(add):
+    add("--param_dtype", default="float32", choices=("float32", "bfloat16"),
+        help="of the weights and their gradients")
+    add("--moment_dtype", choices=("float32", "bfloat16"), help="of AdamW's (default: as weights)")
+    add("--stochastic_rounding", action="store_true", help="of bfloat16 weights")
+
+
+def add_recompute_flags(add):
+    add("--checkpoint_every", type=positive(int), nargs="*", default=[], help="keep only the input "
+        "of groups of K blocks (K1 K2: nested)")
+    add("--recompute", default="none", choices=(*RECOMPUTE, "auto"), help="what each block computes "
+        "again in the backward pass; auto: of as few as fit into memory")
+
+
+def choose_recomputation(args, num_layers, need, free):
+    """The levels of RECOMPUTE that --recompute asks for. need(levels): bytes of a step.
+    raises ValueError where --checkpoint_every is given as well"""
+    if args.recompute == "auto":
+        levels = least_recomputation(num_layers, need, free)
+    else:
+        levels = (args.recompute,) * num_layers
+    if args.checkpoint_every and set(levels) != {"none"}:
+        raise ValueError("checkpoint_every and recompute are two ways to the same, got both; leave "
+                         "one out")
+    return levels
+
+
+def levels_in_words(levels):
+    counts = [f"{level} in {levels.count(level)} blocks" for level in RECOMPUTE if level in levels]
+    return "" if set(levels) == {"none"} else f"; recompute: {', '.join(counts)}"
 
 
 def prepare_run(args, prepare=lambda make: make()):
@@ -670,7 +703,10 @@ def attend(q, k, v, mask, backend):
 
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward, each added to the residual stream: (B, T, C) to (B, T, C).
-    norm "pre": x + f(norm(x)); "post": norm(x + f(x)); "none": x + f(x). source: [1] A1 3.5"""
+    norm "pre": x + f(norm(x)); "post": norm(x + f(x)); "none": x + f(x). source: [1] A1 3.5
+    recompute: one of RECOMPUTE, what the backward pass computes again"""
+
+    recompute = "none"
 
     def __init__(self, config, rope=None):
         super().__init__()
@@ -683,6 +719,17 @@ class TransformerBlock(nn.Module):
         self.ffn = (SwiGLU if c.ffn == "swiglu" else SiLUFeedForward)(c.d_model, c.d_ff)
 
     def forward(self, x, positions=None, cache=None, layer=0, mask=None):
+        inputs = x, positions, cache, layer, mask
+        if self.recompute == "none" or not (self.training and torch.is_grad_enabled()):
+            return self.transform(*inputs)
+        if self.recompute == "block":
+            return recompute(self.transform, *inputs, use_reentrant=False)
+        width = self.ffn.w1.weight.shape[0] if self.recompute == "ffn" else None
+        contexts = functools.partial(create_selective_checkpoint_contexts,
+                                     functools.partial(keep_products, width))
+        return recompute(self.transform, *inputs, use_reentrant=False, context_fn=contexts)
+
+    def transform(self, x, positions, cache, layer, mask):
         if self.post_norm:
             x = self.ln1(x + self.attn(x, positions, cache, layer, mask))
             return self.ln2(x + self.ffn(x))
@@ -690,11 +737,27 @@ class TransformerBlock(nn.Module):
         return x + self.ffn(self.ln2(x))
 
 
+# What a block computes again in its backward pass, from nothing to all but its input. "cheap": what
+# is neither a matrix product nor attention. "ffn": that, and the wide products of the feed-forward
+# layer. source: [1] A2, gradient_checkpointing; the policies of torch.utils.checkpoint
+RECOMPUTE = ("none", "cheap", "ffn", "block")
+
+
+def keep_products(but_of_width, context, op, *inputs, **_):
+    """A policy of torch.utils.checkpoint: matrix products and attention are kept, except products
+    (N, but_of_width)."""
+    name = op._schema.name.partition("::")[2]
+    if name in ("mm", "addmm") and inputs[-1].shape[-1] != but_of_width:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.MUST_SAVE if "attention" in name else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class TransformerLM(nn.Module):
     """Token ids (B, T) to next-token logits (B, T, V). source: [1] A1 section 3.6
 
     `checkpoint_every` trades time for memory: (8,) keeps the input of every 8th block and computes
     the rest again in the backward pass; (8, 1) does that block by block within each group (nested).
+    `recompute(levels)` chooses what is kept within each block.
     """
 
     def __init__(self, config):
@@ -708,6 +771,11 @@ class TransformerLM(nn.Module):
         self.lm_head = Linear(c.d_model, c.vocab_size)
         if c.tie_embeddings:  # the head's small weights serve both: N(0, 1) would give huge logits
             self.token_embeddings.weight = self.lm_head.weight
+
+    def recompute(self, levels):
+        """levels: one of RECOMPUTE for each block."""
+        for layer, level in zip(self.layers, levels, strict=True):
+            layer.recompute = level
 
     def forward(self, ids, cache=None):
         return self.lm_head(self.hidden_states(ids, cache))
@@ -1800,8 +1868,8 @@ def flops_per_token(config):
 
 
 def estimate_memory(config, batch_size, dtype=torch.float32, checkpoint_every=(),
-                    device_type="cuda"):
-    """{part: bytes} that a training step needs at its peak, AdamW and weights in float32.
+                    device_type="cuda", levels=(), param_dtype=torch.float32, moment_dtype=None):
+    """{part: bytes} that a training step needs at its peak. levels: see `TransformerLM.recompute`.
 
     Activations are what autograd saves in this file's layers, uncompiled; a test compares them with
     what it really saves. source: [1] A1 adamwAccounting, A2 gradient_checkpointing
@@ -1824,12 +1892,39 @@ def estimate_memory(config, batch_size, dtype=torch.float32, checkpoint_every=()
     for span in checkpoint_every:
         kept, inner = kept + math.ceil(inner / span), min(span, inner)
     blocks = kept * N * c.d_model * size + inner * a_block
+    if any(level != "none" for level in levels):
+        wide = (2 if c.ffn == "swiglu" else 1) * c.d_ff
+        cheap = 3 * c.d_model + 2 * q_width + 2 * kv_width + wide  # input, and products
+        of = {"none": a_block, "cheap": size * N * cheap, "ffn": size * N * (cheap - wide),
+              "block": size * N * c.d_model}
+        blocks = sum(of[level] for level in levels) + a_block  # and one that is computed again
     logits = min(N * c.vocab_size, CHUNK_LOGITS[device_type]) * (size + 4)
     head = N * (norm + size * c.d_model) + logits + 4 * c.vocab_size * c.d_model
-    cast = 2 * (parameters - parts["token_embeddings"]) if size == 2 else 0
-    return {"parameters": 4 * parameters, "gradients": 4 * parameters,
-            "optimizer (m and v)": 8 * parameters, "weights cast to bfloat16": cast,
+    cast = 2 * (parameters - parts["token_embeddings"]) if size < param_dtype.itemsize else 0
+    weights, moments = (d.itemsize * parameters for d in (param_dtype, moment_dtype or param_dtype))
+    return {"parameters": weights, "gradients": weights,
+            "optimizer (m and v)": 2 * moments, "weights cast to bfloat16": cast,
             "activations of the blocks": blocks, "final norm and loss": head}
+
+
+def memory_of_flags(args, config, batch_size, dtype, device, levels):
+    """`estimate_memory` under the flags that training and ddp.py bench share."""
+    return estimate_memory(config, batch_size, dtype, args.checkpoint_every, device.type, levels,
+                           getattr(torch, args.param_dtype),
+                           args.moment_dtype and getattr(torch, args.moment_dtype))
+
+
+def least_recomputation(num_layers, need, free):
+    """The levels of RECOMPUTE, one for each block, with the least work whose need(levels), in
+    bytes, is at most `free`; "block" for all where none is."""
+    steps = [(a, b, n) for a, b in itertools.pairwise(RECOMPUTE)
+             for n in ((num_layers,) if b == "cheap" else range(1, num_layers + 1))]
+    levels = ("none",) * num_layers
+    for before, after, n in steps:
+        if need(levels) <= free:
+            break
+        levels = (after,) * n + (before,) * (num_layers - n)
+    return levels
 
 
 def largest_batch(config, budget_bytes, **options):
@@ -1848,6 +1943,9 @@ def count(args):
     B, T = args.batch_size, config.context_length
     parameters, flops = count_parameters(config), count_matmul_flops(config, B)
     options = dict(dtype=getattr(torch, args.dtype), checkpoint_every=args.checkpoint_every)
+    options["levels"] = choose_recomputation(
+        args, config.num_layers, lambda levels: sum(
+            estimate_memory(config, B, **options, levels=levels).values()), args.memory_gib * 2**30)
     memory = estimate_memory(config, B, **options)
     print(config)
     for title, table, unit, scale in (
@@ -1887,6 +1985,10 @@ def bench(args):
     with device:
         model = TransformerLM(config)
     model.checkpoint_every = args.checkpoint_every
+    levels = choose_recomputation(args, config.num_layers, lambda levels: sum(
+        estimate_memory(config, B, dtype, levels=levels, device_type=device.type).values()),
+        free_memory(device))
+    model.recompute(levels)
     ANNOTATE = not args.compile  # main() switches it off again
     hidden_states = torch.compile(model.hidden_states) if args.compile else model.hidden_states
     optimizer = AdamW(optimizer_groups(model, 0.1))
@@ -1895,7 +1997,8 @@ def bench(args):
     card = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
     print(f"{config}\n{sum(p.numel() for p in model.parameters()):,} parameters, batch {B}, "
           f"{dtype}, {device} ({card}), torch {torch.__version__}, compile {args.compile}, "
-          f"checkpoint_every {args.checkpoint_every}" + (f"; {reason}" if reason else ""))
+          f"checkpoint_every {args.checkpoint_every}{levels_in_words(levels)}"
+          + (f"; {reason}" if reason else ""))
     if T > 1:
         check_forward(model, x, device, dtype)
 
@@ -2211,15 +2314,12 @@ def build_parser():
     parser = argparse.ArgumentParser(prog="model.py", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     dtypes, counting, rate = ("float32", "bfloat16"), positive(int), positive(float)
-    spans = dict(type=counting, nargs="*", default=[],
-                 help="recompute groups of K blocks (K1 K2: nested)")
-
     p = verbs.add_parser("count", help="parameters, FLOPs, memory, step time")
     add_model_flags(p)
     add = p.add_argument
     add("--batch_size", type=counting, default=1)
     add("--dtype", default="float32", choices=dtypes)
-    add("--checkpoint_every", **spans)
+    add_recompute_flags(add)
     add("--peak_tflops", type=rate, default=19.5, help="of the device (19.5: A100, float32)")
     add("--utilisation", type=rate, default=0.5, help="share of the peak that is reached")
     add("--memory_gib", type=rate, default=80, help="of the device")
@@ -2237,7 +2337,7 @@ def build_parser():
     add("--dtype", default="float32", choices=("auto", *dtypes))
     add("--compile", action="store_true", help="torch.compile the blocks")
     add("--full_logits", action="store_true", help="the plain loss, with all logits in memory")
-    add("--checkpoint_every", **spans)
+    add_recompute_flags(add)
     add("--memory_snapshot", metavar="FILE", help="writes MODE_FILE for pytorch.org/memory_viz")
     add("--nanogpt", metavar="DIR", help="race the training step of the nanoGPT in this folder")
     add("--profile", action="store_true", help="print the costliest kernels")

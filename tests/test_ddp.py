@@ -772,10 +772,11 @@ def tiny_model(**changes):
     return lm.TransformerLM(config)
 
 
-def engine_steps(strategy, compiled=False, dtype=torch.float32, spans=(), **changes):
+def engine_steps(strategy, compiled=False, dtype=torch.float32, spans=(), levels=("none",) * 4, **changes):
     """(loss over all ranks, norm) of three steps on one batch."""
     model = tiny_model(**changes)
     model.checkpoint_every = spans
+    model.recompute(levels)
     engine = ddp.Engine(strategy, model, dtype, 0.1, 1e-2, (0.9, 0.95), compiled, bucket_mb=1e-3)
     x, y = torch.randint(53, (2, 8, 8), generator=seeded(0), device="cpu").to(DEVICE)
     rows = []
@@ -795,6 +796,8 @@ def checkpointed_blocks_train_the_same_under_each_strategy(folder):
         for spans in ((1,), (3, 1)):
             got = engine_steps(strategy, spans=spans)
             assert torch.allclose(got, expected, **F32), (strategy, spans)
+        got = engine_steps(strategy, levels=("block", "ffn", "cheap", "none"))
+        assert torch.allclose(got, expected, **F32), strategy
 
 
 @on_ranks

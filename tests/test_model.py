@@ -7,6 +7,7 @@ Tolerances: F32 holds where both sides do the same sums of some 100 float32 term
 """
 
 import contextlib
+import functools
 import copy
 import io
 import itertools
@@ -575,6 +576,26 @@ def test_gradient_checkpointing_changes_memory_and_not_gradients(spans):
     loss.backward()
     for p, expected in zip(model.parameters(), plain, strict=True):
         assert torch.equal(p.grad, expected)  # the same operations on the same numbers
+
+
+@pytest.mark.parametrize("levels, compiled", [
+    (["cheap"] * 3, False), (["ffn"] * 3, False), (["block"] * 3, False), (["none", "ffn", "cheap"], False),
+    (["block", "ffn", "cheap"], True),
+], ids=str)  # fmt: skip
+def test_what_is_computed_again_is_the_same(levels, compiled):
+    model = M.TransformerLM(tiny(num_layers=3))
+    ids, targets = tokens(2, 16), tokens(2, 16)
+    if compiled:
+        for block in model.layers:
+            block.forward = torch.compile(block.forward, backend="aot_eager_decomp_partition")
+    model.loss(ids, targets).backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.recompute(levels)
+    model.loss(ids, targets).backward()
+    for p, expected in zip(model.parameters(), plain, strict=True):
+        same = functools.partial(torch.allclose, rtol=1e-5, atol=1e-6) if compiled else torch.equal
+        assert same(p.grad, expected)
 
 
 @contextlib.contextmanager
@@ -1892,9 +1913,10 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def peak_of_a_pass(config, spans):
+def peak_of_a_pass(config, spans, level="none"):
     """(bytes kept by the forward pass, peak bytes of forward and backward without any gradient kept)"""
     model = M.TransformerLM(config)
+    model.recompute([level] * config.num_layers)
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     x = torch.randn(3, 96, 64, requires_grad=True)
@@ -1916,6 +1938,39 @@ def test_estimated_activations_under_gradient_checkpointing_are_within_a_tenth_o
         assert kept <= inputs * x_bytes  # the first input was made outside
         estimate = M.estimate_memory(config, 3, checkpoint_every=spans)["activations of the blocks"]
         assert estimate == pytest.approx(peak - working + x_bytes, rel=0.1), spans
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention": "eager"}, {"ffn": "silu"}, {"num_kv_heads": 1}], ids=str)
+def test_estimated_activations_of_each_level_of_recomputation_are_what_is_kept(changes):
+    config = memory_config(num_layers=8, **changes)
+    a_block = M.estimate_memory(config, 3)["activations of the blocks"] / 8
+    sizes = []
+    for level in M.RECOMPUTE[1:]:
+        kept, _ = peak_of_a_pass(config, (), level)
+        estimate = M.estimate_memory(config, 3, levels=[level] * 8)["activations of the blocks"] - a_block
+        assert kept <= estimate <= 1.4 * kept + 3 * 96 * 64 * 4, level  # the first input was made outside
+        sizes.append(kept)
+    assert 8 * a_block > sizes[0] > sizes[1] > sizes[2]
+
+
+def test_as_little_is_computed_again_as_fits_into_memory():
+    cost = {"none": 10, "cheap": 7, "ffn": 3, "block": 1}
+    found = {free: M.least_recomputation(4, lambda levels: sum(cost[level] for level in levels), free)
+             for free in (40, 39, 28, 27, 24, 20, 11, 10, 3)}  # fmt: skip
+    assert found == {
+        40: ("none",) * 4, 39: ("cheap",) * 4, 28: ("cheap",) * 4, 27: ("ffn",) + ("cheap",) * 3,
+        24: ("ffn",) + ("cheap",) * 3, 20: ("ffn",) * 2 + ("cheap",) * 2, 11: ("block",) + ("ffn",) * 3,
+        10: ("block",) + ("ffn",) * 3, 3: ("block",) * 4,
+    }  # fmt: skip
+
+
+def test_bfloat16_weights_and_moments_take_half_the_memory():
+    config, half = tiny(), torch.bfloat16
+    n = sum(M.count_parameters(config).values())
+    for moments, bytes_each in ((None, 2), (torch.float32, 4)):
+        parts = M.estimate_memory(config, 2, half, param_dtype=half, moment_dtype=moments)
+        assert [parts[k] / n for k in ("parameters", "gradients", "optimizer (m and v)")] == [2, 2, 2 * bytes_each]
+        assert parts["weights cast to bfloat16"] == 0
 
 
 def test_memory_of_weights_gradients_and_optimizer_is_sixteen_bytes_a_parameter():
@@ -2040,6 +2095,7 @@ def test_scores_softmax_and_values_are_named_ranges_for_the_profiler(monkeypatch
     ("count --nope 1", "--nope"), ("count --preset nope", "nope"), ("nope", "nope"), ("", "verb"),
     ("count --d_model 10 --num_heads 3", "d_model"), ("count --norm batch", "norm"),
     ("count --batch_size 0", "batch_size"), ("count --batch_size -3", "batch_size"),
+    ("count --checkpoint_every 1 --recompute ffn", "leave one out"),
     ("count --checkpoint_every 0", "checkpoint_every"), ("count --checkpoint_every -1", "checkpoint_every"),
     ("count --utilisation 0", "utilisation"), ("count --peak_tflops 0", "peak_tflops"),
     (f"bench {SHAPE} --device tpu", "tpu"), (f"bench {SHAPE} --device cpu --batch_size 0", "batch_size"),
