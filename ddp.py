@@ -1669,8 +1669,9 @@ class Trainer:
             free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         size = min(self.micro_batch_size, self.sequences // N)
         while True:
-            bytes_with = functools.partial(bytes_of_step, args.strategy, N, size < self.sequences // N,
-                                           args, self.config, size, self.dtype, device)
+            accumulates = size < self.sequences // N
+            bytes_with = functools.partial(bytes_of_step, args.strategy, N, accumulates, args,
+                                           self.config, size, self.dtype, device)
             self.levels = lm.choose_recomputation(args, self.config.num_layers, bytes_with, free)
             need = bytes_with(self.levels)
             print(f"memory: about {need / 2**30:.2f} of {free / 2**30:.1f} GiB free on {device}"
@@ -1939,7 +1940,8 @@ def bench(args, ranks):
     card = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
     print(f"{config}\n{parameters_of(config):,} parameters, {ranks.world_size} x {device.type} "
           f"({card}), batch {args.batch_size} a rank, {str(dtype)[6:]}, torch {torch.__version__}, "
-          f"compile {compiled}, checkpoint_every {args.checkpoint_every}, recompute {args.recompute}"
+          f"compile {compiled}, checkpoint_every {args.checkpoint_every}, "
+          f"recompute {args.recompute}, weights in {args.param_dtype}"
           + "".join(f", {name} {value}" for name, value in strategy_settings(args).items())
           + (f"; {reason}" if reason else ""))
     print("ms: median of turns (lowest to highest), the slowest rank's. communicating, exposed: in "

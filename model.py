@@ -215,8 +215,8 @@ def add_precision_flags(add):
 def add_recompute_flags(add):
     add("--checkpoint_every", type=positive(int), nargs="*", default=[], help="keep only the input "
         "of groups of K blocks (K1 K2: nested)")
-    add("--recompute", default="none", choices=(*RECOMPUTE, "auto"), help="what each block computes "
-        "again in the backward pass; auto: of as few as fit into memory")
+    add("--recompute", default="none", choices=(*RECOMPUTE, "auto"), help="what a block computes "
+        "again in its backward pass; auto: as little as memory allows")
 
 
 def choose_recomputation(args, num_layers, need, free):
@@ -842,7 +842,7 @@ class AdamW(torch.optim.Optimizer):
       1 - beta2 is less than half of its last bit
     stochastic_rounding: bfloat16 parameters are rounded up or down by chance, by what lies nearer:
       right on average, where rounding to nearest would lose every update of less than half a bit.
-      The chance is the same on every machine: of the step and the parameter's place.
+      The chance is of the step and the number's place: the same in each run on one kind of device.
     source: [6] algorithm 2; stochastic rounding: Gupta et al. 2015, arXiv 1502.02551
     """
 
@@ -894,14 +894,17 @@ class AdamW(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         m = [self.state[p]["m"] for p in params]
         v = [self.state[p]["v"] for p in params]
-        if self.stochastic_rounding or m[0].dtype != params[0].dtype:
+        mixed = self.stochastic_rounding or m[0].dtype != params[0].dtype
+        if params[0].is_cuda and _fusable(params, grads, m, v):
+            narrow = self.stochastic_rounding and params[0].dtype == torch.bfloat16
+            _adamw_kernel()(params, grads, m, v,
+                            (decay, 1 - beta1, beta2, 1 - beta2, eps, step_size, root),
+                            seed=t if narrow else None)
+            return
+        if mixed:
             for i, tensors in enumerate(zip(params, grads, m, v, strict=True)):
                 self._update_in_float32(*tensors, t << 32 | i, decay, betas=(beta1, beta2), eps=eps,
                                         step_size=step_size, root=root)
-            return
-        if params[0].is_cuda and _fusable([*params, *grads, *m, *v]):
-            _adamw_kernel()(params, grads, m, v,
-                            (decay, 1 - beta1, beta2, 1 - beta2, eps, step_size, root))
             return
         if decay != 1:
             torch._foreach_mul_(params, decay)
@@ -935,30 +938,33 @@ def round_stochastically(x, seed):
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
-def _fusable(tensors):
+def _fusable(params, grads, m, v):
     """Whether the kernel below may take these CUDA tensors, which it reads 16 bytes at a time."""
-    ok = tensors[0].dtype != torch.float64 and triton_problem(tensors[0].device) is None
-    return ok and all(x.is_contiguous() and x.data_ptr() % 16 == 0 and x.dtype == tensors[0].dtype
-                      for x in tensors)
+    kinds = {x.dtype for x in (*params, *grads)}, {x.dtype for x in (*m, *v)}
+    if triton_problem(params[0].device) or max(map(len, kinds)) > 1 or torch.float64 in kinds[0]:
+        return False
+    return all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (*params, *grads, *m, *v))
 
 
 @functools.cache
 def _adamw_kernel():
     """AdamW._update's arithmetic in one Triton kernel for all tensors of a list: each number comes
-    from memory once, which is a third of the foreach version's bytes."""
+    from memory once, which is a third of the foreach version's bytes. With `seed` weights are
+    rounded stochastically."""
     import triton
     import triton.language as tl
 
     BLOCK = 4096
 
     @triton.jit
-    def kernel(table, owners, decay, new1, beta2, new2, eps, step_size, root,
-               KIND: tl.constexpr, BLOCK: tl.constexpr):
+    def kernel(table, owners, decay, new1, beta2, new2, eps, step_size, root, seed,
+               KIND: tl.constexpr, MOMENTS: tl.constexpr, STOCHASTIC: tl.constexpr,
+               BLOCK: tl.constexpr):
         row = table + tl.load(owners + tl.program_id(0)) * 6
         p = tl.multiple_of(tl.load(row).to(tl.pointer_type(KIND)), 16)
         g = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(KIND)), 16)
-        m = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(KIND)), 16)
-        v = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(KIND)), 16)
+        m = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(MOMENTS)), 16)
+        v = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(MOMENTS)), 16)
         i = (tl.program_id(0) - tl.load(row + 5)) * BLOCK + tl.arange(0, BLOCK)
         inside = i < tl.load(row + 4)
         gradient = tl.load(g + i, inside, 0.0).to(tl.float32)
@@ -970,6 +976,11 @@ def _adamw_kernel():
         theta -= step_size * mean / (tl.sqrt_rn(square) / root + eps)
         tl.store(m + i, mean, inside)
         tl.store(v + i, square, inside)
+        if STOCHASTIC:  # see round_stochastically
+            place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            noise = tl.randint(seed, place).to(tl.int32, bitcast=True) & 0xFFFF
+            bits = (theta.to(tl.int32, bitcast=True) + noise) & -65536
+            theta = tl.where(tl.abs(theta) < float("inf"), bits.to(tl.float32, bitcast=True), theta)
         tl.store(p + i, theta, inside)
 
     @functools.lru_cache(maxsize=16)
@@ -978,7 +989,7 @@ def _adamw_kernel():
         owners = np.repeat(np.arange(len(sizes)), blocks)
         return torch.from_numpy(owners).to(device), (np.cumsum(blocks) - blocks).tolist()
 
-    def launch(params, grads, m, v, rates):
+    def launch(params, grads, m, v, rates, seed=None):
         device = params[0].device
         sizes = tuple(p.numel() for p in params)
         owners, first = plan(sizes, device)
@@ -986,9 +997,10 @@ def _adamw_kernel():
                 for *tensors, n, start in zip(params, grads, m, v, sizes, first, strict=True)]
         table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
         kind = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-        with torch.cuda.device(device):
-            kernel[(len(owners),)](table, owners, *map(float, rates), KIND=kind[params[0].dtype],
-                                   BLOCK=BLOCK, num_warps=8)
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel[(len(owners),)](
+                table, owners, *map(float, rates), seed or 0, KIND=kind[params[0].dtype],
+                MOMENTS=kind[m[0].dtype], STOCHASTIC=seed is not None, BLOCK=BLOCK, num_warps=8)
 
     return launch
 

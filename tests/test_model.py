@@ -921,13 +921,14 @@ def test_stochastic_rounding_gives_a_neighbour_of_bfloat16_that_is_right_on_aver
     assert odd[:2].tolist() == [math.inf, -math.inf] and odd[2].isnan()
 
 
-def test_adamw_with_float32_moments_is_the_float32_one_whose_weights_are_rounded_every_step():
-    narrow = torch.nn.Parameter(torch.randn(40, 30).bfloat16())
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_adamw_with_float32_moments_is_the_float32_one_whose_weights_are_rounded_every_step(device):
+    narrow = torch.nn.Parameter(torch.randn(40, 30).bfloat16().to(device))
     wide = torch.nn.Parameter(narrow.detach().float())
     ours = M.AdamW([narrow], lr=0.01, weight_decay=0.1, moment_dtype=torch.float32)
     exact = torch.optim.AdamW([wide], lr=0.01, weight_decay=0.1)
     for t in range(20):
-        grad = torch.randn(40, 30, generator=torch.Generator().manual_seed(t)).bfloat16()
+        grad = torch.randn(40, 30, generator=torch.Generator().manual_seed(t)).bfloat16().to(device)
         narrow.grad, wide.grad = grad, grad.float()
         ours.step()
         exact.step()
@@ -937,9 +938,10 @@ def test_adamw_with_float32_moments_is_the_float32_one_whose_weights_are_rounded
     assert ours.state[narrow]["v"].dtype == torch.float32
 
 
-def test_small_updates_of_bfloat16_weights_are_lost_to_the_nearest_but_not_to_stochastic_rounding():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_small_updates_of_bfloat16_weights_are_lost_to_the_nearest_but_not_to_stochastic_rounding(device):
     def trained(**options):  # 100 steps of 1e-3 down from 1, where half of the last bit is 2e-3
-        p = torch.nn.Parameter(torch.ones(2000, dtype=torch.bfloat16))
+        p = torch.nn.Parameter(torch.ones(2000, dtype=torch.bfloat16, device=device))
         optimizer = M.AdamW([p], lr=1e-3, weight_decay=0.0, **options)
         for _ in range(100):
             p.grad = torch.ones_like(p)
@@ -949,6 +951,33 @@ def test_small_updates_of_bfloat16_weights_are_lost_to_the_nearest_but_not_to_st
     assert trained() == 1
     # a step up by less than a bit moves the mean by 1e-3 +- 4e-3 / sqrt(2000): 0.9 within 1e-2
     assert trained(stochastic_rounding=True, moment_dtype=torch.float32) == pytest.approx(0.9, abs=1e-2)
+
+
+ADAMW_KERNEL = """
+import torch, model as M
+def run(kind, moments, seed):
+    torch.manual_seed(0)
+    p, m, v = torch.randn(5000).to(kind), *(torch.rand(2, 5000).to(moments) / 9)
+    g = torch.randn(5000).to(kind)
+    exact = g.double()
+    theta = p.double() * 0.9 - 0.01 * (m.double() * 0.8 + exact * 0.2) / ((v.double() * 0.7 + exact**2 * 0.3).sqrt() + 1)
+    M._adamw_kernel()([p], [g], [m], [v], (0.9, 0.2, 0.7, 0.3, 1.0, 0.01, 1.0), seed)
+    return p, theta
+p, theta = run(torch.float32, torch.float32, None)
+assert (p - theta).abs().max() < 1e-6
+p, theta = run(torch.bfloat16, torch.float32, 3)
+bit = theta.abs().log2().floor().exp2() * 2**-7  # the last one of bfloat16
+assert ((p.double() - theta).abs() < bit + 1e-6).all()
+assert abs(((p.double() - theta) / bit)[theta.abs() > 0.01].mean()) < 0.05  # sigma is 0.006
+assert not torch.equal(p, run(torch.bfloat16, torch.float32, 4)[0])
+"""
+
+
+def test_the_fused_adamw_is_right_and_rounds_stochastically_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", ADAMW_KERNEL], cwd=ROOT,
+                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("options", [dict(moment_dtype=torch.float32), dict(stochastic_rounding=True)])
@@ -2257,11 +2286,11 @@ def test_cuda_fused_adamw_equals_the_foreach_one_and_takes_views_and_strides(dty
 
     shapes = [(5000, 3), (4096,), (1,), (33,), (8, 6)]
     results = []
-    for fusable in (M._fusable, lambda tensors: False):
+    for fusable in (M._fusable, lambda *lists: False):
         monkeypatch.setattr(M, "_fusable", fusable)
         params = [torch.nn.Parameter(start(i, i)) for i in range(5)]
         if len(results) == 0:
-            assert [fusable(g) for g in (params[:3], params[3:4], params[4:])] == [True, False, False]
+            assert [fusable(g, g, g, g) for g in (params[:3], params[3:4], params[4:])] == [True, False, False]
         optimizer = M.AdamW([dict(params=[p]) for p in params[3:]] + [dict(params=params[:3])], lr=0.01)
         for t in range(20):
             for i, p in enumerate(params):
