@@ -956,7 +956,7 @@ def _adamw_kernel():
 
     BLOCK = 4096
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["seed"])
     def kernel(table, owners, decay, new1, beta2, new2, eps, step_size, root, seed,
                KIND: tl.constexpr, MOMENTS: tl.constexpr, STOCHASTIC: tl.constexpr,
                BLOCK: tl.constexpr):
@@ -977,7 +977,7 @@ def _adamw_kernel():
         tl.store(m + i, mean, inside)
         tl.store(v + i, square, inside)
         if STOCHASTIC:  # see round_stochastically
-            place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
             noise = tl.randint(seed, place).to(tl.int32, bitcast=True) & 0xFFFF
             bits = (theta.to(tl.int32, bitcast=True) + noise) & -65536
             theta = tl.where(tl.abs(theta) < float("inf"), bits.to(tl.float32, bitcast=True), theta)
