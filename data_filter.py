@@ -934,6 +934,7 @@ EMAIL_MASK, PHONE_MASK, IP_MASK = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "
 EMAIL = re.compile(r"(?<![\w.+%@-])\w[\w.+%&'-]{0,63}@(?!\dx\.)"
                    r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}"
                    r"(?![\w@]|[-.]\w*@|:[\w~]+/)")
+PASSWORD = re.compile(r"://[^\s/]*:$")  # https://user:password@host
 FILE_ENDINGS = ("png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "json", "xml", "html")
 DASH = r"[-.\u2010-\u2013\u00a0 ]"
 # US and Canada: three, three and four digits; an area code starts with 2 to 9. A number without
@@ -943,7 +944,7 @@ PHONE = re.compile(
     rf"(?:\( ?[2-9]\d\d ?\){DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}|[2-9]\d\d/\d{{3}}-\d{{4}}"
     rf"|[2-9]\d\d(?P<s>{DASH}|[ ]-[ ])\d{{3}}(?:(?P=s)|-)\d{{4}}|(?P<bare>[2-9]\d\d\d{{7}}))"
     rf"(?:(?: ?x| ?ext\.? ?| ?extension ?)\d{{1,6}})?"
-    rf"(?![\w@]|[-=][\w|]|/[^\W\d]|\.\d|(?<=[ \d]\d{{4}})[ ,:]\d{{4}}\b|%)", re.I)
+    rf"(?![\w@]|[-=][\w|]|/[^\W\d]|\.(?:\d|(?-i:[a-z]))|(?<=[ \d]\d{{4}})[ ,:]\d{{4}}\b|%)", re.I)
 MAYBE_PHONE = re.compile(rf"\d\d\d(?:{DASH}| - )?\d\d\d\d")  # every match of the others has one
 # What may stand before a number of groups that spaces part: its digits belong to no card.
 PLACE_OR_IP = re.compile(r"(?:\b[A-Z]{2} \d{5}(?:-\d{4})?|\b(?i:suite|ste\.?|apt\.?|unit|room|box|"
@@ -959,15 +960,24 @@ PHONE_WORDS = """phone telephone tel call cell mobile fax contact text dial reac
 toll desk office helpline hotline (?:my|our|his|her|their)\\snumber"""
 IDENTIFIERS = """isbn isbn-1[03] issn (?<!to\\s)order invoice ticket tracking serial sku part upc
 asin doi barcode patent version build case ref reference transaction confirmation acct account
-routing pp pages price"""
+routing pp pages price batch docket"""
 BARE_IDENTIFIERS = IDENTIFIERS + """ id item product model member policy customer number no nr pmid
 timestamp iban card ssn code key hash article document record employee student user passport
 licen[sc]e permit vin lot batch job seed population total zip ein npi tin vat uid pid epoch bytes
-size value sum usd eur gbp cad"""
-VERSIONS = """versions? ver v released? build firmware revision rev sections? § chapter clause
+size value sum usd eur gbp cad checksum mrn claim membership reservation booking bug issue track
+tweet"""
+VERSIONS = r"""versions? ver v released? build firmware revision rev sections? § chapter clause
 paragraph rule article figure table appendix item oid driver update upgraded? patch kernel sdk
-package assembly hotfix installer software app theorem lemma exercise step firefox chrome
+package assembly \w*version hotfix installer software app theorem lemma exercise step firefox chrome
 chromium safari opera edge"""
+# Four numbers of which the first is small are a version more often than an address after any word
+# but these (nginx 1.2.3.4, EC 3.4.21.4).
+LOW_IP, WORD_BEFORE = re.compile(r"1?\d\.(?<!10\.)"), re.compile(r"([A-Za-z]\w*) $")
+IP_WORDS = """a address addresses addr allow and are as at ban banned between block blocked by
+client dest destination deny dig dns for from gateway google has host hosts in inet ip ips ipv4 is
+its localhost machine my nameserver network node nslookup of on or peer ping proxy resolver router
+server servers source src ssh subnet telnet than the through to traceroute use used user uses using
+via visited visitor vpn was whois with"""
 
 
 def said_before(words, gap):
@@ -976,12 +986,17 @@ def said_before(words, gap):
 
 
 AFTER_IDENTIFIER = r"[ \t]*(?:number|no|id|code|#)?\.?[ \t]*(?:is|was|of)?[ \t]*[:#=-]*[ \t]*"
-PHONE_CONTEXT = said_before(PHONE_WORDS, r"\b[^\n]{0,40}")
+PHONE_CONTEXT = said_before(PHONE_WORDS, r"\b[^\n\d]{0,40}")
 PHONE_FIELD = said_before(PHONE_WORDS, r"[\w-]*=")
 IDENTIFIER_CONTEXT = said_before(IDENTIFIERS, AFTER_IDENTIFIER)
 BARE_CONTEXT = said_before(BARE_IDENTIFIERS, AFTER_IDENTIFIER)
+NAMED_CONTEXT = said_before(BARE_IDENTIFIERS, r"[ \t]*(?:number|no|id|code|#)(?![A-Za-z])"
+                            + AFTER_IDENTIFIER)
 VERSION_CONTEXT = said_before(
-    VERSIONS, r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(]*[ \t]*")
+    VERSIONS, r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(\"']*[ \t]*")
+VERSION_AFTER = re.compile(r" (?:alpha|beta|rc|released|for (?:windows|mac|linux|android|ios))\b",
+                           re.I)
+PINNED_OR_DOI = re.compile(r"\w==$|\b10\.\d{4,9}/\S*$")
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 # Not after the epoch of a package's version (1:2.3.4.5), and no money (12.345.678.901,23).
 IP = re.compile(rf"(?<![\w.])(?<![A-Za-z][-_])(?<!(?<![\w:.])\d:)(?<!\d-)(?:{OCTET}\.){{3}}{OCTET}"
@@ -1021,6 +1036,8 @@ def is_email(match, last):
     text, start = match.string, match.start()
     if text[start - 1:start] == "/" and text[max(0, start - 2):start - 1] not in "| \t\n":
         return False  # in an address of the web
+    if PASSWORD.search(text[max(0, start - 60):start]):
+        return False
     end = match[0].rsplit(".", 1)[1].lower()
     name = match[0].split("@")[0]
     return end not in FILE_ENDINGS and ".." not in name and name.lower() not in ("git", "npm")
@@ -1047,8 +1064,8 @@ def is_phone(match, last):
         return False
     if before.endswith("=") and not PHONE_FIELD.search(before):
         return False
-    context = BARE_CONTEXT if bare else IDENTIFIER_CONTEXT
-    if context.search(before) and not PHONE_CONTEXT.search(before):
+    contexts = (BARE_CONTEXT,) if bare else (IDENTIFIER_CONTEXT, NAMED_CONTEXT)
+    if any(c.search(before) for c in contexts) and not PHONE_CONTEXT.search(before):
         return False
     return not bare or len(set(bare)) > 2 and bare not in "01234567890123456789" \
         and not UNIT.match(text, match.end())
@@ -1080,7 +1097,11 @@ def is_ip(match, last):
     if before[-1:] == "/" and before[-2:-1].isalpha() and not before.lower().endswith(
             "localhost/") and not PORT.match(text, match.end()):
         return False
-    return not VERSION_CONTEXT.search(before)
+    if LOW_IP.match(match[0]) and (word := WORD_BEFORE.search(before)) and (
+            word[1].lower() not in IP_WORDS.split()):
+        return False
+    return not (VERSION_CONTEXT.search(before) or VERSION_AFTER.match(text, match.end())
+                or PINNED_OR_DOI.search(before))
 
 
 def mask_ips(text):
