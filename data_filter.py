@@ -2152,17 +2152,18 @@ def identify_by_rules(text):
 
 # ---------------------------------------------------------------- harm and quality without a model
 
-# Whole words; * stands for any ending. Mild where it can be: a word list is the last resort.
-NSFW_WORDS = """porn* xxx nude* naked sex sexy sexual* erotic* hentai milf* blowjob* handjob* cum
-cumshot* cock cocks dick dicks pussy pussies tits boobs anal orgasm* masturbat* fetish* bdsm
-escort* hooker* slut* whore* horny lesbian* gangbang* threesome* camgirl* webcam* upskirt*
-creampie* deepthroat* dildo* vagina* penis* nipple* hardcore strip* fuck* bukkake* busty jizz
-xvideos pornhub onlyfans"""
-TOXIC_WORDS = """fuck* fuk* motherfuck* shit* bullshit ass asses asshole* arse* bitch* bastard*
-cunt* dick dickhead* prick cock cocksuck* suck sucks sucking whore* slut* fag* homo nigg* retard*
-moron* idiot* stupid* dumb* imbecile* loser* jerk* pathetic scum* crap* piss* damn* hell hate*
-kill die dumbass wanker* twat* bollocks douche* pussy gay* nazi* racist* ugly filthy disgusting
-coward* liar* pig pigs trash garbage shut freak* troll* vandal* noob* faggot* balls penis"""
+# Whole words; * stands for any ending. Mild where it can be: a word list is the last resort. Names
+# of groups, topics and organs condemn nothing by themselves, only where they are said of a reader.
+NSFW_WORDS = r"""porn* xxx nudes (?<!same-)sex sexy erotic* hentai milf* blowjob* handjob* cum
+cumshot* pussy pussies tits boobs anal orgasm* masturbat* bdsm hooker* slut* whore* horny gangbang*
+threesome* camgirl* upskirt* creampie* deepthroat* dildo* fuck* bukkake* busty jizz
+(?:big|huge|hard|my|his)\W+(?:cocks?|dicks?) xvideos pornhub onlyfans"""
+TOXIC_WORDS = r"""fuck* fuk* motherfuck* shit* bullshit ass asshole* arse* bitch* bastard* cunt*
+dickhead* prick cocksuck* suck sucks sucking whore* slut* fag fags faggot* homos nigg* retard*
+moron* idiot* stupid* dumb* imbecile* loser* jerk* pathetic scum* crap* piss* damn* wanker* twat*
+bollocks douche* pussy filthy disgusting coward* freak* noob* shut\W+up go\W+to\W+hell kill\W+your*
+hate\W+you gaylord* gayest so\W+gay
+(?:you|u|ur)\W+(?:\w+\W+){0,2}(?:gay|homo|nazi*|racist*|liar*|ugly|pigs?|trash|garbage|troll*)"""
 WORDS_TO_HALF = 0.02  # share of listed words in a text that makes a score of one half
 
 

@@ -345,7 +345,8 @@ def test_us_and_canadian_numbers_are_masked(number):
     "Springfield, IL 62704 {}", "NY 10001 (212) 555-1234", "Suite 200 {}", "Hours 9-5 {}", "Est. 1999 {}",
     "Suite 4 217 555 1234", "Open since 1998 2175551234",
     "IL 62704-1234 217 555 1234", "TX 75001 2175551234", "DOB 1990-01-01 {}", "To order: {}", "phone={}",
-    "student phone number {}", "my number is {}", "Contact no. {}", "For invoice no. 7 call {}", "Reservations {} 2024", "001-415-555-2671", "415/555-2671", "( 283 ) 182-3829", "my number is 2831823829"])
+    "student phone number {}", "my number is {}", "Contact no. {}", "For invoice no. 7 call {}",
+    "Reservations {} 2024", "001-415-555-2671", "415/555-2671", "( 283 ) 182-3829", "my number is 2831823829"])
 def test_a_telephone_after_other_numbers_or_words_is_masked(text):
     assert mask_phone_numbers(text.format("415-555-2671"))[1] == 1
 
@@ -358,7 +359,8 @@ def test_a_telephone_after_other_numbers_or_words_is_masked(text):
     "pp. 200 201-2023", "?id=415-555-2671", "USD 4155552671", "price 415.555.2671", "300-400 500-6000",
     "IL 6270 2175551234",
     "policy number 604-555-0177", "Item no. 604-555-0177", "student ID: 604-555-0177", "batch 604-555-0177",
-    "MRN 4155552671", "track 2125550143.mp3", "my order number is 4155552671", "tracking number 4155552671", "GB29 NWBK 6016 1331 9268 19"])
+    "MRN 4155552671", "track 2125550143.mp3",
+    "my order number is 4155552671", "tracking number 4155552671", "GB29 NWBK 6016 1331 9268 19"])
 def test_other_numbers_are_no_telephones(trap):
     assert mask_phone_numbers(f"See {trap} there.") == (f"See {trap} there.", 0)
 
@@ -370,9 +372,11 @@ def test_other_numbers_are_no_telephones(trap):
     ("01.02.03.04", None), ("tool-1.2.3.4", None), ("ip,10.0.0.1,200", f"ip,{IP_MASK},200"),
     ("IPv4:10.0.0.1.", f"IPv4:{IP_MASK}."), ("80/10.0.0.1", f"80/{IP_MASK}"), ("1:2.3.4.5", None),
     ("localhost/127.0.0.1", f"localhost/{IP_MASK}"), ("api: 10.0.0.1", f"api: {IP_MASK}"),
-    ("01:10:01:10.0.0.1", f"01:10:01:{IP_MASK}"), ("Firefox 1.2.3.4", None), ("nginx 1.2.3.4", None), ("EC 3.4.21.4", None), ("x==31.2.3.4", None),
+    ("01:10:01:10.0.0.1", f"01:10:01:{IP_MASK}"), ("Firefox 1.2.3.4", None),
+    ("nginx 1.2.3.4", None), ("EC 3.4.21.4", None), ("x==31.2.3.4", None),
     ('AssemblyVersion("31.0.0.0")', None), ("doi 10.1000/182.255.10.1", None), ("31.0.1.2 for Windows", None),
-    ("Ping 8.8.8.8", f"Ping {IP_MASK}"), ("DNS: 1.1.1.1, 9.9.9.9", f"DNS: {IP_MASK}, {IP_MASK}"), ("12.145.178.101,23", None)])
+    ("Ping 8.8.8.8", f"Ping {IP_MASK}"), ("DNS: 1.1.1.1, 9.9.9.9", f"DNS: {IP_MASK}, {IP_MASK}"),
+    ("12.145.178.101,23", None)])
 def test_addresses_of_the_net_are_masked(text, masked):
     assert mask_ips(text) == (masked or text, (masked or "").count(IP_MASK))
 
@@ -1089,6 +1093,12 @@ def test_harm_and_quality_without_a_model_state_label_score_and_method():
     assert data_filter.classify_nsfw("free porn xxx hardcore sex videos")[0] == "nsfw"
     assert data_filter.classify_nsfw("the cathedral was built in 1250")[0] == "non-nsfw"
     assert data_filter.classify_toxic_speech("you are a stupid idiot, shut up")[0] == "toxic"
+    assert data_filter.classify_toxic_speech("you are so gay, you racist")[0] == "toxic"
+    for text in ("Gay and lesbian couples may marry; same-sex couples adopt.", "I am a gay man and a lesbian's son.",
+                 "The Nazis passed racist laws against Jews and Roma.", "Homo sapiens and Homo erectus are hominins.",
+                 "Penis and vagina are organs; a cock is a bird, Dick Cheney a man."):
+        assert data_filter.classify_toxic_speech(text)[0] == "non-toxic"
+        assert data_filter.classify_nsfw(text)[0] == "non-nsfw"
     assert data_filter.classify_toxic_speech("thank you for the careful edit")[0] == "non-toxic"
     prose = (SENTENCES["en"] + " ") * 20
     assert data_filter.classify_quality(prose)[0] == "wiki"
