@@ -2887,7 +2887,7 @@ STUCK_S = 60.0  # after which a worker that shows no progress is killed and its 
 WORKER_BYTES = 4 << 30  # of address space a worker may take beyond what it starts with
 CHECKPOINT_BYTES = 8 << 20  # of an input file between two points that a run goes on from
 CHECKPOINT_S = 15.0
-EXAMPLES = 20  # dropped documents kept per reason and file, for `inspect`
+EXAMPLES = 20  # dropped documents per reason and file whose text is kept too, for `inspect`
 DOCUMENT_MARK = "\x1e"  # starts the line before each document in a shard; text never holds it
 STAGES = ("records", "text", "address", "language", "rules", "harm", "quality", "pii", "lines",
           "short", "copies", "contamination")
@@ -2940,7 +2940,7 @@ class Funnel:
             "seconds": 0.0, "reasons": {}})
 
     def count(self, name, url, text, out, reason=None, seconds=0.0):
-        """Counts what became of a document. self.sample: of one that fell, if they are few."""
+        """Counts what became of a document. self.sample: of one that fell; its text, if few did."""
         stage, self.sample = self.stage(name), None
         stage["documents_in"] += 1
         stage["characters_in"] += len(text)
@@ -2956,8 +2956,9 @@ class Funnel:
             "example": {"url": url, "text": " ".join(shown[:400].split())[:160]}})
         entry["documents"] += 1
         entry["characters"] += len(text)
+        self.sample = {"url": url, "reason": f"{name}: {reason}"}
         if entry["documents"] <= EXAMPLES:
-            self.sample = {"url": url, "reason": f"{name}: {reason}", "text": shown}
+            self.sample["text"] = shown
 
     def add(self, stages):
         """Adds the counts of another funnel."""
@@ -3100,7 +3101,7 @@ class Judge:
 # ---------------------------------------------------------------- the run: one file
 
 class Shard:
-    """The output of one input file: what is kept, samples of what is not, and a journal.
+    """The output of one input file: what is kept, why the rest is not, and a journal.
 
     A line of the journal says how far the input was read and how long the two others were then,
     after they had reached the disk: whatever is beyond that is cut off when a run goes on.
@@ -3822,7 +3823,8 @@ def inspect(args):
             text.seek(notes["start"])
             show(notes, "kept", text.read(notes["bytes"]).decode())
     paths = [*sorted((out_dir / "parts").glob("*.dropped.jsonl")), out_dir / "dropped.jsonl"]
-    dropped = [json.loads(line) for path in paths for line in open_lines(path)]
+    dropped = [json.loads(line) for path in paths for line in open_lines(path)
+               if b'"text": ' in line]  # of the others only the reason is kept
     dropped = [sample for sample in dropped if (args.reason or "") in sample["reason"]]
     for sample in rng.sample(dropped, min(args.dropped, len(dropped))):
         show(sample, f"dropped, {sample['reason']}", sample["text"])

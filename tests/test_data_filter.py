@@ -441,7 +441,8 @@ def digest(out_dir):
             for name in ("clean.txt", "kept.jsonl", "tokens.bin", "dropped.jsonl")]
 
 
-def test_a_run_gives_text_tokens_and_a_report_whose_sums_close(warc, tmp_path, capsys):
+def test_a_run_gives_text_tokens_and_a_report_whose_sums_close(warc, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data_filter, "EXAMPLES", 1)
     out = tmp_path / "out"
     more = [response(page(9)), response(page(9), url="http://example.com/copy"),
             response(page("pii").replace(b"<p>", b"<p>Write to me@example.org, <|endoftext|> or ")),
@@ -463,6 +464,10 @@ def test_a_run_gives_text_tokens_and_a_report_whose_sums_close(warc, tmp_path, c
         assert stage["characters_in"] - stage["characters_dropped"] + stage["characters_changed"] \
             == stage["characters_out"]
     assert came == 10 and {s["stage"] for s in report["stages"]} >= {"records", "rules", "copies"}
+    recorded = Counter(json.loads(line)["reason"] for path in (*out.glob("parts/*.dropped.jsonl"), out / "dropped.jsonl")
+                       for line in path.read_text().splitlines())
+    assert recorded == {f"{stage['stage']}: {reason}": entry["documents"]
+                        for stage in report["stages"] for reason, entry in stage["reasons"].items()}
     capsys.readouterr()
     assert data_filter.main(["inspect", "--out_dir", str(out), "--kept", "2", "--dropped", "3"]) is None
     shown = capsys.readouterr().out
