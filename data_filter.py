@@ -580,12 +580,12 @@ class Page:
 
     texts, separators (before each: newlines or tabs), prefixes (indent and bullet), links
     (characters that are in links), nodes (the element of each block): lists of equal length.
-    parents, names, own, inherited (bits of GROUPS, TAG_BITS): one entry an element, root first.
+    parents, names, own (bits of GROUPS): one entry an element, root first. forum: see is_forum.
     """
 
     def __init__(self):
         self.texts, self.separators, self.prefixes, self.links, self.nodes = [], [], [], [], []
-        self.parents, self.names, self.own, self.inherited = [0], ["html"], [0], [0]
+        self.parents, self.names, self.own, self.forum = [0], ["html"], [0], False
         self.stack, self.node, self.too_deep = [("html", 0)], 0, 0  # open elements
         self.parts, self.link_chars, self.link_depth = [], 0, 0  # of the block that is growing
         self.newlines, self.preformatted, self.lists = 0, 0, []
@@ -656,7 +656,6 @@ class Page:
             return
         own = attribute_groups(attributes) if attributes else 0
         self.own.append(own)
-        self.inherited.append(self.inherited[self.node] | own | TAG_BITS.get(name, 0))
         self.parents.append(self.node)
         self.names.append(name)
         self.node = len(self.names) - 1
@@ -704,7 +703,7 @@ def parse_html(html, alt_texts=True):
         if text and (parts or page.preformatted or not text.isspace()):
             parts.append(text)
             if page.link_depth:
-                page.link_chars += len(text)
+                page.link_chars += len(" ".join(text.split()))
         if kind == INLINE:
             continue
         if kind == LINK:
@@ -737,7 +736,8 @@ def read_page(html, alt_texts=True):
     if (size := sum(map(len, page.texts))) < 500 and "<noscript" in html:
         whole = parse_html(re.sub(r"<(/?)noscript\b", r"<\1div", html), alt_texts)
         if sum(map(len, whole.texts)) > 2 * size:
-            return whole
+            page = whole
+    page.forum = is_forum(html)
     return page
 
 
@@ -760,6 +760,10 @@ def layout(page, keep=None):
 
 MAX_BLOCKS = 20_000  # of a page that are judged; what follows is dropped in mode "main"
 WORD = re.compile(r"\w+")
+HEAD_CHARS = 1 << 14  # of a page, within which it names its software
+FORUM_TYPES = ("DiscussionForumPosting", "QAPage")
+FORUM_SOFTWARE = re.compile(r'generator"?[^<>]{0,20}?(?:phpBB|vBulletin|Discourse|XenForo|MyBB|SMF|'
+                            r'Invision|Flarum|NodeBB)|id="(?:phpbb|XF|vbulletin)')
 ARTICLE_BODY = re.compile(r'"articleBody"\s*:\s*"((?:[^"\\]|\\.){0,400000}+)"')
 SURROGATE = re.compile(r"[\ud800-\udfff]")  # half of a pair, which JSON can hold and text cannot
 NOT_CONTENT = ("<nav>", "<footer>", "side", "comment", "share", "related", "ads", "cookie")
@@ -788,6 +792,13 @@ NO_PROSE = re.compile(
     r"add to cart|(?:view|see|learn|load|show|read) (?:all|more)|advertis|sponsor", re.I)
 
 
+def is_forum(html):
+    """Returns whether a page says, by a type of schema.org or its generator, that it is a forum's:
+    what is below its first text is no less content."""
+    return any(name in html for name in FORUM_TYPES) or bool(
+        FORUM_SOFTWARE.search(html, 0, HEAD_CHARS))
+
+
 def article_body(html):
     """Returns the articleBody that a page's JSON-LD gives, or ""."""
     found = ARTICLE_BODY.search(html) if "articleBody" in html else None
@@ -802,13 +813,29 @@ def article_body(html):
     return SURROGATE.sub("\ufffd", unescape(text))
 
 
+def held_words(page, words):
+    """Returns for each element how many of the words lie in it.  words: (blocks,) float"""
+    total = np.bincount(page.nodes[:len(words)], words, len(page.parents)).tolist()
+    for n in range(len(total) - 1, 0, -1):  # children come after their parents
+        total[page.parents[n]] += total[n]
+    return total
+
+
+def telling_bits(page, good):
+    """Returns the bits that each element has or inherits, but for what elements that hold nearly
+    all good words say of themselves: the classes of a <body> tell nothing of its parts."""
+    held, bits = held_words(page, good), [0]
+    for n in range(1, len(held)):
+        own = page.own[n] if held[n] <= 0.9 * held[0] else page.own[n] & UNSEEN_BIT
+        bits.append(bits[page.parents[n]] | own | TAG_BITS.get(page.names[n], 0))
+    return np.array(bits)
+
+
 def best_element(page, words):
     """Returns the lowest element that still holds most of the clean text: a bool per element,
     true for it and those below.  words: (blocks,) float, of clean text"""
-    total = np.bincount(page.nodes[:len(words)], words, len(page.parents)).tolist()
-    heaviest_below = {}
-    for n in range(len(total) - 1, 0, -1):  # children come after their parents
-        total[page.parents[n]] += total[n]
+    total, heaviest_below = held_words(page, words), {}
+    for n in range(len(total) - 1, 0, -1):
         if total[n] >= total[heaviest_below.get(page.parents[n], n)]:
             heaviest_below[page.parents[n]] = n
     best = 0
@@ -829,9 +856,9 @@ def block_features(page):
     link = np.minimum(np.array(page.links[:B]) / np.array([len(text) for text in texts]), 1.0)
     ends = np.array([text[-1] in ".!?:\"”…»。" for text in texts])
     tags = [page.names[n] for n in page.nodes[:B]]
-    bits = np.array(page.inherited)[nodes]
-    inside = {name: (bits & bit) > 0 for name, bit in ALL_BITS.items()}
     good = words * (link < 0.3) * (words > 8) * (0.3 + 0.7 * ends)  # prose, more or less
+    bits = telling_bits(page, good)[nodes]
+    inside = {name: (bits & bit) > 0 for name, bit in ALL_BITS.items()}
     mostly = {name: good @ inside[name] > 0.5 * max(good.sum(), 1)
               for name in ("hidden", "comment", "related", "side")}
     unseen = (bits & UNSEEN_BIT) > 0
@@ -846,15 +873,15 @@ def block_features(page):
     late = np.cumsum(clean) > 0.4 * clean.sum()
     if h1:
         late |= (told - told[h1] > 40) & (index > h1)
-    heads = next((i for i in np.flatnonzero((words < 10) & late) if AFTER_ARTICLE.match(texts[i])),
-                 B)
+    heads = B if page.forum else next(
+        (i for i in np.flatnonzero((words < 10) & late) if AFTER_ARTICLE.match(texts[i])), B)
     clean *= index <= heads
     in_best = best_element(page, clean)[nodes]
     best_end = np.flatnonzero(in_best)[-1] if in_best.any() else B
     looks = [(page.names[n], page.own[n], page.names[page.parents[n]], page.own[page.parents[n]])
              for n in page.nodes[:B]]
     looks_alike = Counter(looks)
-    alike = np.log(np.array([looks_alike[look] for look in looks]))
+    alike, often = np.log(np.array([looks_alike[look] for look in looks])), Counter(texts)
     return {f"in {name}": inside[name] for name in IN_ELEMENTS} | {
         "bias": np.ones(B), "words<3": words < 3, "ends": ends,
         "prose": prose,
@@ -869,21 +896,23 @@ def block_features(page):
         "place>.75": np.cumsum(words) > 0.75 * words.sum(), "alike": alike,
         "alike,short": alike * (words < 6), "rich": np.full(B, np.log1p(clean.sum()) / 7),
         "after heads": index > heads, "after heads,link": (index > heads) & (link > 0.9),
+        "often": np.log(np.array([often[text] for text in texts])),
         "no prose": [len(text) < 400 and bool(NO_PROSE.search(text)) for text in texts],
     }
 
 
-# Log odds of a block to be main content, fitted to the development pages of [7] with the features
-# that told something in five-fold cross-validation; the last is set by hand.
+# Log odds of a block to be main content, fitted to the development pages of [7] (word-F1 with a
+# sigmoid for the threshold) with the features that told something in five-fold cross-validation;
+# the last is set by hand.
 WEIGHTS = {
-    "bias": -0.2, "in <nav>": -1.27, "in <footer>": -2.54, "in <header>": -0.91, "in <form>": -1.65,
-    "in <figure>": -1.75, "in cookie": -1.2, "in hidden": -0.69, "in side": -0.01,
-    "in comment": -1.04, "words<3": 0.62, "ends": 0.29, "p": 0.53, "h3": 0.73, "heading": 0.54,
-    "unseen": 0.5, "mostly hidden": 0.37, "in best": 1.66, "in best,bad": -1.42,
-    "after best": -1.04, "link before": -0.65, "good after": 0.24, "before h1": -1.2,
-    "place>.75": -0.78, "alike": 0.44, "alike,short": -0.16, "rich": -0.91, "after heads": -0.52,
-    "no prose": -1.24, "prose": 0.47, "cell": 0.57, "label": -1.22, "in best,link": -1.39,
-    "after heads,link": -9.0,
+    "bias": -0.1, "in <nav>": -1.86, "in <footer>": -2.84, "in <header>": -1.03, "in <form>": -1.72,
+    "in <figure>": -2.05, "in cookie": -1.69, "in hidden": -1.18, "in side": -0.26,
+    "in comment": -1.58, "words<3": 0.39, "ends": 0.1, "p": 0.91, "h3": 0.72, "heading": 0.71,
+    "unseen": 0.59, "mostly hidden": 0.26, "in best": 2.15, "in best,bad": -1.59,
+    "after best": -1.44, "link before": -0.82, "good after": 0.18, "before h1": -1.53,
+    "place>.75": -0.82, "alike": 0.76, "alike,short": -0.3, "rich": -1.35, "after heads": -0.93,
+    "no prose": -1.41, "prose": 0.32, "cell": 0.66, "label": -1.35, "in best,link": -1.32,
+    "often": -0.68, "after heads,link": -9.0,
 }
 THRESHOLD = 0.0  # of the log odds: lower keeps more of the text, and more of what is around it
 

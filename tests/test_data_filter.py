@@ -287,6 +287,28 @@ def test_the_whole_article_is_taken_and_nothing_around_it():
         assert other not in text
 
 
+def test_classes_of_a_whole_page_say_nothing_of_its_parts():
+    html = f"""<body class="no-cookies has-sidebar share-hidden popup-page"><nav><ul><li><a href=/>Home</a></ul></nav>
+        <h1>A title of some words</h1><div><p>{prose("a")}</p><p>{prose("b")}</p></div>
+        <div class=cookie-banner><p>This site uses cookies, and so on, for your experience.</p></div></body>"""
+    text = extract_text_from_html_bytes(html.encode(), "main")
+    assert prose("a") in text and prose("b") in text and "Home" not in text and "cookies" not in text
+
+
+def test_replies_of_a_forum_stay_and_comments_under_an_article_go():
+    replies = "".join(f"<div class=post><p>{prose(n, 2)}</p></div>" for n in range(3))
+    html = ("{}<main><h1>How do I boil an egg?</h1><div class=post><p>" + prose("a", 6) + "</p></div>"
+            "<h2>3 replies</h2>" + replies + "</main>")
+    forum = html.format("<meta name=generator content='Discourse 3.2'>")
+    assert all(prose(n, 2) in extract_text_from_html_bytes(forum.encode(), "main") for n in range(3))
+    assert prose(0, 2) not in extract_text_from_html_bytes(html.format("").encode(), "main")
+
+
+def test_spaces_between_tags_are_no_text_of_a_link():
+    page = data_filter.parse_html("<p><a href=/>\n   " + "go\n      " * 3 + "</a> and some more text</p>")
+    assert page.links == [len("go go go")]
+
+
 def test_a_page_that_only_noscript_holds_is_found():
     html = f"<div id=app></div><noscript><h1>Topic</h1><p>{prose('a')}</p></noscript>"
     assert prose("a") in extract_text_from_html_bytes(html.encode(), "main")
