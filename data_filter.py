@@ -3285,26 +3285,31 @@ def open_input(path, mode="rb", **settings):
         raise ValueError(f"{path} must be a whole gzip file, got: {error}; copy it again") from None
 
 
+def listed_paths(item):
+    """Yields what a list of paths, a file or an address, names: a local copy, whole or by its last
+    part beside the list, before the net is asked."""
+    with (tempfile.TemporaryDirectory() as folder,
+          open_input(fetch_input(item, Path(folder), 1), "rt", encoding="utf-8") as file):
+        for line in filter(None, map(str.strip, file)):
+            beside = [Path(line), Path(item).parent / line, Path(item).parent / Path(line).name]
+            here = next((str(path) for path in beside if path.is_file()), None)
+            yield here or (line if "://" in line else COMMON_CRAWL + line)
+
+
 def list_inputs(inputs):
     """Returns the files that --input names: paths, patterns, folders, addresses, lists of paths.
 
-    A list is a file that ends in .paths or .paths.gz, one path of Common Crawl a line, as in
-    wet.paths.gz; a path that exists here, whole or by its last part beside the list, is taken
-    before the net is asked.
+    A list ends in .paths or .paths.gz, one path of Common Crawl a line, as in wet.paths.gz.
     raises: ValueError if one of them names none
     """
     found = []
     for item in inputs:
         before = len(found)
-        if re.match(r"https?://", item):
+        is_address = re.match(r"https?://", item)
+        if item.endswith((".paths", ".paths.gz")) and (is_address or os.path.isfile(item)):
+            found += listed_paths(item)
+        elif is_address:
             found.append(item)
-        elif item.endswith((".paths", ".paths.gz")) and os.path.exists(item):
-            with open_input(item, "rt", encoding="utf-8") as file:
-                for line in filter(None, map(str.strip, file)):
-                    beside = [Path(line), Path(item).parent / line,
-                              Path(item).parent / Path(line).name]
-                    here = next((str(path) for path in beside if path.is_file()), None)
-                    found.append(here or (line if "://" in line else COMMON_CRAWL + line))
         elif os.path.isdir(item):
             found += sorted(str(path) for path in Path(item).rglob("*")
                             if re.search(r"\.(?:warc|wet)(?:\.gz)?$", path.name))
@@ -3718,9 +3723,12 @@ def check_tokenizer(args):
 
 
 def check_late_flags(args):
-    """Raises ValueError now for what the last stages would find wrong."""
+    """Raises ValueError now for what later stages would find wrong, or not at all."""
     MinHash(args.num_hashes, args.num_bands, args.ngrams)
     check_jaccard_threshold(args.jaccard_threshold)
+    for name in ("language_score", "harm_score", "quality_score"):
+        if not (score := getattr(args, name)) >= 0:
+            raise ValueError(f"--{name} must be 0 or more, got {score}; correct it")
     if args.decontaminate and not Path(args.decontaminate).is_file():
         raise ValueError(f"--decontaminate must be a file of text, got {args.decontaminate}; check "
                          "the path")

@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -666,7 +667,7 @@ def test_bad_input_is_refused_in_one_line(warc, tmp_path, capsys):
     assert "3 numbers" in refused(capsys, "run", "--input", warc, "--rules", "gopher_repetition",
                                   "--threshold", "top_ngrams.high=0.5", *out)
     for flag, value in (("num_hashes", 100), ("jaccard_threshold", 2), ("decontaminate_ngram", 0),
-                        ("decontaminate", tmp_path / "none")):
+                        ("decontaminate", tmp_path / "none"), ("language_score", "nan"), ("harm_score", -1)):
         assert flag in refused(capsys, "run", "--input", warc, f"--{flag}", value, *out)
     assert not (tmp_path / "out").exists()  # nothing began
     info = write_warc(tmp_path / "i.warc.gz", [record("warcinfo", b"x"), record("request", b"x")])
@@ -737,6 +738,14 @@ def test_a_list_of_paths_takes_local_copies(warc, tmp_path):
     paths.write_bytes(gzip.compress(f"crawl-data/x/{warc.name}\ncrawl-data/y.wet.gz\n".encode()))
     assert data_filter.list_inputs([str(paths)]) == [
         str(warc), "https://data.commoncrawl.org/crawl-data/y.wet.gz"]
+
+
+def test_a_list_of_paths_may_be_an_address(warc, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_filter, "fetch_input", lambda path, folder, num_workers: shutil.copy(
+        tmp_path / "got", folder / path.rsplit("/")[-1]))
+    (tmp_path / "got").write_bytes(gzip.compress(f"{warc}\ncrawl-data/y.wet.gz\n".encode()))
+    assert data_filter.list_inputs(["https://example.com/wet.paths.gz", "https://example.com/a.warc.gz"]) == [
+        str(warc), "https://data.commoncrawl.org/crawl-data/y.wet.gz", "https://example.com/a.warc.gz"]
 
 
 def test_an_address_is_fetched_with_patience_and_once(tmp_path, monkeypatch):
