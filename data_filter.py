@@ -980,8 +980,8 @@ PLACE_OR_IP = re.compile(r"(?:\b[A-Z]{2} \d{5}(?:-\d{4})?|\b(?i:suite|ste\.?|apt
                          r"floor|since|est\.?) \d{1,5}|(?<![\d.])\d{1,3}(?:\.\d{1,3}){3})"
                          r"[ \u00a0]$")
 AFTER_DIGITS = re.compile(rf"\d{DASH}$")
-UNIT = re.compile(r" ?(?:bytes|bits|[kmg]b|people|users|records|rows|seconds|dollars|usd|eur)\b",
-                  re.I)
+UNIT = re.compile(r" ?(?:bytes|bits|[kmg]b|people|users|records|rows|seconds|dollars|yen|"
+                  r"hz|usd|eur)\b", re.I)
 PLUS_PHONE = re.compile(rf"(?<![\w+])\+1{DASH}?(?:\([2-9]\d\d\)|[2-9]\d\d){DASH}?\d{{3}}{DASH}?"
                         rf"\d{{4}}(?!\w|[-.]\d)")
 # Before a number: with separators it is a telephone's unless one of IDENTIFIERS says otherwise.
@@ -1096,8 +1096,9 @@ def is_phone(match, last):
     contexts = (BARE_CONTEXT,) if bare else (IDENTIFIER_CONTEXT, NAMED_CONTEXT)
     if any(c.search(before) for c in contexts) and not PHONE_CONTEXT.search(before):
         return False
-    return not bare or len(set(bare)) > 2 and bare not in "01234567890123456789" \
-        and not UNIT.match(text, match.end())
+    if UNIT.match(text, match.end()):
+        return False
+    return not bare or len(set(bare)) > 2 and bare not in "01234567890123456789"
 
 
 def mask_phone_numbers(text):
