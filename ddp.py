@@ -773,7 +773,7 @@ class FSDP(Wrapper):
     the hooks refer to: copy the module before wrapping it.
     """
 
-    reduce_bytes = 32 * MiB  # of gathered weights whose gradients are reduced in one launch
+    reduce_bytes = 96 * MiB  # of gathered weights whose gradients are reduced in one launch
 
     def __init__(self, module, compute_dtype=None, shard_types=None, reduce_dtype=torch.float32,
                  prefetch=2, device=None):
@@ -999,6 +999,7 @@ class FSDP(Wrapper):
             for other in self.units[1:]:
                 if other.in_backward and other is not unit:
                     other.free()
+            self.reduce_complete()
             self.start_down_to(unit.index - self.prefetch)
             self.need(unit)
             unit.in_backward = True
@@ -1009,17 +1010,21 @@ class FSDP(Wrapper):
         super().end_backward()
         self.start_down_to(self.lowest)  # what this rank did not use: others may have
         self.free_all(in_pass=False)
+        self.reduce_complete()
 
     def unit_done(self, unit):
-        """All gradients of the unit are complete: reduces them when syncing."""
+        """All gradients of the unit are complete: accumulated here, or reduced when its backward
+        pass is over and its weights are freed."""
         if not self.syncing:
             unit.waiting = set(unit.trained)
             for s in unit.trained:
                 s.accumulated = s.take_gradient(self.reduce_dtype)
-            return
+
+    def reduce_complete(self):
+        """Reduces, when syncing, the units whose gradients are all there."""
         for later in reversed(self.units):  # the root last; in the same order on all ranks
             if later.present is None and later.trained:
-                if later.waiting:
+                if later.waiting or not self.syncing:
                     return
                 self.reduce(later)
 
@@ -1455,7 +1460,7 @@ class Ranks:
 
     def close(self):
         if self.watch is not None:
-            self.watch.ended.set()
+            self.watch.end()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1490,8 +1495,13 @@ class Watchdog:
         if ranks.world_size > 1:
             self.all = ranks.connect()  # one that no wait() holds up
             self.store = dist.PrefixStore("watch", self.all)
-            self.thread = threading.Thread(target=self.run, daemon=True)
+            self.thread = threading.Thread(target=self.run, name="watchdog", daemon=True)
             self.thread.start()
+
+    def end(self):
+        self.ended.set()
+        if self.ranks.world_size > 1:  # one that is in the store when Python ends would abort it
+            self.thread.join(60)
 
     def __call__(self, what, step=None, limit_s=None, hint=""):
         self.what, self.hint = what, hint
@@ -1615,6 +1625,7 @@ class Trainer:
         self.model = lm.TransformerLM(config)  # on the CPU: under FSDP no GPU ever holds it whole
         self.model.to(getattr(torch, args.param_dtype))
         self.model.checkpoint_every = args.checkpoint_every
+        self.model.recompute(self.levels)
         self.generator = torch.Generator().manual_seed(args.seed)  # the place in the data
         self.step, self.saved, content = 0, None, None
         if args.resume:
@@ -1656,15 +1667,15 @@ class Trainer:
         free = lm.free_memory(device)
         if device.type == "cpu":  # the ranks of a host share it
             free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        sharded = {"zero1": ("optimizer (m and v)",)}.get(args.strategy, ())
-        if "fsdp" in args.strategy:
-            sharded = ("parameters", "gradients", "optimizer (m and v)")
         size = min(self.micro_batch_size, self.sequences // N)
         while True:
-            parts = lm.estimate_memory(self.config, size, self.dtype, args.checkpoint_every,
-                                       device.type)
-            need = sum(value / (N if part in sharded else 1) for part, value in parts.items())
-            print(f"memory: about {need / 2**30:.2f} of {free / 2**30:.1f} GiB free on {device}")
+            accumulates = size < self.sequences // N
+            bytes_with = functools.partial(bytes_of_step, args.strategy, N, accumulates, args,
+                                           self.config, size, self.dtype, device)
+            self.levels = lm.choose_recomputation(args, self.config.num_layers, bytes_with, free)
+            need = bytes_with(self.levels)
+            print(f"memory: about {need / 2**30:.2f} of {free / 2**30:.1f} GiB free on {device}"
+                  f"{lm.levels_in_words(self.levels)}")
             if need <= free or size % 2:
                 break
             size //= 2
@@ -1863,6 +1874,21 @@ class Trainer:
         print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
 
 
+def bytes_of_step(strategy, N, accumulates, *of_flags):
+    """Bytes that a rank of N needs for a step; of_flags: of lm.memory_of_flags."""
+    parts = lm.memory_of_flags(*of_flags)
+    if "fsdp" in strategy:  # some blocks' weights are whole at a time
+        _, config, *_ = of_flags
+        parts["weights cast to bfloat16"] *= min(1, 8 / config.num_layers)
+    sharded = {"zero1": ("optimizer (m and v)",)}.get(strategy, ())
+    if "fsdp" in strategy:
+        sharded = ("parameters", "gradients", "optimizer (m and v)")
+    parts = {part: value / (N if part in sharded else 1) for part, value in parts.items()}
+    # a backward pass that does not add to gradients frees more activations than it makes gradients
+    both = min(parts["gradients"], parts["activations of the blocks"])
+    return sum(parts.values()) - (0 if accumulates else both)
+
+
 def digest(ids):
     """A text that tells token arrays apart: their length, and a checksum of a part of them."""
     sample = np.ascontiguousarray(ids[:: max(1, len(ids) // 100_000)])
@@ -1906,14 +1932,16 @@ def bench(args, ranks):
     ranks.agree(functools.partial(check_bench, args, ranks))
     device = device_of_rank(args, ranks)
     ranks.start_group(device, backend_for(args, device), args.timeout)
-    dtype, reason = lm.resolve_dtype(args.dtype, device)
+    narrow = args.param_dtype == "bfloat16"  # then all is computed in it
+    dtype, reason = lm.resolve_dtype("bfloat16" if narrow else args.dtype, device)
     config = lm.config_from_flags(args)
     cuda = device.type == "cuda"
     compiled = lm.compile_problem(device) is None if args.compile is None else args.compile
     card = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
     print(f"{config}\n{parameters_of(config):,} parameters, {ranks.world_size} x {device.type} "
           f"({card}), batch {args.batch_size} a rank, {str(dtype)[6:]}, torch {torch.__version__}, "
-          f"compile {compiled}, checkpoint_every {args.checkpoint_every}"
+          f"compile {compiled}, checkpoint_every {args.checkpoint_every}, "
+          f"recompute {args.recompute}, weights in {args.param_dtype}"
           + "".join(f", {name} {value}" for name, value in strategy_settings(args).items())
           + (f"; {reason}" if reason else ""))
     print("ms: median of turns (lowest to highest), the slowest rank's. communicating, exposed: in "
@@ -1978,12 +2006,20 @@ def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, check
         torch.cuda.reset_peak_memory_stats()
     torch.compiler.reset()
     ranks.watch(f"preparing {strategy}")
+    free = 0.95 * lm.free_memory(device)
     torch.manual_seed(0)
     with device:
         model = lm.TransformerLM(config)
+    model.to(getattr(torch, args.param_dtype))
     model.checkpoint_every = args.checkpoint_every
+    levels = lm.choose_recomputation(args, config.num_layers, functools.partial(
+        bytes_of_step, strategy, ranks.world_size, args.grad_accum > 1, args, config,
+        args.batch_size // args.grad_accum, dtype, device), free)
+    model.recompute(levels)
+    if args.recompute == "auto":
+        print(f"{strategy}{lm.levels_in_words(levels) or '; recompute: none'}")
     engine = Engine(strategy, model, dtype, 0.1, 1e-4, (0.9, 0.95), compiled,
-                    **strategy_settings(args))
+                    **strategy_settings(args), precision=lm.optimizer_precision(args))
     gc.collect()
     row, check = {"init_gib": allocated(cuda)}, []
     generator = torch.Generator().manual_seed(ranks.rank)
@@ -2327,7 +2363,8 @@ def build_parser():
     add("--warmup_steps", type=counting, default=5, help="2 or more")
     add("--repeats", type=counting, default=5, help="turns")
     add("--steps", type=counting, default=3, help="of a turn, without a pause")
-    add("--checkpoint_every", type=counting, nargs="*", default=[], help="recompute K blocks")
+    lm.add_recompute_flags(add)
+    lm.add_precision_flags(add)
     add("--device", default="auto")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")

@@ -564,6 +564,46 @@ def dkdv_kernel(q, k, v, do, lse, delta, dk, dv, first, end, q_strides, k_stride
     store_tile(dv, dv_strides, dv_acc, n, Tk, D, EVEN_N, EVEN_D, WIDE)
 
 
+@kernel
+def decode_kernel(q, k, v, o, lse, lengths, q_strides, k_strides, v_strides, G, D, chunk, splits,
+                  scale, GROUP: tl.constexpr, ROWS: tl.constexpr, EVEN_D: tl.constexpr,
+                  UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                  LOG2_E: tl.constexpr = LOG2_E):
+    """o and lse of the one query of each of the GROUP heads that share a key head, over `chunk` of
+    the row's keys: `forward_kernel` with heads for queries, so that keys are read once."""
+    split, head = tl.program_id(0) % splits, tl.program_id(0) // splits
+    b, g = head // G, head % G
+    end = tl.minimum((split + 1) * chunk, tl.load(lengths + b).to(tl.int32))
+    row, rows = tl.arange(0, ROWS), below(GROUP, ROWS, False)
+    columns = below(D, BLOCK_D, EVEN_D)
+    q = head_of(q, q_strides, b, g * GROUP)
+    q_at = row[:, None] * q_strides[1] + tl.arange(0, BLOCK_D)[None, :] * q_strides[3]
+    queries = tl.load(q + q_at, rows[:, None] & columns[None, :], 0.0)
+    if UPCAST:
+        queries = queries.to(tl.float32)
+    k, v = head_of(k, k_strides, b, g), head_of(v, v_strides, b, g)
+    k_at, v_at = (offsets(k_strides, BLOCK_N, BLOCK_D, False),
+                  offsets(v_strides, BLOCK_N, BLOCK_D, False))
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for n in range(split * chunk, end, BLOCK_N):
+        k_tile = load_tile(k, k_strides, k_at, n, end, D, False, EVEN_D, UPCAST)
+        v_tile = load_tile(v, v_strides, v_at, n, end, D, False, EVEN_D, UPCAST)
+        s = tl.dot(queries, k_tile.T, input_precision="ieee") * (scale * LOG2_E)
+        s = tl.where((n + tl.arange(0, BLOCK_N) < end)[None, :], s, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 1))
+        p, shrink = tl.exp2(s - new_peak[:, None]), tl.exp2(peak - new_peak)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
+        total = total * shrink + tl.sum(p, 1)
+        peak = new_peak
+    total = tl.where(total == 0, 1.0, total)  # no key in this chunk: o = 0, lse = -inf
+    at = ((tl.cast(b, tl.int64) * G + g) * GROUP + row) * splits + split  # (B, H, splits)
+    tl.store(o + at[:, None] * D + tl.arange(0, BLOCK_D)[None, :],
+             (acc / total[:, None]).to(o.dtype.element_ty), rows[:, None] & columns[None, :])
+    tl.store(lse + at, peak / LOG2_E + tl.log(total), rows)
+
+
 # -------------------------------------------------------------------------------------------------
 # kernels for Hopper (sm_90) in Gluon: same mathematics, with the chip's units scheduled by hand
 #
@@ -1496,6 +1536,38 @@ def _backward(q, k, v, o, lse, do, causal, scale, spans, allow_tf32, determinist
     return dq, dk, dv
 
 
+# Keys of a tile of `decode_kernel` by bits of the dtype. A program a head pair would leave most of a
+# card idle where there are few: the keys are then split until each multiprocessor has DECODE_WAVES.
+DECODE_KEYS, DECODE_WAVES = {16: 64, 32: 32}, 2
+
+
+@functools.cache
+def _multiprocessors(device):
+    return 8 if load_kernels() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _decode(q, k, v, lengths, scale):
+    (B, H, _, D), (_, G, S, _) = q.shape, k.shape
+    capability, _ = _card(q.device)
+    block_n = DECODE_KEYS[torch.finfo(q.dtype).bits] if capability else INTERPRETED[1]
+    wanted = -(-DECODE_WAVES * _multiprocessors(q.device) // (B * G))
+    chunk = -(-S // min(wanted, -(-S // block_n)) // block_n) * block_n
+    splits = -(-S // chunk)
+    o = q.new_empty(B, H, splits, D, dtype=q.dtype if splits == 1 else torch.float32)
+    lse = torch.empty(B, H, splits, dtype=torch.float32, device=q.device)
+    if capability is not None:
+        _say_once("decode", q.dtype, D, False, False)
+    padded = max(16, 1 << (D - 1).bit_length())
+    with on_device(q):
+        decode_kernel[(B * G * splits,)](
+            q, k, v, o, lse, lengths, q.stride(), k.stride(), v.stride(), G, D, chunk, splits,
+            scale, GROUP=H // G, ROWS=max(16, 1 << (H // G - 1).bit_length()), EVEN_D=padded == D,
+            UPCAST=capability is None, BLOCK_N=block_n, BLOCK_D=padded, num_warps=4, num_stages=2)
+    if splits > 1:
+        o = (o * lse.softmax(-1)[..., None]).sum(2, keepdim=True).to(q.dtype)
+    return o
+
+
 # -------------------------------------------------------------------------------------------------
 # what users call
 
@@ -1703,6 +1775,21 @@ def flash_attention(q, k, v, causal=True, scale=None, cu_seqlens=None, determini
         return torch.ops.lmzero.flash_attention_forward(
             q, k, v, *(spans or (None, None)), causal, scale, allow_tf32, deterministic)[0]
     return FlashAttentionTriton.apply(q, k, v, causal, (scale, spans, allow_tf32, deterministic))
+
+
+def flash_decode(q, k, v, lengths, scale=None):
+    """Attention of one new query a row over a cache, for generation: (B, H, 1, D). No gradients.
+
+    q: (B, H, 1, D); k, v: (B, G, S, D), as `flash_attention` takes them
+    lengths: (B,) int on the same device, how many of its S keys each row sees, 1 to S. Never read
+      by the host, so that a CUDA graph can hold the call.
+    """
+    scale = check_inputs(q, k, v, False, scale)
+    if q.shape[2] != 1 or lengths.shape != q.shape[:1] or lengths.device != q.device:
+        raise ValueError("flash_decode takes one query and one length a row on one device, got q "
+                         f"{tuple(q.shape)}, lengths {tuple(lengths.shape)} on {lengths.device}; "
+                         "use flash_attention for more queries")
+    return _decode(q.detach(), k.detach(), v.detach(), lengths, scale)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import argparse
 import bisect
 import contextlib
 import functools
+import itertools
 import importlib.util
 import json
 import math
@@ -43,6 +44,7 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as recompute
 
 CHOICES = {"pos": ("rope", "none"), "norm": ("pre", "post", "none"), "ffn": ("swiglu", "silu"),
@@ -144,7 +146,9 @@ class ModelConfig:
 def add_model_flags(parser, **defaults):
     """Adds --preset and a flag for each field of ModelConfig; `defaults` replace the class's."""
     group = parser.add_argument_group("model")
-    group.add_argument("--preset", choices=PRESETS, help="a named shape; other flags override it")
+    names = {name.lower(): name for name in PRESETS}
+    group.add_argument("--preset", choices=PRESETS, type=lambda name: names.get(name.lower(), name),
+                       help="a named shape; other flags override it")
     for f in fields(ModelConfig):
         if f.name == "rope_scaling":
             continue
@@ -183,7 +187,7 @@ def add_training_flags(parser):
     for name, default in (("weight_decay", 0.1), ("beta1", 0.9), ("beta2", 0.95)):
         add(f"--{name}", type=positive(float, zero=True), default=default)
     add("--grad_clip", type=positive(float), default=1.0, help="largest norm of the gradient")
-    add("--checkpoint_every", type=at_least_1, nargs="*", default=[], help="recompute K blocks")
+    add_recompute_flags(add)
     add("--eval_tokens", type=at_least_1, default=16_384, help="a validation; 4 times at the end")
     for name, steps in (("eval_every", 500), ("save_every", 500), ("log_every", 50)):
         add(f"--{name}", type=at_least_1, default=steps, help="steps")
@@ -194,14 +198,43 @@ def add_training_flags(parser):
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    add("--param_dtype", default="float32", choices=("float32", "bfloat16"),
-        help="of the weights and their gradients")
-    add("--moment_dtype", choices=("float32", "bfloat16"), help="of AdamW's (default: as weights)")
-    add("--stochastic_rounding", action="store_true", help="of bfloat16 weights")
+    add_precision_flags(add)
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     add("--prompt", default="def read(self", help="that the sample at the end continues")
     add("--sample_tokens", type=at_least_1, default=256)
     add_model_flags(parser, **CPU_MODEL)
+
+
+def add_precision_flags(add):
+    add("--param_dtype", default="float32", choices=("float32", "bfloat16"),
+        help="of the weights and their gradients")
+    add("--moment_dtype", choices=("float32", "bfloat16"), help="of AdamW's (default: as weights)")
+    add("--stochastic_rounding", action="store_true", help="of bfloat16 weights")
+
+
+def add_recompute_flags(add):
+    add("--checkpoint_every", type=positive(int), nargs="*", default=[], help="keep only the input "
+        "of groups of K blocks (K1 K2: nested)")
+    add("--recompute", default="none", choices=(*RECOMPUTE, "auto"), help="what a block computes "
+        "again in its backward pass; auto: as little as memory allows")
+
+
+def choose_recomputation(args, num_layers, need, free):
+    """The levels of RECOMPUTE that --recompute asks for. need(levels): bytes of a step.
+    raises ValueError where --checkpoint_every is given as well"""
+    if args.recompute == "auto":
+        levels = least_recomputation(num_layers, need, free)
+    else:
+        levels = (args.recompute,) * num_layers
+    if args.checkpoint_every and set(levels) != {"none"}:
+        raise ValueError("checkpoint_every and recompute are two ways to the same, got both; leave "
+                         "one out")
+    return levels
+
+
+def levels_in_words(levels):
+    counts = [f"{level} in {levels.count(level)} blocks" for level in RECOMPUTE if level in levels]
+    return "" if set(levels) == {"none"} else f"; recompute: {', '.join(counts)}"
 
 
 def prepare_run(args, prepare=lambda make: make()):
@@ -566,7 +599,8 @@ class KVCache:
     """Keys and values of the tokens seen so far, preallocated. Row b holds lengths[b] of them.
 
     k, v: (L, B, G, max_length, D). Rows may differ in length: what lies beyond lengths[b] is stale,
-    masked, and overwritten by the next token.
+    masked, and overwritten by the next token. `fixed`: `update` returns the whole of it, so that
+    every token of a batch runs the same shapes, as a CUDA graph needs.
     """
 
     def __init__(self, config, batch_size, max_length, device, dtype):
@@ -575,13 +609,14 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.end = 0  # on the host: max(lengths), so that slicing needs no device sync
+        self.fixed = False
 
     def update(self, layer, k, v, positions):
         """Stores k and v (B, G, T, D) at `positions` (B, T); returns all (B, G, end, D) so far."""
         index = positions[:, None, :, None].expand_as(k)
         self.k[layer].scatter_(2, index, k.to(self.k.dtype))
         self.v[layer].scatter_(2, index, v.to(self.v.dtype))
-        end = self.end + positions.shape[1]
+        end = self.k.shape[3] if self.fixed else self.end + positions.shape[1]
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def select(self, rows):
@@ -625,12 +660,16 @@ class CausalSelfAttention(nn.Module):
             if not first:  # the first tokens see only themselves: plain causal attention
                 k, v = seen_k.to(q.dtype), seen_v.to(q.dtype)
                 mask = torch.arange(k.shape[2], device=x.device) <= positions[:, None, :, None]
-        y = attend(q, k, v, mask, self.config.attention)
+        if mask is not None and cache is not None and self.config.attention == "flash" and (
+                x.shape[1] == 1):
+            y = load_flash_attention(name="flash_decode")(q, k, v, positions[:, 0] + 1)
+        else:
+            y = attend(q, k, v, mask, self.config.attention)
         return self.output_proj(y.transpose(1, 2).flatten(-2))
 
 
-def load_flash_attention(device=None):
-    """flash_attn.flash_attention, imported only where it is asked for.
+def load_flash_attention(device=None, name="flash_attention"):
+    """A function of flash_attn.py, imported only where it is asked for.
     raises ValueError without that file, and where it does not run on `device`, if given"""
     try:
         import flash_attn
@@ -640,7 +679,7 @@ def load_flash_attention(device=None):
         raise ValueError("attention=flash needs flash_attn.py, got none; use sdpa") from None
     if device is not None:
         flash_attn.check_device(device)
-    return flash_attn.flash_attention
+    return getattr(flash_attn, name)
 
 
 def attend(q, k, v, mask, backend):
@@ -664,7 +703,10 @@ def attend(q, k, v, mask, backend):
 
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward, each added to the residual stream: (B, T, C) to (B, T, C).
-    norm "pre": x + f(norm(x)); "post": norm(x + f(x)); "none": x + f(x). source: [1] A1 3.5"""
+    norm "pre": x + f(norm(x)); "post": norm(x + f(x)); "none": x + f(x). source: [1] A1 3.5
+    recompute: one of RECOMPUTE, what the backward pass computes again"""
+
+    recompute = "none"
 
     def __init__(self, config, rope=None):
         super().__init__()
@@ -677,6 +719,17 @@ class TransformerBlock(nn.Module):
         self.ffn = (SwiGLU if c.ffn == "swiglu" else SiLUFeedForward)(c.d_model, c.d_ff)
 
     def forward(self, x, positions=None, cache=None, layer=0, mask=None):
+        inputs = x, positions, cache, layer, mask
+        if self.recompute == "none" or not (self.training and torch.is_grad_enabled()):
+            return self.transform(*inputs)
+        if self.recompute == "block":
+            return recompute(self.transform, *inputs, use_reentrant=False)
+        width = self.ffn.w1.weight.shape[0] if self.recompute == "ffn" else None
+        contexts = functools.partial(create_selective_checkpoint_contexts,
+                                     functools.partial(keep_products, width))
+        return recompute(self.transform, *inputs, use_reentrant=False, context_fn=contexts)
+
+    def transform(self, x, positions, cache, layer, mask):
         if self.post_norm:
             x = self.ln1(x + self.attn(x, positions, cache, layer, mask))
             return self.ln2(x + self.ffn(x))
@@ -684,11 +737,27 @@ class TransformerBlock(nn.Module):
         return x + self.ffn(self.ln2(x))
 
 
+# What a block computes again in its backward pass, from nothing to all but its input. "cheap": what
+# is neither a matrix product nor attention. "ffn": that, and the wide products of the feed-forward
+# layer. source: [1] A2, gradient_checkpointing; the policies of torch.utils.checkpoint
+RECOMPUTE = ("none", "cheap", "ffn", "block")
+
+
+def keep_products(but_of_width, context, op, *inputs, **_):
+    """A policy of torch.utils.checkpoint: matrix products and attention are kept, except products
+    (N, but_of_width)."""
+    name = op._schema.name.partition("::")[2]
+    if name in ("mm", "addmm") and inputs[-1].shape[-1] != but_of_width:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.MUST_SAVE if "attention" in name else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class TransformerLM(nn.Module):
     """Token ids (B, T) to next-token logits (B, T, V). source: [1] A1 section 3.6
 
     `checkpoint_every` trades time for memory: (8,) keeps the input of every 8th block and computes
     the rest again in the backward pass; (8, 1) does that block by block within each group (nested).
+    `recompute(levels)` chooses what is kept within each block.
     """
 
     def __init__(self, config):
@@ -702,6 +771,11 @@ class TransformerLM(nn.Module):
         self.lm_head = Linear(c.d_model, c.vocab_size)
         if c.tie_embeddings:  # the head's small weights serve both: N(0, 1) would give huge logits
             self.token_embeddings.weight = self.lm_head.weight
+
+    def recompute(self, levels):
+        """levels: one of RECOMPUTE for each block."""
+        for layer, level in zip(self.layers, levels, strict=True):
+            layer.recompute = level
 
     def forward(self, ids, cache=None):
         return self.lm_head(self.hidden_states(ids, cache))
@@ -727,7 +801,7 @@ class TransformerLM(nn.Module):
             for i, layer in enumerate(self.layers):
                 x = layer(x, positions, cache, i, mask)
         if cache is not None:
-            cache.lengths = cache.lengths + T
+            cache.lengths += T  # in place: a CUDA graph has its address
             cache.end += T
         return self.ln_final(x)
 
@@ -768,7 +842,7 @@ class AdamW(torch.optim.Optimizer):
       1 - beta2 is less than half of its last bit
     stochastic_rounding: bfloat16 parameters are rounded up or down by chance, by what lies nearer:
       right on average, where rounding to nearest would lose every update of less than half a bit.
-      The chance is the same on every machine: of the step and the parameter's place.
+      The chance is of the step and the number's place: the same in each run on one kind of device.
     source: [6] algorithm 2; stochastic rounding: Gupta et al. 2015, arXiv 1502.02551
     """
 
@@ -820,14 +894,17 @@ class AdamW(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         m = [self.state[p]["m"] for p in params]
         v = [self.state[p]["v"] for p in params]
-        if self.stochastic_rounding or m[0].dtype != params[0].dtype:
+        mixed = self.stochastic_rounding or m[0].dtype != params[0].dtype
+        if params[0].is_cuda and _fusable(params, grads, m, v):
+            narrow = self.stochastic_rounding and params[0].dtype == torch.bfloat16
+            _adamw_kernel()(params, grads, m, v,
+                            (decay, 1 - beta1, beta2, 1 - beta2, eps, step_size, root),
+                            seed=t if narrow else None)
+            return
+        if mixed:
             for i, tensors in enumerate(zip(params, grads, m, v, strict=True)):
                 self._update_in_float32(*tensors, t << 32 | i, decay, betas=(beta1, beta2), eps=eps,
                                         step_size=step_size, root=root)
-            return
-        if params[0].is_cuda and _fusable([*params, *grads, *m, *v]):
-            _adamw_kernel()(params, grads, m, v,
-                            (decay, 1 - beta1, beta2, 1 - beta2, eps, step_size, root))
             return
         if decay != 1:
             torch._foreach_mul_(params, decay)
@@ -861,30 +938,33 @@ def round_stochastically(x, seed):
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
-def _fusable(tensors):
+def _fusable(params, grads, m, v):
     """Whether the kernel below may take these CUDA tensors, which it reads 16 bytes at a time."""
-    ok = tensors[0].dtype != torch.float64 and triton_problem(tensors[0].device) is None
-    return ok and all(x.is_contiguous() and x.data_ptr() % 16 == 0 and x.dtype == tensors[0].dtype
-                      for x in tensors)
+    kinds = {x.dtype for x in (*params, *grads)}, {x.dtype for x in (*m, *v)}
+    if triton_problem(params[0].device) or max(map(len, kinds)) > 1 or torch.float64 in kinds[0]:
+        return False
+    return all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (*params, *grads, *m, *v))
 
 
 @functools.cache
 def _adamw_kernel():
     """AdamW._update's arithmetic in one Triton kernel for all tensors of a list: each number comes
-    from memory once, which is a third of the foreach version's bytes."""
+    from memory once, which is a third of the foreach version's bytes. With `seed` weights are
+    rounded stochastically."""
     import triton
     import triton.language as tl
 
     BLOCK = 4096
 
-    @triton.jit
-    def kernel(table, owners, decay, new1, beta2, new2, eps, step_size, root,
-               KIND: tl.constexpr, BLOCK: tl.constexpr):
+    @triton.jit(do_not_specialize=["seed"])
+    def kernel(table, owners, decay, new1, beta2, new2, eps, step_size, root, seed,
+               KIND: tl.constexpr, MOMENTS: tl.constexpr, STOCHASTIC: tl.constexpr,
+               BLOCK: tl.constexpr):
         row = table + tl.load(owners + tl.program_id(0)) * 6
         p = tl.multiple_of(tl.load(row).to(tl.pointer_type(KIND)), 16)
         g = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(KIND)), 16)
-        m = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(KIND)), 16)
-        v = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(KIND)), 16)
+        m = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(MOMENTS)), 16)
+        v = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(MOMENTS)), 16)
         i = (tl.program_id(0) - tl.load(row + 5)) * BLOCK + tl.arange(0, BLOCK)
         inside = i < tl.load(row + 4)
         gradient = tl.load(g + i, inside, 0.0).to(tl.float32)
@@ -896,6 +976,11 @@ def _adamw_kernel():
         theta -= step_size * mean / (tl.sqrt_rn(square) / root + eps)
         tl.store(m + i, mean, inside)
         tl.store(v + i, square, inside)
+        if STOCHASTIC:  # see round_stochastically
+            place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+            noise = tl.randint(seed, place).to(tl.int32, bitcast=True) & 0xFFFF
+            bits = (theta.to(tl.int32, bitcast=True) + noise) & -65536
+            theta = tl.where(tl.abs(theta) < float("inf"), bits.to(tl.float32, bitcast=True), theta)
         tl.store(p + i, theta, inside)
 
     @functools.lru_cache(maxsize=16)
@@ -904,7 +989,7 @@ def _adamw_kernel():
         owners = np.repeat(np.arange(len(sizes)), blocks)
         return torch.from_numpy(owners).to(device), (np.cumsum(blocks) - blocks).tolist()
 
-    def launch(params, grads, m, v, rates):
+    def launch(params, grads, m, v, rates, seed=None):
         device = params[0].device
         sizes = tuple(p.numel() for p in params)
         owners, first = plan(sizes, device)
@@ -912,9 +997,10 @@ def _adamw_kernel():
                 for *tensors, n, start in zip(params, grads, m, v, sizes, first, strict=True)]
         table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
         kind = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-        with torch.cuda.device(device):
-            kernel[(len(owners),)](table, owners, *map(float, rates), KIND=kind[params[0].dtype],
-                                   BLOCK=BLOCK, num_warps=8)
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel[(len(owners),)](
+                table, owners, *map(float, rates), seed or 0, KIND=kind[params[0].dtype],
+                MOMENTS=kind[m[0].dtype], STOCHASTIC=seed is not None, BLOCK=BLOCK, num_warps=8)
 
     return launch
 
@@ -1204,38 +1290,131 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     windows = [list(windows[row.prompt_index]) for row in rows]
     if cache:
         cache.select(shared)
-    alive = list(range(len(rows)))  # rows still growing, in the order of the batch
-    for n in range(max_new_tokens):
-        logits = model.lm_head(last)
-        ids, logprobs = sample(logits, draws[n], temperature, top_k, top_p)
-        keep = []  # places in the batch
-        if not logprobs.isfinite().all():
-            raise ValueError("the model's logits must be finite, got others; check its weights")
-        for j, (r, token, logprob) in enumerate(zip(alive, ids.tolist(), logprobs.tolist())):
-            rows[r].tokens.append(token)
-            rows[r].logprobs.append(logprob)
-            windows[r].append(token)
-            if not is_finished(rows[r], stop_ids, stop_strings, tokenizer):
-                keep.append(j)
-        left = max_new_tokens - n - 1
+    is_over = functools.partial(is_finished, stop_ids=stop_ids, stop_strings=stop_strings,
+                                tokenizer=tokenizer)
+    sampling = temperature, top_k, top_p
+    if cache and replays(device) and max(map(len, windows)) + max_new_tokens <= limit:
+        decode_fixed(model, rows, last, cache, draws, sampling, is_over)
+    else:
+        decode_ragged(model, rows, last, cache, draws, sampling, is_over, windows)
+    if tokenizer:
+        for row in rows:
+            row.text = completion_text(row, stop_ids, stop_strings, tokenizer)
+    return rows
+
+
+def decode_ragged(model, rows, last, cache, draws, sampling, is_over, windows):
+    """Fills `rows` with tokens: those that end leave the batch, those that are full begin again.
+
+    last: (B, C), the hidden state after each prompt; cache: of the prompts, None to do without
+    draws: (max_new_tokens, B) in [0, 1); sampling: temperature, top_k and top_p of `sample`
+    windows: the ids of each prompt; is_over(row): whether its newest token ended it
+    """
+    alive, limit, use_cache = list(range(len(rows))), model.config.context_length, bool(cache)
+    for n in range(len(draws)):
+        ids, logprobs = sample(model.lm_head(last), draws[n], *sampling)
+        keep = take_tokens(rows, alive, ids, logprobs, is_over)
+        for r in alive:
+            windows[r].append(rows[r].tokens[-1])
+        left = len(draws) - n - 1
         if not keep or not left:
             break
         if len(keep) < len(alive):
             alive = [alive[j] for j in keep]
-            chosen = torch.tensor(keep, device=device)
+            chosen = torch.tensor(keep, device=last.device)
             ids, draws = ids[chosen], draws[:, chosen]
             if cache:
                 cache.select(chosen)
         if not use_cache or any(len(windows[r]) > limit for r in alive):
             for r in alive:
                 windows[r] = clip_window(windows[r], limit)
-            last, cache = prefill(model, [windows[r] for r in alive], left, device, use_cache)
+            last, cache = prefill(model, [windows[r] for r in alive], left, last.device, use_cache)
         else:
             last = model.hidden_states(ids[:, None], cache)[:, 0]
-    if tokenizer:
-        for row in rows:
-            row.text = completion_text(row, stop_ids, stop_strings, tokenizer)
-    return rows
+
+
+def decode_fixed(model, rows, last, cache, draws, sampling, is_over):
+    """`decode_ragged` for a device that waits for its host: one token of all rows is one replay of
+    a CUDA graph, and is looked at while the next is drawn. Rows that have ended go on, unread,
+    until half of the batch has. Every row must have room for all its tokens."""
+    alive, cache.fixed = list(range(len(rows))), True
+    step = DecodeStep(model, cache, *sample(model.lm_head(last), draws[0], *sampling), sampling)
+    for n in range(1, len(draws) + 1):
+        drawn = step.on_host()
+        if n < len(draws):
+            step(draws[n])
+        going = take_tokens(rows, alive, *drawn(), is_over)
+        if not going or n == len(draws):
+            break
+        if len(going) <= len(alive) // 2:
+            alive, chosen = [alive[j] for j in going], torch.tensor(going, device=last.device)
+            draws, ids, logprobs = draws[:, chosen], step.ids[chosen], step.logprobs[chosen]
+            cache.select(chosen)
+            step = DecodeStep(model, cache, ids, logprobs, sampling)
+
+
+class DecodeStep:
+    """Draws the next token of every row of a batch into `ids` and `logprobs` (B,), by a CUDA graph
+    from the second time on: hundreds of small kernels then cost the host one launch."""
+
+    def __init__(self, model, cache, ids, logprobs, sampling):
+        self.model, self.cache, self.sampling = model, cache, sampling
+        self.ids, self.logprobs, self.uniform = ids, logprobs, torch.empty_like(logprobs)
+        self.graph, self.calls = None, 0
+
+    def __call__(self, uniform):
+        """uniform: (B,) in [0, 1)"""
+        self.uniform.copy_(uniform)
+        self.calls += 1
+        if self.ids.device.type != "cuda" or self.calls == 1:  # a capture must find all compiled
+            self.draw()
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.draw()
+        self.graph.replay()
+
+    def draw(self):
+        hidden = self.model.hidden_states(self.ids[:, None], self.cache)[:, 0]
+        ids, logprobs = sample(self.model.lm_head(hidden), self.uniform, *self.sampling)
+        self.ids.copy_(ids)
+        self.logprobs.copy_(logprobs)
+
+    def on_host(self):
+        """A function that waits for what `ids` and `logprobs` hold now, and returns it."""
+        copies = [x.to("cpu", non_blocking=True, copy=True) for x in (self.ids, self.logprobs)]
+        mark = time_mark(self.ids.device)
+
+        def wait():
+            if isinstance(mark, torch.cuda.Event):
+                mark.synchronize()
+            return copies
+
+        return wait
+
+
+def take_tokens(rows, places, ids, logprobs, is_over):
+    """Gives rows[places[j]] the token ids[j], unless it has ended; returns the j of those that go
+    on. is_over(row): whether its newest token ended it. raises ValueError where logits are not
+    finite"""
+    going = []
+    for j, (r, token, logprob) in enumerate(zip(places, ids.tolist(), logprobs.tolist(),
+                                                strict=True)):
+        if rows[r].finish_reason == "stop":
+            continue
+        if not math.isfinite(logprob):
+            raise ValueError("the model's logits must be finite, got others; check its weights")
+        rows[r].tokens.append(token)
+        rows[r].logprobs.append(logprob)
+        if not is_over(rows[r]):
+            going.append(j)
+    return going
+
+
+def replays(device):
+    """Whether generation on this torch.device is faster as a CUDA graph of fixed shapes."""
+    return device.type == "cuda"
 
 
 def prefill(model, windows, room, device, use_cache):
@@ -1701,8 +1880,8 @@ def flops_per_token(config):
 
 
 def estimate_memory(config, batch_size, dtype=torch.float32, checkpoint_every=(),
-                    device_type="cuda"):
-    """{part: bytes} that a training step needs at its peak, AdamW and weights in float32.
+                    device_type="cuda", levels=(), param_dtype=torch.float32, moment_dtype=None):
+    """{part: bytes} that a training step needs at its peak. levels: see `TransformerLM.recompute`.
 
     Activations are what autograd saves in this file's layers, uncompiled; a test compares them with
     what it really saves. source: [1] A1 adamwAccounting, A2 gradient_checkpointing
@@ -1725,12 +1904,39 @@ def estimate_memory(config, batch_size, dtype=torch.float32, checkpoint_every=()
     for span in checkpoint_every:
         kept, inner = kept + math.ceil(inner / span), min(span, inner)
     blocks = kept * N * c.d_model * size + inner * a_block
+    if any(level != "none" for level in levels):
+        wide = (2 if c.ffn == "swiglu" else 1) * c.d_ff
+        cheap = 3 * c.d_model + 2 * q_width + 2 * kv_width + wide  # input, and products
+        of = {"none": a_block, "cheap": size * N * cheap, "ffn": size * N * (cheap - wide),
+              "block": size * N * c.d_model}
+        blocks = sum(of[level] for level in levels) + a_block  # and one that is computed again
     logits = min(N * c.vocab_size, CHUNK_LOGITS[device_type]) * (size + 4)
     head = N * (norm + size * c.d_model) + logits + 4 * c.vocab_size * c.d_model
-    cast = 2 * (parameters - parts["token_embeddings"]) if size == 2 else 0
-    return {"parameters": 4 * parameters, "gradients": 4 * parameters,
-            "optimizer (m and v)": 8 * parameters, "weights cast to bfloat16": cast,
+    cast = 2 * (parameters - parts["token_embeddings"]) if size < param_dtype.itemsize else 0
+    weights, moments = (d.itemsize * parameters for d in (param_dtype, moment_dtype or param_dtype))
+    return {"parameters": weights, "gradients": weights,
+            "optimizer (m and v)": 2 * moments, "weights cast to bfloat16": cast,
             "activations of the blocks": blocks, "final norm and loss": head}
+
+
+def memory_of_flags(args, config, batch_size, dtype, device, levels):
+    """`estimate_memory` under the flags that training and ddp.py bench share."""
+    return estimate_memory(config, batch_size, dtype, args.checkpoint_every, device.type, levels,
+                           getattr(torch, args.param_dtype),
+                           args.moment_dtype and getattr(torch, args.moment_dtype))
+
+
+def least_recomputation(num_layers, need, free):
+    """The levels of RECOMPUTE, one for each block, with the least work whose need(levels), in
+    bytes, is at most `free`; "block" for all where none is."""
+    steps = [(a, b, n) for a, b in itertools.pairwise(RECOMPUTE)
+             for n in ((num_layers,) if b == "cheap" else range(1, num_layers + 1))]
+    levels = ("none",) * num_layers
+    for before, after, n in steps:
+        if need(levels) <= free:
+            break
+        levels = (after,) * n + (before,) * (num_layers - n)
+    return levels
 
 
 def largest_batch(config, budget_bytes, **options):
@@ -1749,6 +1955,9 @@ def count(args):
     B, T = args.batch_size, config.context_length
     parameters, flops = count_parameters(config), count_matmul_flops(config, B)
     options = dict(dtype=getattr(torch, args.dtype), checkpoint_every=args.checkpoint_every)
+    options["levels"] = choose_recomputation(
+        args, config.num_layers, lambda levels: sum(
+            estimate_memory(config, B, **options, levels=levels).values()), args.memory_gib * 2**30)
     memory = estimate_memory(config, B, **options)
     print(config)
     for title, table, unit, scale in (
@@ -1788,6 +1997,10 @@ def bench(args):
     with device:
         model = TransformerLM(config)
     model.checkpoint_every = args.checkpoint_every
+    levels = choose_recomputation(args, config.num_layers, lambda levels: sum(
+        estimate_memory(config, B, dtype, levels=levels, device_type=device.type).values()),
+        free_memory(device))
+    model.recompute(levels)
     ANNOTATE = not args.compile  # main() switches it off again
     hidden_states = torch.compile(model.hidden_states) if args.compile else model.hidden_states
     optimizer = AdamW(optimizer_groups(model, 0.1))
@@ -1796,7 +2009,8 @@ def bench(args):
     card = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
     print(f"{config}\n{sum(p.numel() for p in model.parameters()):,} parameters, batch {B}, "
           f"{dtype}, {device} ({card}), torch {torch.__version__}, compile {args.compile}, "
-          f"checkpoint_every {args.checkpoint_every}" + (f"; {reason}" if reason else ""))
+          f"checkpoint_every {args.checkpoint_every}{levels_in_words(levels)}"
+          + (f"; {reason}" if reason else ""))
     if T > 1:
         check_forward(model, x, device, dtype)
 
@@ -2112,15 +2326,12 @@ def build_parser():
     parser = argparse.ArgumentParser(prog="model.py", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     dtypes, counting, rate = ("float32", "bfloat16"), positive(int), positive(float)
-    spans = dict(type=counting, nargs="*", default=[],
-                 help="recompute groups of K blocks (K1 K2: nested)")
-
     p = verbs.add_parser("count", help="parameters, FLOPs, memory, step time")
     add_model_flags(p)
     add = p.add_argument
     add("--batch_size", type=counting, default=1)
     add("--dtype", default="float32", choices=dtypes)
-    add("--checkpoint_every", **spans)
+    add_recompute_flags(add)
     add("--peak_tflops", type=rate, default=19.5, help="of the device (19.5: A100, float32)")
     add("--utilisation", type=rate, default=0.5, help="share of the peak that is reached")
     add("--memory_gib", type=rate, default=80, help="of the device")
@@ -2138,7 +2349,7 @@ def build_parser():
     add("--dtype", default="float32", choices=("auto", *dtypes))
     add("--compile", action="store_true", help="torch.compile the blocks")
     add("--full_logits", action="store_true", help="the plain loss, with all logits in memory")
-    add("--checkpoint_every", **spans)
+    add_recompute_flags(add)
     add("--memory_snapshot", metavar="FILE", help="writes MODE_FILE for pytorch.org/memory_viz")
     add("--nanogpt", metavar="DIR", help="race the training step of the nanoGPT in this folder")
     add("--profile", action="store_true", help="print the costliest kernels")

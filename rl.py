@@ -2869,7 +2869,7 @@ DEMO = ("--task addition --digits 2 --examples 750 --max_new_tokens 4 --eval_pro
         "--save_every 1000 --log_every 25")
 DEMO_SFT = "--max_steps 800 --lr 2e-3 --warmup_steps 50 --eval_every 200"
 DEMO_CONTROL = "--max_steps 1000000 --lr 1e-3 --eval_every 200"
-DEMO_GRPO = ("--max_steps 400 --lr 1e-3 --min_lr 1e-4 --warmup_steps 10 --prompts_per_step 128 "
+DEMO_GRPO = ("--max_steps 600 --lr 1e-3 --min_lr 1e-4 --warmup_steps 10 --prompts_per_step 128 "
              "--temperature 1.2 --dynamic_sampling 1 --problems 6000 --eval_every 25 "
              "--rollout_batch 1024 --micro_batch_size 512")
 

@@ -73,6 +73,7 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.model = lm.TransformerLM(config).to(self.device, getattr(torch, args.param_dtype))
         self.model.checkpoint_every = args.checkpoint_every
+        self.model.recompute(self.levels)
         groups = lm.optimizer_groups(self.model, args.weight_decay)
         self.optimizer = lm.AdamW(groups, args.lr, (args.beta1, args.beta2), **precision)
         self.generator = torch.Generator().manual_seed(args.seed)  # the place in the data
@@ -95,10 +96,16 @@ class Trainer:
     def fit_to_memory(self):
         """Says what memory a step will need; halves the micro-batch until that is free."""
         args, device, free = self.args, self.device, lm.free_memory(self.device)
+
+        def bytes_with(levels):
+            return sum(lm.memory_of_flags(args, self.config, self.micro_batch_size, self.dtype,
+                                          device, levels).values())
+
         while True:
-            need = sum(lm.estimate_memory(self.config, self.micro_batch_size, self.dtype,
-                                          args.checkpoint_every, device.type).values())
-            print(f"memory: about {need / 2**30:.2f} of {free / 2**30:.1f} GiB free on {device}")
+            self.levels = lm.choose_recomputation(args, self.config.num_layers, bytes_with, free)
+            need = bytes_with(self.levels)
+            print(f"memory: about {need / 2**30:.2f} of {free / 2**30:.1f} GiB free on {device}"
+                  f"{lm.levels_in_words(self.levels)}")
             if need <= free or self.micro_batch_size % 2:
                 return
             self.halve_batch()

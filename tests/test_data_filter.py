@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -287,6 +288,28 @@ def test_the_whole_article_is_taken_and_nothing_around_it():
         assert other not in text
 
 
+def test_classes_of_a_whole_page_say_nothing_of_its_parts():
+    html = f"""<body class="no-cookies share-hidden"><nav><ul><li><a href=/>Home</a></ul></nav><h1>A title</h1>
+        <div><p>{prose("a", 3)}</p><p>{prose("b", 3)}</p></div><div class=cookies><p>{prose("c")}</p></div></body>"""
+    features = data_filter.block_features(data_filter.read_page(html))
+    assert list(features["in cookie"]) == [False] * 4 + [True]
+    assert list(features["in best"]) == [False, False, True, True, False]
+
+
+def test_replies_of_a_forum_stay_and_comments_under_an_article_go():
+    replies = "".join(f"<div class=post><p>{prose(n, 2)}</p></div>" for n in range(3))
+    html = ("{}<main><h1>How do I boil an egg?</h1><div class=post><p>" + prose("a", 6) + "</p></div>"
+            "<h2>3 replies</h2>" + replies + "</main>")
+    forum = html.format("<meta name=generator content='Discourse 3.2'>")
+    assert all(prose(n, 2) in extract_text_from_html_bytes(forum.encode(), "main") for n in range(3))
+    assert prose(0, 2) not in extract_text_from_html_bytes(html.format("").encode(), "main")
+
+
+def test_spaces_between_tags_are_no_text_of_a_link():
+    page = data_filter.parse_html("<p><a href=/>\n   " + "go\n      " * 3 + "</a> and some more text</p>")
+    assert page.links == [len("go go go")]
+
+
 def test_a_page_that_only_noscript_holds_is_found():
     html = f"<div id=app></div><noscript><h1>Topic</h1><p>{prose('a')}</p></noscript>"
     assert prose("a") in extract_text_from_html_bytes(html.encode(), "main")
@@ -326,7 +349,8 @@ def test_random_bytes_and_cut_pages_never_raise():
 @pytest.mark.parametrize(("text", "masked"), [
     ("a.b+c@sub.example.co.uk", EMAIL_MASK), ("write to x@y.org.", f"write to {EMAIL_MASK}."),
     ("logo@2x.png", None), ("@name", None), ("a@b", None), ("git@github.com:a/b.git", None),
-    ("pip install x@1.2.3", None), ("ssh://user@host.com/x", None), ("|a@b.com|", f"|{EMAIL_MASK}|")])
+    ("pip install x@1.2.3", None), ("ssh://user@host.com/x", None),
+    ("https://user:password@host.com/x", None), ("|a@b.com|", f"|{EMAIL_MASK}|")])
 def test_emails_are_masked(text, masked):
     assert mask_emails(text) == (masked or text, int(masked is not None))
 
@@ -344,6 +368,7 @@ def test_us_and_canadian_numbers_are_masked(number):
     "Springfield, IL 62704 {}", "NY 10001 (212) 555-1234", "Suite 200 {}", "Hours 9-5 {}", "Est. 1999 {}",
     "Suite 4 217 555 1234", "Open since 1998 2175551234",
     "IL 62704-1234 217 555 1234", "TX 75001 2175551234", "DOB 1990-01-01 {}", "To order: {}", "phone={}",
+    "student phone number {}", "my number is {}", "Contact no. {}", "For invoice no. 7 call {}",
     "Reservations {} 2024", "001-415-555-2671", "415/555-2671", "( 283 ) 182-3829", "my number is 2831823829"])
 def test_a_telephone_after_other_numbers_or_words_is_masked(text):
     assert mask_phone_numbers(text.format("415-555-2671"))[1] == 1
@@ -354,8 +379,11 @@ def test_a_telephone_after_other_numbers_or_words_is_masked(text):
     "order 4155552671", "123-45-6789", "id=4155552671", "550e8400-e29b-41d4-a716-446655440000",
     "10.1000/182", "$4155552671", "5105105105105100", "1616161616", "v2.345.678.9012",
     "212 555 1234 5678", "1234 212 555 1234", "4111-212-555-1234", "7 4155552671", "2155551234 bytes",
-    "pp. 200 201-2023", "?id=415-555-2671", "USD 4155552671", "price 415.555.2671", "300-400 500-6000",
+    "pp. 200 201-2023", "?id=415-555-2671", "USD 4155552671", "416.555.0199 yen", "200-400-8000 Hz",
+    "price 415.555.2671", "300-400 500-6000",
     "IL 6270 2175551234",
+    "policy number 604-555-0177", "Item no. 604-555-0177", "student ID: 604-555-0177", "batch 604-555-0177",
+    "MRN 4155552671", "track 2125550143.mp3",
     "my order number is 4155552671", "tracking number 4155552671", "GB29 NWBK 6016 1331 9268 19"])
 def test_other_numbers_are_no_telephones(trap):
     assert mask_phone_numbers(f"See {trap} there.") == (f"See {trap} there.", 0)
@@ -368,9 +396,13 @@ def test_other_numbers_are_no_telephones(trap):
     ("01.02.03.04", None), ("tool-1.2.3.4", None), ("ip,10.0.0.1,200", f"ip,{IP_MASK},200"),
     ("IPv4:10.0.0.1.", f"IPv4:{IP_MASK}."), ("80/10.0.0.1", f"80/{IP_MASK}"), ("1:2.3.4.5", None),
     ("localhost/127.0.0.1", f"localhost/{IP_MASK}"), ("api: 10.0.0.1", f"api: {IP_MASK}"),
-    ("01:10:01:10.0.0.1", f"01:10:01:{IP_MASK}"), ("Firefox 1.2.3.4", None), ("12.145.178.101,23", None)])
+    ("01:10:01:10.0.0.1", f"01:10:01:{IP_MASK}"), ("Firefox 1.2.3.4", None),
+    ("nginx 1.2.3.4", None), ("EC 3.4.21.4", None), ("x==31.2.3.4", None),
+    ('AssemblyVersion("31.0.0.0")', None), ("doi 10.1000/182.255.10.1", None), ("31.0.1.2 for Windows", None),
+    ("Ping 8.8.8.8", f"Ping {IP_MASK}"), ("DNS: 1.1.1.1, 9.9.9.9", f"DNS: {IP_MASK}, {IP_MASK}"),
+    ("12.145.178.101,23", None)])
 def test_addresses_of_the_net_are_masked(text, masked):
-    assert mask_ips(text) == (masked or text, int(masked is not None))
+    assert mask_ips(text) == (masked or text, (masked or "").count(IP_MASK))
 
 
 def test_masked_text_is_stable():
@@ -433,7 +465,8 @@ def digest(out_dir):
             for name in ("clean.txt", "kept.jsonl", "tokens.bin", "dropped.jsonl")]
 
 
-def test_a_run_gives_text_tokens_and_a_report_whose_sums_close(warc, tmp_path, capsys):
+def test_a_run_gives_text_tokens_and_a_report_whose_sums_close(warc, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data_filter, "EXAMPLES", 1)
     out = tmp_path / "out"
     more = [response(page(9)), response(page(9), url="http://example.com/copy"),
             response(page("pii").replace(b"<p>", b"<p>Write to me@example.org, <|endoftext|> or ")),
@@ -455,6 +488,10 @@ def test_a_run_gives_text_tokens_and_a_report_whose_sums_close(warc, tmp_path, c
         assert stage["characters_in"] - stage["characters_dropped"] + stage["characters_changed"] \
             == stage["characters_out"]
     assert came == 10 and {s["stage"] for s in report["stages"]} >= {"records", "rules", "copies"}
+    files = [*out.glob("parts/*.dropped.jsonl"), out / "dropped.jsonl"]
+    recorded = Counter(json.loads(line)["reason"] for path in files for line in path.read_text().splitlines())
+    assert recorded == {f"{stage['stage']}: {reason}": entry["documents"]
+                        for stage in report["stages"] for reason, entry in stage["reasons"].items()}
     capsys.readouterr()
     assert data_filter.main(["inspect", "--out_dir", str(out), "--kept", "2", "--dropped", "3"]) is None
     shown = capsys.readouterr().out
@@ -631,7 +668,7 @@ def test_bad_input_is_refused_in_one_line(warc, tmp_path, capsys):
     assert "3 numbers" in refused(capsys, "run", "--input", warc, "--rules", "gopher_repetition",
                                   "--threshold", "top_ngrams.high=0.5", *out)
     for flag, value in (("num_hashes", 100), ("jaccard_threshold", 2), ("decontaminate_ngram", 0),
-                        ("decontaminate", tmp_path / "none")):
+                        ("decontaminate", tmp_path / "none"), ("language_score", "nan"), ("harm_score", -1)):
         assert flag in refused(capsys, "run", "--input", warc, f"--{flag}", value, *out)
     assert not (tmp_path / "out").exists()  # nothing began
     info = write_warc(tmp_path / "i.warc.gz", [record("warcinfo", b"x"), record("request", b"x")])
@@ -702,6 +739,14 @@ def test_a_list_of_paths_takes_local_copies(warc, tmp_path):
     paths.write_bytes(gzip.compress(f"crawl-data/x/{warc.name}\ncrawl-data/y.wet.gz\n".encode()))
     assert data_filter.list_inputs([str(paths)]) == [
         str(warc), "https://data.commoncrawl.org/crawl-data/y.wet.gz"]
+
+
+def test_a_list_of_paths_may_be_an_address(warc, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_filter, "fetch_input", lambda path, folder, num_workers: shutil.copy(
+        tmp_path / "got", folder / path.rsplit("/")[-1]))
+    (tmp_path / "got").write_bytes(gzip.compress(f"{warc}\ncrawl-data/y.wet.gz\n".encode()))
+    assert data_filter.list_inputs(["https://example.com/wet.paths.gz", "https://example.com/a.warc.gz"]) == [
+        str(warc), "https://data.commoncrawl.org/crawl-data/y.wet.gz", "https://example.com/a.warc.gz"]
 
 
 def test_an_address_is_fetched_with_patience_and_once(tmp_path, monkeypatch):
@@ -1085,6 +1130,12 @@ def test_harm_and_quality_without_a_model_state_label_score_and_method():
     assert data_filter.classify_nsfw("free porn xxx hardcore sex videos")[0] == "nsfw"
     assert data_filter.classify_nsfw("the cathedral was built in 1250")[0] == "non-nsfw"
     assert data_filter.classify_toxic_speech("you are a stupid idiot, shut up")[0] == "toxic"
+    assert data_filter.classify_toxic_speech("you are so gay, you racist")[0] == "toxic"
+    for text in ("Gay and lesbian couples may marry; same-sex couples adopt.", "I am a gay man and a lesbian's son.",
+                 "The Nazis passed racist laws against Jews and Roma.", "Homo sapiens and Homo erectus are hominins.",
+                 "Penis and vagina are organs; a cock is a bird, Dick Cheney a man."):
+        assert data_filter.classify_toxic_speech(text)[0] == "non-toxic"
+        assert data_filter.classify_nsfw(text)[0] == "non-nsfw"
     assert data_filter.classify_toxic_speech("thank you for the careful edit")[0] == "non-toxic"
     prose = (SENTENCES["en"] + " ") * 20
     assert data_filter.classify_quality(prose)[0] == "wiki"

@@ -1305,6 +1305,7 @@ for D in map(int, sys.argv[2:]):
         flash_attn._plan_hopper_backward.cache_clear()
         o, lse = flash_attn._forward(q, k, k, True, 0.125, None, False)
         flash_attn._backward(q, k, k, o, lse, o, True, 0.125, None, False, not hopper)
+    flash_attn._decode(q[:, :, :1], k, k, torch.tensor([9]), 0.125)
 """
 # KiB of a block; source: CUDA C++ Programming Guide, technical specifications per compute capability
 SHARED_KIB = {"80": 163, "86": 99, "90": 227}
@@ -1667,3 +1668,47 @@ def test_bench_on_a_gpu_times_its_rivals_and_ends_in_json(capsys):
             assert row["kept_mib"] > scores and row["peak_mib"] > 2 * scores
         else:  # o, lse, three gradients and a few sums in float32
             assert one <= row["kept_mib"] < 2 * one and 4 * one <= row["peak_mib"] < 12 * one
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, H, G, S, D", [(1, 2, 1, 300, 16), (3, 6, 2, 70, 40), (5, 4, 4, 33, 64)])
+def test_decoding_attends_to_each_row_s_own_number_of_keys(B, H, G, S, D, dtype):
+    q, k, v = (torch.randn(B, n, t, D, dtype=dtype, device=DEVICE) for n, t in ((H, 1), (G, S), (G, S)))
+    lengths = torch.randint(1, S + 1, (B,), device=DEVICE)
+    lengths[0] = S
+    stale = torch.arange(S, device=DEVICE)[None, :] >= lengths[:, None]
+    k[stale[:, None].expand(B, G, S)] = math.nan  # what lies beyond a row's length is never looked at
+    v[stale[:, None].expand(B, G, S)] = math.nan
+    got = FA.flash_decode(q, k, v, lengths)
+    for b, n in enumerate(lengths.tolist()):
+        row = [x[b : b + 1, :, : x.shape[2] if x is q else n].double() for x in (q, k, v)]
+        exact = FA.attention(*row, causal=False)[0]
+        error = (got[b].double() - exact[0]).norm() / exact.norm()
+        assert got.dtype == dtype and error < (FA.ERROR_BOUND if ON_GPU else INTERPRETED)[dtype]
+
+
+@kernels
+def test_decoding_takes_a_cache_of_any_strides():
+    k, v = (torch.randn(2, 50, 2, 32, device=DEVICE).transpose(1, 2) for _ in range(2))
+    q = torch.randn(2, 1, 4, 32, device=DEVICE).transpose(1, 2)
+    lengths = torch.tensor([50, 7], device=DEVICE)
+    whole = FA.flash_decode(q.contiguous(), k.contiguous(), v.contiguous(), lengths)
+    assert torch.equal(FA.flash_decode(q, k, v, lengths), whole)
+    close(FA.flash_decode(q[:1], k[:1], v[:1], lengths[:1], scale=0.5),
+          FA.attention(q[:1], k[:1], v[:1], causal=False, scale=0.5)[0])  # fmt: skip
+    with pytest.raises(ValueError, match="one query and one length a row"):
+        FA.flash_decode(k, k, v, lengths)
+
+
+@kernels
+def test_generation_with_flash_attention_gives_the_tokens_of_sdpa(monkeypatch):
+    monkeypatch.setattr(M, "replays", lambda device: ON_GPU)
+    shape = dict(vocab_size=61, context_length=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48)
+    weights, made = M.TransformerLM(M.ModelConfig(**shape)).state_dict(), []
+    for attention in ("sdpa", "flash"):
+        model = M.TransformerLM(M.ModelConfig(**shape, attention=attention)).to(DEVICE)
+        model.load_state_dict(weights)
+        rows = M.generate(model, [[3], [5, 17, 2, 40]], 6, num_samples=2, seed=1)
+        made.append([row.tokens for row in rows])
+    assert made[0] == made[1]

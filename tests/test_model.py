@@ -7,6 +7,7 @@ Tolerances: F32 holds where both sides do the same sums of some 100 float32 term
 """
 
 import contextlib
+import functools
 import copy
 import io
 import itertools
@@ -577,6 +578,26 @@ def test_gradient_checkpointing_changes_memory_and_not_gradients(spans):
         assert torch.equal(p.grad, expected)  # the same operations on the same numbers
 
 
+@pytest.mark.parametrize("levels, compiled", [
+    (["cheap"] * 3, False), (["ffn"] * 3, False), (["block"] * 3, False), (["none", "ffn", "cheap"], False),
+    (["block", "ffn", "cheap"], True),
+], ids=str)  # fmt: skip
+def test_what_is_computed_again_is_the_same(levels, compiled):
+    model = M.TransformerLM(tiny(num_layers=3))
+    ids, targets = tokens(2, 16), tokens(2, 16)
+    if compiled:
+        for block in model.layers:
+            block.forward = torch.compile(block.forward, backend="aot_eager_decomp_partition")
+    model.loss(ids, targets).backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.recompute(levels)
+    model.loss(ids, targets).backward()
+    for p, expected in zip(model.parameters(), plain, strict=True):
+        same = functools.partial(torch.allclose, rtol=1e-5, atol=1e-6) if compiled else torch.equal
+        assert same(p.grad, expected)
+
+
 @contextlib.contextmanager
 def kept_by_autograd(model, cast_weights=False):
     """{storage: tensor} that autograd saves inside, without parameters and tables, and (unless
@@ -900,13 +921,14 @@ def test_stochastic_rounding_gives_a_neighbour_of_bfloat16_that_is_right_on_aver
     assert odd[:2].tolist() == [math.inf, -math.inf] and odd[2].isnan()
 
 
-def test_adamw_with_float32_moments_is_the_float32_one_whose_weights_are_rounded_every_step():
-    narrow = torch.nn.Parameter(torch.randn(40, 30).bfloat16())
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_adamw_with_float32_moments_is_the_float32_one_whose_weights_are_rounded_every_step(device):
+    narrow = torch.nn.Parameter(torch.randn(40, 30).bfloat16().to(device))
     wide = torch.nn.Parameter(narrow.detach().float())
     ours = M.AdamW([narrow], lr=0.01, weight_decay=0.1, moment_dtype=torch.float32)
     exact = torch.optim.AdamW([wide], lr=0.01, weight_decay=0.1)
     for t in range(20):
-        grad = torch.randn(40, 30, generator=torch.Generator().manual_seed(t)).bfloat16()
+        grad = torch.randn(40, 30, generator=torch.Generator().manual_seed(t)).bfloat16().to(device)
         narrow.grad, wide.grad = grad, grad.float()
         ours.step()
         exact.step()
@@ -916,9 +938,10 @@ def test_adamw_with_float32_moments_is_the_float32_one_whose_weights_are_rounded
     assert ours.state[narrow]["v"].dtype == torch.float32
 
 
-def test_small_updates_of_bfloat16_weights_are_lost_to_the_nearest_but_not_to_stochastic_rounding():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_small_updates_of_bfloat16_weights_are_lost_to_the_nearest_but_not_to_stochastic_rounding(device):
     def trained(**options):  # 100 steps of 1e-3 down from 1, where half of the last bit is 2e-3
-        p = torch.nn.Parameter(torch.ones(2000, dtype=torch.bfloat16))
+        p = torch.nn.Parameter(torch.ones(2000, dtype=torch.bfloat16, device=device))
         optimizer = M.AdamW([p], lr=1e-3, weight_decay=0.0, **options)
         for _ in range(100):
             p.grad = torch.ones_like(p)
@@ -928,6 +951,33 @@ def test_small_updates_of_bfloat16_weights_are_lost_to_the_nearest_but_not_to_st
     assert trained() == 1
     # a step up by less than a bit moves the mean by 1e-3 +- 4e-3 / sqrt(2000): 0.9 within 1e-2
     assert trained(stochastic_rounding=True, moment_dtype=torch.float32) == pytest.approx(0.9, abs=1e-2)
+
+
+ADAMW_KERNEL = """
+import torch, model as M
+def run(kind, moments, seed):
+    torch.manual_seed(0)
+    p, m, v = torch.randn(5000).to(kind), *(torch.rand(2, 5000).to(moments) / 9)
+    g = torch.randn(5000).to(kind)
+    exact = g.double()
+    theta = p.double() * 0.9 - 0.01 * (m.double() * 0.8 + exact * 0.2) / ((v.double() * 0.7 + exact**2 * 0.3).sqrt() + 1)
+    M._adamw_kernel()([p], [g], [m], [v], (0.9, 0.2, 0.7, 0.3, 1.0, 0.01, 1.0), seed)
+    return p, theta
+p, theta = run(torch.float32, torch.float32, None)
+assert (p - theta).abs().max() < 1e-6
+p, theta = run(torch.bfloat16, torch.float32, 3)
+bit = theta.abs().log2().floor().exp2() * 2**-7  # the last one of bfloat16
+assert ((p.double() - theta).abs() < bit + 1e-6).all()
+assert abs(((p.double() - theta) / bit)[theta.abs() > 0.01].mean()) < 0.05  # sigma is 0.006
+assert not torch.equal(p, run(torch.bfloat16, torch.float32, 4)[0])
+"""
+
+
+def test_the_fused_adamw_is_right_and_rounds_stochastically_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", ADAMW_KERNEL], cwd=ROOT,
+                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("options", [dict(moment_dtype=torch.float32), dict(stochastic_rounding=True)])
@@ -1351,6 +1401,37 @@ def test_sampling_with_the_cache_equals_sampling_without():
     assert [row.tokens for row in cached] == [row.tokens for row in plain]
     for a, b in zip(cached, plain, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)  # float32
+
+
+def check_fixed_shapes(model, monkeypatch):
+    """That decode_fixed, which a GPU takes, gives what decode_ragged gives, whichever rows end when."""
+    ragged, sizes = RAGGED[:3], []
+    call = M.DecodeStep.__call__
+    monkeypatch.setattr(M.DecodeStep, "__call__",
+                        lambda step, u: sizes.append(len(u)) or call(step, u))  # fmt: skip
+    for stops in ((), range(0, 12), range(0, 61, 2)):
+        options = dict(temperature=0.9, top_p=0.95, num_samples=4, seed=3, stop_ids=stops)
+        monkeypatch.setattr(M, "replays", lambda device: False)
+        plain = M.generate(model, ragged, 20, **options)
+        monkeypatch.setattr(M, "replays", lambda device: True)
+        fixed = M.generate(model, ragged, 20, **options)
+        assert [(r.tokens, r.finish_reason) for r in plain] == [(r.tokens, r.finish_reason) for r in fixed]
+        for a, b in zip(plain, fixed, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)  # float32
+    assert sizes[0] == 12 and min(sizes) < 4  # the batch has shrunk
+
+
+@pytest.mark.parametrize("changes", [{}, dict(num_kv_heads=2, attention="eager"), dict(qk_norm=True)])
+def test_generation_in_fixed_shapes_gives_the_tokens_of_the_plain_loop(changes, monkeypatch):
+    check_fixed_shapes(exact_model(**changes), monkeypatch)
+
+
+def test_rows_that_would_outgrow_the_context_are_not_decoded_in_fixed_shapes(monkeypatch):
+    model = exact_model()
+    plain = M.generate(model, RAGGED, 10, temperature=0)
+    monkeypatch.setattr(M, "replays", lambda device: True)
+    monkeypatch.setattr(M, "decode_fixed", None)  # RAGGED[3] has 30 of 32 tokens
+    assert [row.tokens for row in M.generate(model, RAGGED, 10, temperature=0)] == [r.tokens for r in plain]
 
 
 def test_sampling_is_reproducible_by_seed_and_independent_of_the_company_in_the_batch():
@@ -1861,9 +1942,10 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def peak_of_a_pass(config, spans):
+def peak_of_a_pass(config, spans, level="none"):
     """(bytes kept by the forward pass, peak bytes of forward and backward without any gradient kept)"""
     model = M.TransformerLM(config)
+    model.recompute([level] * config.num_layers)
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     x = torch.randn(3, 96, 64, requires_grad=True)
@@ -1885,6 +1967,39 @@ def test_estimated_activations_under_gradient_checkpointing_are_within_a_tenth_o
         assert kept <= inputs * x_bytes  # the first input was made outside
         estimate = M.estimate_memory(config, 3, checkpoint_every=spans)["activations of the blocks"]
         assert estimate == pytest.approx(peak - working + x_bytes, rel=0.1), spans
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention": "eager"}, {"ffn": "silu"}, {"num_kv_heads": 1}], ids=str)
+def test_estimated_activations_of_each_level_of_recomputation_are_what_is_kept(changes):
+    config = memory_config(num_layers=8, **changes)
+    a_block = M.estimate_memory(config, 3)["activations of the blocks"] / 8
+    sizes = []
+    for level in M.RECOMPUTE[1:]:
+        kept, _ = peak_of_a_pass(config, (), level)
+        estimate = M.estimate_memory(config, 3, levels=[level] * 8)["activations of the blocks"] - a_block
+        assert kept <= estimate <= 1.4 * kept + 3 * 96 * 64 * 4, level  # the first input was made outside
+        sizes.append(kept)
+    assert 8 * a_block > sizes[0] > sizes[1] > sizes[2]
+
+
+def test_as_little_is_computed_again_as_fits_into_memory():
+    cost = {"none": 10, "cheap": 7, "ffn": 3, "block": 1}
+    found = {free: M.least_recomputation(4, lambda levels: sum(cost[level] for level in levels), free)
+             for free in (40, 39, 28, 27, 24, 20, 11, 10, 3)}  # fmt: skip
+    assert found == {
+        40: ("none",) * 4, 39: ("cheap",) * 4, 28: ("cheap",) * 4, 27: ("ffn",) + ("cheap",) * 3,
+        24: ("ffn",) + ("cheap",) * 3, 20: ("ffn",) * 2 + ("cheap",) * 2, 11: ("block",) + ("ffn",) * 3,
+        10: ("block",) + ("ffn",) * 3, 3: ("block",) * 4,
+    }  # fmt: skip
+
+
+def test_bfloat16_weights_and_moments_take_half_the_memory():
+    config, half = tiny(), torch.bfloat16
+    n = sum(M.count_parameters(config).values())
+    for moments, bytes_each in ((None, 2), (torch.float32, 4)):
+        parts = M.estimate_memory(config, 2, half, param_dtype=half, moment_dtype=moments)
+        assert [parts[k] / n for k in ("parameters", "gradients", "optimizer (m and v)")] == [2, 2, 2 * bytes_each]
+        assert parts["weights cast to bfloat16"] == 0
 
 
 def test_memory_of_weights_gradients_and_optimizer_is_sixteen_bytes_a_parameter():
@@ -2009,6 +2124,7 @@ def test_scores_softmax_and_values_are_named_ranges_for_the_profiler(monkeypatch
     ("count --nope 1", "--nope"), ("count --preset nope", "nope"), ("nope", "nope"), ("", "verb"),
     ("count --d_model 10 --num_heads 3", "d_model"), ("count --norm batch", "norm"),
     ("count --batch_size 0", "batch_size"), ("count --batch_size -3", "batch_size"),
+    ("count --checkpoint_every 1 --recompute ffn", "leave one out"),
     ("count --checkpoint_every 0", "checkpoint_every"), ("count --checkpoint_every -1", "checkpoint_every"),
     ("count --utilisation 0", "utilisation"), ("count --peak_tflops 0", "peak_tflops"),
     (f"bench {SHAPE} --device tpu", "tpu"), (f"bench {SHAPE} --device cpu --batch_size 0", "batch_size"),
@@ -2170,11 +2286,11 @@ def test_cuda_fused_adamw_equals_the_foreach_one_and_takes_views_and_strides(dty
 
     shapes = [(5000, 3), (4096,), (1,), (33,), (8, 6)]
     results = []
-    for fusable in (M._fusable, lambda tensors: False):
+    for fusable in (M._fusable, lambda *lists: False):
         monkeypatch.setattr(M, "_fusable", fusable)
         params = [torch.nn.Parameter(start(i, i)) for i in range(5)]
         if len(results) == 0:
-            assert [fusable(g) for g in (params[:3], params[3:4], params[4:])] == [True, False, False]
+            assert [fusable(g, g, g, g) for g in (params[:3], params[3:4], params[4:])] == [True, False, False]
         optimizer = M.AdamW([dict(params=[p]) for p in params[3:]] + [dict(params=params[:3])], lr=0.01)
         for t in range(20):
             for i, p in enumerate(params):
@@ -2205,6 +2321,15 @@ def test_cuda_greedy_with_the_cache_equals_greedy_without():
     cached = M.generate(model, RAGGED, 40, temperature=0)
     plain = M.generate(model, RAGGED, 40, temperature=0, use_cache=False)
     assert [row.tokens for row in cached] == [row.tokens for row in plain]
+
+
+@needs_cuda
+@pytest.mark.parametrize("attention", ["sdpa", "flash"])
+def test_cuda_generation_by_graph_gives_the_tokens_of_the_plain_loop(attention, monkeypatch):
+    if attention == "flash":
+        pytest.importorskip("triton", reason="flash attention needs triton")
+    model = exact_model(num_kv_heads=2, d_head=16, attention=attention)
+    check_fixed_shapes(model.float().cuda(), monkeypatch)
 
 
 @needs_cuda
