@@ -1449,6 +1449,9 @@ class Ranks:
         self.watch("the first collective", limit_s=self.init_timeout, hint="see that the hosts "
                    "reach each other: NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names the network "
                    "card, NCCL_DEBUG=INFO says more")
+        import torch._dynamo  # noqa: F401: optimizers do; later it would hold on to the group, whose
+        # threads Python may then abort when it ends
+
         dist.init_process_group(backend, store=dist.PrefixStore("group", self.store),
                                 rank=self.rank, world_size=self.world_size,
                                 timeout=timedelta(seconds=timeout + 60))  # the watchdog is first
@@ -1463,6 +1466,7 @@ class Ranks:
             self.watch.end()
         if dist.is_initialized():
             dist.destroy_process_group()
+            gc.collect()  # groups that a model's hooks held, and their threads
 
     def claim(self, without_store):
         """Whether this rank is the first that wants to tell about an error."""

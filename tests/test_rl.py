@@ -832,6 +832,7 @@ def test_a_run_that_fails_at_once_leaves_nothing_and_overwrites_nothing(start, t
 
 def test_two_ranks_give_the_result_of_one(start, tmp_path):
     code = ("import sys, torch, rl\nfrom test_rl import VERBS, flags\nfrom pathlib import Path\n"
+            "import torch._dynamo  # see rl.start_ranks\n"
             "torch.distributed.init_process_group('gloo')\n"
             "for verb in VERBS:\n    assert rl.main(flags(verb, sys.argv[1], Path(sys.argv[2]) / verb)) == 0\n"
             "torch.distributed.destroy_process_group()\n")  # fmt: skip
