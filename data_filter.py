@@ -1031,6 +1031,7 @@ OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 IP = re.compile(rf"(?<![\w.])(?<![A-Za-z][-_])(?<!(?<![\w:.])\d:)(?<!\d-)(?:{OCTET}\.){{3}}{OCTET}"
                 rf"(?!\w|\.\w|-[A-Za-z]|(?<=(?:\.\d\d\d){{3}}),\d\d(?![\d.,]))")
 PORT = re.compile(r":\d")
+LISTED = re.compile(r"\d(?:\.\d{1,5}){3}([,;]? (?:and |or |to |through )?)$")
 MAYBE_IP = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
 
 
@@ -1121,9 +1122,12 @@ def mask_phone_numbers(text):
 
 
 def is_ip(match, last):
-    """Not after a word of versions, nor after a program's name and a slash (Chrome/91.0.44.12)."""
+    """Not after a word of versions, nor after a program's name and a slash (Chrome/91.0.44.12), nor
+    in a list behind one that is none."""
     text, start = match.string, match.start()
     before = text[max(0, start - 30):start]
+    if (listed := LISTED.search(before)) and start - len(listed[1]) != last:
+        return False
     if before[-1:] == "/" and before[-2:-1].isalpha() and not before.lower().endswith(
             "localhost/") and not PORT.match(text, match.end()):
         return False
@@ -1139,6 +1143,8 @@ def mask_ips(text):
 
     >>> mask_ips("from 192.0.2.146, version 1.2.3.4")
     ('from |||IP_ADDRESS|||, version 1.2.3.4', 1)
+    >>> mask_ips("between versions 1.2.3.4 and 5.6.7.8")
+    ('between versions 1.2.3.4 and 5.6.7.8', 0)
     """
     if not MAYBE_IP.search(text):
         return text, 0
