@@ -1449,8 +1449,8 @@ class Ranks:
         self.watch("the first collective", limit_s=self.init_timeout, hint="see that the hosts "
                    "reach each other: NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names the network "
                    "card, NCCL_DEBUG=INFO says more")
-        import torch._dynamo  # noqa: F401: optimizers do; later it would hold on to the group, whose
-        # threads Python may then abort when it ends
+        # optimizers do; imported later it would hold on to the group, whose threads Python may abort
+        from torch import _dynamo  # noqa: F401
 
         dist.init_process_group(backend, store=dist.PrefixStore("group", self.store),
                                 rank=self.rank, world_size=self.world_size,

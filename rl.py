@@ -3085,7 +3085,8 @@ def start_ranks(device):
     if kind == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    import torch._dynamo  # noqa: F401: optimizers do, later it would hold on to the group's threads
+    # optimizers do; imported later it would hold on to the group, whose threads Python may abort
+    from torch import _dynamo  # noqa: F401
 
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return device

@@ -772,11 +772,11 @@ def tiny_model(**changes):
     return lm.TransformerLM(config)
 
 
-def engine_steps(strategy, compiled=False, dtype=torch.float32, spans=(), levels=("none",) * 4, **changes):
+def engine_steps(strategy, compiled=False, dtype=torch.float32, spans=(), levels=None, **changes):
     """(loss over all ranks, norm) of three steps on one batch."""
     model = tiny_model(**changes)
     model.checkpoint_every = spans
-    model.recompute(levels)
+    model.recompute(levels or ["none"] * len(model.layers))
     engine = ddp.Engine(strategy, model, dtype, 0.1, 1e-2, (0.9, 0.95), compiled, bucket_mb=1e-3)
     x, y = torch.randint(53, (2, 8, 8), generator=seeded(0), device="cpu").to(DEVICE)
     rows = []
@@ -861,7 +861,7 @@ def run_checks(rank, n, folder, kind, names):
         F32["atol"] = 1e-4  # its kernels add in other orders, and AdamW divides by small numbers
         torch.cuda.set_device(rank)
         torch.set_default_device(DEVICE)
-    import torch._dynamo  # noqa: F401: see ddp.Ranks.start_group
+    from torch import _dynamo  # noqa: F401: see ddp.Ranks.start_group
 
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", init_method=f"file://{folder}/store",
                             rank=rank, world_size=n, timeout=timedelta(seconds=60))  # fmt: skip
