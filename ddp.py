@@ -153,14 +153,8 @@ def send_from_owners(tensors, owners, at_once_bytes=256 * MiB):
         wait_for([dist.broadcast(t.detach(), r, async_op=True)
                   for t, r in zip(tensors, owners, strict=True)])
         return
-    parts, size = [], math.inf
-    for i in sorted(range(len(tensors)), key=lambda i: str(tensors[i].dtype)):  # stable
-        if size >= at_once_bytes or tensors[i].dtype != tensors[parts[-1][0]].dtype:
-            parts.append([])
-            size = 0
-        parts[-1].append(i)
-        size += tensors[i].nbytes
-    for part in parts:
+    order = sorted(range(len(tensors)), key=lambda i: str(tensors[i].dtype))  # stable
+    for part in cut(order, at_once_bytes, tensors.__getitem__):
         of_rank = [[tensors[i] for i in part if owners[i] == r] for r in range(num_ranks())]
         COUNT["issued"] += 1
         if not all(of_rank):
@@ -235,15 +229,17 @@ def flatten(tensors):
     return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
-def of_size(shards, nbytes):
-    """Cuts a list of ShardedParameter into lists of at least nbytes, as gathered, but the last."""
-    parts, size = [], nbytes
-    for s in shards:
-        if size >= nbytes:
+def cut(items, nbytes, tensor_of):
+    """Lists of items, in order, whose tensors share a dtype and have together at least nbytes, if
+    as many follow of that dtype."""
+    parts, size, dtype = [], 0, None
+    for item in items:
+        tensor = tensor_of(item)
+        if size >= nbytes or tensor.dtype != dtype:
             parts.append([])
-            size = 0
-        parts[-1].append(s)
-        size += s.nbytes
+            size, dtype = 0, tensor.dtype
+        parts[-1].append(item)
+        size += tensor.nbytes
     return parts
 
 
@@ -1037,7 +1033,7 @@ class FSDP(Wrapper):
             torch.cuda.current_stream(self.device).wait_event(self.reduced[1])
             self.reduced = None
         with self.on_stream("reduce"):
-            for some in of_size(unit.trained, self.reduce_bytes):
+            for some in cut(unit.trained, self.reduce_bytes, lambda s: s.buffer):
                 self.start_reduction(unit, some)
                 if self.device.type == "cuda":
                     self.end_reductions()  # the stream "reduce" waits, not the host
@@ -1881,12 +1877,11 @@ class Trainer:
 def bytes_of_step(strategy, N, accumulates, *of_flags):
     """Bytes that a rank of N needs for a step; of_flags: of lm.memory_of_flags."""
     parts = lm.memory_of_flags(*of_flags)
-    if "fsdp" in strategy:  # some blocks' weights are whole at a time
-        _, config, *_ = of_flags
-        parts["weights cast to bfloat16"] *= min(1, 8 / config.num_layers)
-    sharded = {"zero1": ("optimizer (m and v)",)}.get(strategy, ())
+    sharded = ("optimizer (m and v)",) if strategy == "zero1" else ()
     if "fsdp" in strategy:
         sharded = ("parameters", "gradients", "optimizer (m and v)")
+        _, config, *_ = of_flags  # the weights of some blocks are whole at a time
+        parts["weights cast to bfloat16"] *= min(1, 8 / config.num_layers)
     parts = {part: value / (N if part in sharded else 1) for part, value in parts.items()}
     # a backward pass that does not add to gradients frees more activations than it makes gradients
     both = min(parts["gradients"], parts["activations of the blocks"])

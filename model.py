@@ -894,14 +894,13 @@ class AdamW(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         m = [self.state[p]["m"] for p in params]
         v = [self.state[p]["v"] for p in params]
-        mixed = self.stochastic_rounding or m[0].dtype != params[0].dtype
         if params[0].is_cuda and _fusable(params, grads, m, v):
             narrow = self.stochastic_rounding and params[0].dtype == torch.bfloat16
             _adamw_kernel()(params, grads, m, v,
                             (decay, 1 - beta1, beta2, 1 - beta2, eps, step_size, root),
                             seed=t if narrow else None)
             return
-        if mixed:
+        if self.stochastic_rounding or m[0].dtype != params[0].dtype:
             for i, tensors in enumerate(zip(params, grads, m, v, strict=True)):
                 self._update_in_float32(*tensors, t << 32 | i, decay, betas=(beta1, beta2), eps=eps,
                                         step_size=step_size, root=root)
