@@ -6,6 +6,7 @@ seconds): the functions of CHECKS on all ranks in turn, RUNS through main([...])
 
 import copy
 import functools
+import itertools
 import gc
 import json
 import os
@@ -464,6 +465,16 @@ def ranks_that_take_other_paths_do_not_mix_weights_and_are_named(folder):
         outputs.sum().backward()
         lacks = next(i for i in range(8) if i not in path)
         with pytest.raises(ValueError, match=rf"layers.{lacks}.\w.weight on ranks \[1.* none on \[0\]"):
+            wrapper.finish_gradient_synchronization()
+            wrapper.check_same()
+    for lost, run in (("a", lambda block, x: x + block.b(block.a(x).detach())),
+                      ("b", lambda block, x: x + block.a(x).sum())):  # fmt: skip
+        wrapper = ddp.FSDP(copy.deepcopy(plain))
+        wrapper.module.path = range(8)
+        if r == 0:
+            wrapper.module.layers[4].forward = functools.partial(run, wrapper.module.layers[4])
+        wrapper(vectors(0)).sum().backward()
+        with pytest.raises(ValueError, match=rf"layers.4.{lost}.\w+ on ranks \[1.* none on \[0\]"):
             wrapper.finish_gradient_synchronization()
             wrapper.check_same()
     wrapper = ddp.FSDP(copy.deepcopy(plain))  # as many gathers, of others
@@ -1374,10 +1385,33 @@ def _has_matplotlib():
 
 
 def test_exposed_time_is_communication_beside_which_nothing_runs():
-    assert ddp.exposed_us([(0, 4, True), (3, 5, False)]) == (4, 3)
-    assert ddp.exposed_us([(0, 10, False), (2, 5, True)]) == (3, 0)
-    assert ddp.exposed_us([(0, 2, True), (1, 3, True), (5, 6, True), (2, 9, False)]) == (4, 2)
+    comm, rest = ddp.COMMUNICATION, ddp.REST
+    assert ddp.exposed_us([(0, 4, comm), (3, 5, rest)]) == (4, 3)
+    assert ddp.exposed_us([(0, 10, "matmul"), (2, 5, comm)]) == (3, 0)
+    assert ddp.exposed_us([(0, 2, comm), (1, 3, comm), (5, 6, comm), (2, 9, "loss")]) == (4, 2)
     assert ddp.exposed_us([]) == (0, 0)
+
+
+def test_shares_of_a_step_are_of_the_operations_that_launched_the_work():
+    def host(name, begin, end, thread=1):
+        return {"cat": "cpu_op", "name": name, "ts": begin, "dur": end - begin, "tid": thread}
+
+    def work(launched, begin, end, name="kernel", thread=1, number=itertools.count()):
+        of = {"args": {"correlation": next(number)}}
+        return [{"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": launched, "dur": 1, "tid": thread, **of},
+                {"cat": "kernel", "name": name, "ts": begin, "dur": end - begin, "tid": 7, **of}]  # fmt: skip
+
+    events = [{"name": "a process", "ph": "M"}, host("aten::mm", 0, 5), *work(2, 100, 110), *work(6, 110, 115),
+              host("_LinearCrossEntropy", 10, 30), host("aten::mm", 12, 14), *work(13, 115, 125), *work(20, 125, 130),
+              host("lmzero::flash_attention_forward", 31, 40), *work(35, 130, 150),
+              host("aten::_scaled_dot_product_cudnn_attention_backward", 33, 36, thread=2),
+              *work(34, 150, 180, thread=2), *work(50, 178, 190, "ncclDevKernel_AllGather"),
+              host("Optimizer.step#AdamW.step", 41, 60), *work(55, 190, 195)]  # fmt: skip
+    assert ddp.shares_of_parts(ddp.kernels_by_part(events)) == {
+        "loss": 0.1579, "optimizer": 0.0526, "matmul": 0.1053, "attention backward": 0.3158,
+        "attention forward": 0.2105, "rest": 0.0526, "communication not hidden": 0.1053, "idle": 0.0,
+    }  # fmt: skip
+    assert ddp.shares_of_parts([]) == {}
 
 
 def test_limits_are_where_communication_takes_as_long_as_computation():
