@@ -1901,7 +1901,7 @@ def bytes_of_step(strategy, N, accumulates, *of_flags):
     sharded = ("optimizer (m and v)",) if strategy == "zero1" else ()
     if "fsdp" in strategy:
         sharded = ("parameters", "gradients", "optimizer (m and v)")
-        args, config, _, dtype, _ = of_flags  # the weights of some blocks are whole at a time
+        args, config, _, dtype, *_ = of_flags  # the weights of some blocks are whole at a time
         whole = parts["parameters"] * dtype.itemsize / getattr(torch, args.param_dtype).itemsize
         parts["weights cast to bfloat16"] = whole * min(1, 8 / config.num_layers)
     parts = {part: value / (N if part in sharded else 1) for part, value in parts.items()}
@@ -2149,9 +2149,9 @@ def kernels_by_part(events):
             part = next((part for name, part in PARTS.items() if name in e["name"]), None)
             if part and (not spans or spans[-1][1] <= e["ts"]):
                 spans.append((e["ts"], e["ts"] + e["dur"], part))
-        elif e.get("cat") in ("cuda_runtime", "cuda_driver") and spans:
-            if e["ts"] <= spans[-1][1]:
-                launched[e["args"].get("correlation")] = spans[-1][2]
+        elif (e.get("cat") in ("cuda_runtime", "cuda_driver")
+              and spans and e["ts"] <= spans[-1][1]):
+            launched[e["args"].get("correlation")] = spans[-1][2]
     return [(e["ts"], e["ts"] + e["dur"], COMMUNICATION if "nccl" in e["name"].lower()
              else launched.get(e["args"].get("correlation"), REST)) for e in events
             if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]

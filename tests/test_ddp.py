@@ -6,8 +6,8 @@ seconds): the functions of CHECKS on all ranks in turn, RUNS through main([...])
 
 import copy
 import functools
-import itertools
 import gc
+import itertools
 import json
 import os
 import random
