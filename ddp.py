@@ -1996,6 +1996,11 @@ def check_path(path):
         raise ValueError(f"a file must be in a folder that can be written, got {path}; make that")
 
 
+# What the leaderboard's step is run with where no flag says otherwise. source: [1] A2, leaderboard
+STEP_8B = dict(batch_size=1, strategies=["fsdp"], attention="flash", param_dtype="bfloat16",
+               reduce_dtype="bfloat16", recompute="auto", warmup_steps=2, repeats=2)
+
+
 def check_bench(args, ranks):
     device_of_rank(args, ranks)
     check_path(args.trace)
@@ -2011,10 +2016,13 @@ def shown(value, form):
 
 
 def check_agree(checks, bound):
-    """Stops unless all strategies had the loss and the gradient norm of the first, before the first
-    update, and its loss after it. checks: {strategy: these three}"""
+    """Stops unless the update lowered the loss, and all strategies had the loss and the gradient
+    norm of the first before it and its loss after it. checks: {strategy: these three}"""
     first = next(iter(checks))
     for name, check in checks.items():
+        if not check[2] < check[0]:  # nor nan
+            raise ValueError(f"an update must lower the loss of its batch, got {check[0]} and then "
+                             f"{check[2]} under {name}; this is a bug")
         for got, expected in zip(check, checks[first], strict=True):
             if not abs(got - expected) <= bound * abs(expected):
                 raise ValueError(f"{name} must agree with {first} within {bound} in "
@@ -2417,7 +2425,8 @@ def build_parser():
     add_strategy_flags(p.add_argument)
     lm.add_training_flags(p)
 
-    p = add_verb("bench", bench, "time and memory of a training step")
+    p = add_verb("bench", bench, "time and memory of a step; --preset 8b: the leaderboard's, as it "
+                 f"is run best ({STEP_8B})")
     add = p.add_argument
     add("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     add_strategy_flags(add)
@@ -2480,12 +2489,27 @@ def flags_of(args):
             if name not in ("run", "model_defaults")}
 
 
+def with_defaults(parser, argv, verb, **defaults):
+    """What argv says, over other defaults than the parser's."""
+    verbs = next(action for action in parser._actions if action.dest == "verb")
+    verbs.choices[verb].set_defaults(**defaults)
+    return parser.parse_args(argv)
+
+
+def parse(parser, argv):
+    args = parser.parse_args(argv)
+    if args.verb == "bench" and args.preset == "8B":
+        defaults = dict(STEP_8B)
+        if args.checkpoint_every:
+            del defaults["recompute"]
+        return with_defaults(parser, argv, "bench", **defaults)
+    return args
+
+
 def resumed_flags(parser, argv, args, ranks):
     """args, with the flags of the run that goes on behind those given now."""
     saved = ranks.share(lambda: lm.saved_flags(args.out_dir))
-    verbs = next(action for action in parser._actions if action.dest == "verb")
-    verbs.choices["train"].set_defaults(**{**saved, "out_dir": args.out_dir})
-    args = parser.parse_args(argv)
+    args = with_defaults(parser, argv, "train", **{**saved, "out_dir": args.out_dir})
     args.resume, args.overwrite = True, False
     return args
 
@@ -2503,7 +2527,7 @@ def main(argv=None):
             parser, args, refused = build_parser(), None, io.StringIO()
             try:
                 with contextlib.redirect_stderr(refused if rank else sys.stderr):
-                    args = parser.parse_args(argv)
+                    args = parse(parser, argv)
             except SystemExit as stop:
                 if not (rank and stop.code):
                     raise

@@ -9,6 +9,7 @@ import functools
 import gc
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -850,6 +851,55 @@ def bfloat16_agrees_between_strategies(folder):
 
 
 @on_ranks
+def the_8b_step_in_small_is_the_plain_one_within_rounding(folder):
+    """bench --preset 8b --param_dtype bfloat16, on 4 blocks (context 2,048 on GPUs), against one process that computes
+    all sequences by the plain layers. Both round to 8 bits, at other places: neither may be further than 1.5 times the
+    other's distance from the same steps in float32."""
+    cuda, rows = DEVICE != "cpu", ddp.num_ranks()
+    shape = dict(vocab_size=4096, context_length=2048, d_model=512, num_heads=4, d_ff=1376) if cuda else dict(
+        vocab_size=59, context_length=64, d_model=32, num_heads=2, d_ff=88)  # fmt: skip
+    x, y = torch.randint(shape["vocab_size"], (2, rows, shape["context_length"]), generator=seeded(0),
+                         device="cpu").to(DEVICE)  # fmt: skip
+
+    def make(attention, dtype):
+        torch.manual_seed(0)
+        with torch.device("cpu"):
+            config = lm.ModelConfig(**shape, num_layers=4, tie_embeddings=False, attention=attention)
+            model = lm.TransformerLM(config).to(torch.bfloat16)  # the same weights in all
+        return model.to(DEVICE, dtype)
+
+    def plain(dtype):
+        model, losses = make("eager", dtype), []
+        optimizer = torch.optim.AdamW(lm.optimizer_groups(model, 0.1), 1e-3, (0.9, 0.95), foreach=False)
+        for _ in range(3):
+            optimizer.zero_grad()
+            losses.append(nn.functional.cross_entropy(model(x).float().flatten(0, 1), y.flatten()))
+            losses[-1].backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        return torch.stack(losses), {name: p.float() for name, p in model.state_dict().items()}
+
+    model, losses = make("flash" if cuda else "sdpa", torch.bfloat16), []
+    model.recompute(("ffn", "ffn", "cheap", "cheap"))
+    engine = ddp.Engine("fsdp", model, torch.bfloat16, 0.1, 1e-3, (0.9, 0.95), cuda, reduce_dtype=torch.bfloat16)
+    for _ in range(3):
+        stats = engine.loss_and_gradient(mine(x), mine(y), 1, 1.0)
+        dist.all_reduce(stats[0])
+        losses.append(stats[0])
+        engine.optimizer.step()
+    got = engine.whole_model()  # on rank 0
+    exact_losses, exact = plain(torch.float32)
+    plain_losses, rounded = plain(torch.bfloat16)
+    assert exact_losses[2] < exact_losses[0]
+    # a loss is the mean of many rounded ones: no further off than one rounding of itself
+    for seen in (torch.stack(losses), plain_losses):
+        assert torch.allclose(seen, exact_losses, rtol=2**-8, atol=0), (seen, exact_losses)
+    far = {kind: sum((w[name].cpu().float() - exact[name].cpu()).square().sum() for name in w) ** 0.5
+           for kind, w in (("got", got), ("plain", rounded))}  # fmt: skip
+    assert not got or 0 < far["got"] < 1.5 * far["plain"], far
+
+
+@on_ranks
 def collectives_on_unequal_parts_are_right(folder):
     N, r = ddp.num_ranks(), ddp.this_rank()
     chunks = [torch.full((k,), r + 1.0) for k in range(N)]  # rank 0's is empty
@@ -1358,11 +1408,23 @@ def test_bench_times_every_strategy_and_ends_in_one_json_line(tmp_path):
     assert json.loads((tmp_path / "trace_overlap.json").read_text())["traceEvents"]
 
 
-def test_bench_refuses_strategies_that_disagree():
+def test_bench_takes_the_leaderboards_step_by_its_preset_and_other_flags_before_it():
+    parsed = functools.partial(ddp.parse, ddp.build_parser())
+    args = parsed("bench --preset 8b --steps 5 --attention sdpa".split())
+    assert (args.batch_size, args.strategies, args.param_dtype, args.recompute) == (1, ["fsdp"], "bfloat16", "auto")
+    assert (args.steps, args.attention) == (5, "sdpa")
+    assert parsed("bench --preset 8b --checkpoint_every 2".split()).recompute == "none"
+    assert parsed("bench --preset xl".split()).param_dtype == "float32"
+
+
+def test_bench_refuses_strategies_that_disagree_and_updates_that_do_not_lower_the_loss():
     checks = {"naive": [2.0, 1.0, 1.9], "fsdp": [2.0, 1.005, 1.9]}
     ddp.check_agree(checks, 1e-2)
     with pytest.raises(ValueError, match="fsdp must agree with naive"):
         ddp.check_agree(checks, 1e-3)
+    for after in (2.0, math.nan):
+        with pytest.raises(ValueError, match="must lower the loss"):
+            ddp.check_agree({"naive": [2.0, 1.0, after]}, 1e-2)
 
 
 def test_comm_times_checks_and_plots_collectives(tmp_path):
