@@ -1409,12 +1409,14 @@ def test_bench_times_every_strategy_and_ends_in_one_json_line(tmp_path):
 
 
 def test_bench_takes_the_leaderboards_step_by_its_preset_and_other_flags_before_it():
-    parsed = functools.partial(ddp.parse, ddp.build_parser())
-    args = parsed("bench --preset 8b --steps 5 --attention sdpa".split())
+    def parsed(line):
+        return ddp.parse(ddp.build_parser(), line.split())
+
+    args = parsed("bench --preset 8b --steps 5 --attention sdpa")
     assert (args.batch_size, args.strategies, args.param_dtype, args.recompute) == (1, ["fsdp"], "bfloat16", "auto")
     assert (args.steps, args.attention) == (5, "sdpa")
-    assert parsed("bench --preset 8b --checkpoint_every 2".split()).recompute == "none"
-    assert parsed("bench --preset xl".split()).param_dtype == "float32"
+    assert parsed("bench --preset 8b --checkpoint_every 2").recompute == "none"
+    assert parsed("bench --preset xl").param_dtype == "float32"
 
 
 def test_bench_refuses_strategies_that_disagree_and_updates_that_do_not_lower_the_loss():
