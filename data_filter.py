@@ -963,7 +963,7 @@ EMAIL_MASK, PHONE_MASK, IP_MASK = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "
 EMAIL = re.compile(r"(?<![\w.+%@-])\w[\w.+%&'-]{0,63}@(?!\dx\.)"
                    r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}"
                    r"(?![\w@]|[-.]\w*@|:[\w~]+/)")
-PASSWORD = re.compile(r"://[^\s/]*:$")  # https://user:password@host
+AT, PASSWORD = re.compile("@"), re.compile(r"://[^\s/]*:$")  # https://user:password@host
 FILE_ENDINGS = ("png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "json", "xml", "html")
 DASH = r"[-.\u2010-\u2013\u00a0 ]"
 EXTENSION = r"(?: ?(?:x|ext\.?|extension) ?\d{1,6}\b)?"
@@ -980,6 +980,7 @@ MAYBE_PHONE = re.compile(rf"\d\d\d(?:{DASH}| - )?\d\d\d\d")  # every match of th
 PLACE_OR_IP = re.compile(r"(?:\b[A-Z]{2} \d{5}(?:-\d{4})?|\b(?i:suite|ste\.?|apt\.?|unit|room|box|"
                          r"floor|since|est\.?) \d{1,5}|(?<![\d.])\d{1,3}(?:\.\d{1,3}){3})"
                          r"[ \u00a0]$")
+ONE_BARE = re.compile(r"\s*\d{10}\s*$")
 AFTER_DIGITS = re.compile(rf"\d{DASH}$")
 UNIT = re.compile(r" ?(?:bytes|bits|[kmg]b|people|users|records|rows|items|units|votes|\w*seconds|"
                   r"k?m|miles|k?g|hz|usd|eur|cad|dollars|euros?|pounds|yen|yuan|rupees|pesos|francs|"
@@ -1034,8 +1035,8 @@ NUMBERED_CONTEXT = said_before(NUMBERED, r"[ \t]*(?:number|no|id|code|#)(?![A-Za
 VERSION_CONTEXT = said_before(
     VERSIONS, r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(\"']*[ \t]*")
 VERSION_WORD = said_before(VERSIONS, r"\b[^\n]*")
-VERSION_AFTER = re.compile(r" (?:alpha|beta|rc|releases?d?|update|upgrade|patch|build|version|driver|"
-                           r"firmware|schema|for (?:windows|mac|linux|android|ios))\b", re.I)
+VERSION_AFTER = re.compile(r" (?:alpha|beta|rc|releases?d?|update|upgrade|patch|build|version|"
+                           r"driver|firmware|schema|for (?:windows|mac|linux|android|ios))\b", re.I)
 PINNED_OR_DOI = re.compile(r"\w==$|\b10\.\d{4,9}/\S*$")
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 # Not after the epoch of a package's version (1:2.3.4.5), and no money (12.345.678.901,23).
@@ -1046,17 +1047,24 @@ LISTED = re.compile(r"\d(?:\.\d{1,5}){3}([^\n\d]{0,40})$")
 MAYBE_IP = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
 
 
-def mask_until_stable(text, mask_once):
-    """Returns (text, count) after mask_once(text) -> (text, count) found nothing more.
+def mask_lines(text, maybe, mask_once):
+    """Returns (text, count) after mask_once(line) -> (line, count) found nothing more in the lines
+    where `maybe` matches.
 
     A mask can uncover a match beside it (a number is no telephone while digits precede it).
     """
-    total = 0
-    while True:
-        text, count = mask_once(text)
-        total += count
-        if not count:
-            return text, total
+    pieces, done, total = [], 0, 0
+    while found := maybe.search(text, done):
+        start = text.rfind("\n", done, found.start()) + 1 or done
+        end = text.find("\n", found.end())
+        end = end if end >= 0 else len(text)
+        line, count = text[start:end], 1
+        while count:
+            line, count = mask_once(line)
+            total += count
+        pieces += text[done:start], line
+        done = end
+    return "".join([*pieces, text[done:]]), total
 
 
 def mask_matches(pattern, text, mask, accept):
@@ -1090,14 +1098,12 @@ def mask_emails(text):
     >>> mask_emails("write to a.b@example.com.")
     ('write to |||EMAIL_ADDRESS|||.', 1)
     """
-    if "@" not in text:
-        return text, 0
-    return mask_until_stable(text, lambda t: mask_matches(EMAIL, t, EMAIL_MASK, is_email))
+    return mask_lines(text, AT, lambda line: mask_matches(EMAIL, line, EMAIL_MASK, is_email))
 
 
 def is_phone(match, last):
-    """Not among other digits that may be a card's, nor after a word of another kind of number; where
-    nothing parts its digits only where something else speaks of telephones."""
+    """Not among other digits that may be a card's, nor after a word of another kind of number;
+    where nothing parts its digits only where something else speaks of telephones."""
     text, start = match.string, match.start()
     before, bare = text[max(0, start - 60):start], match["bare"]
     if AFTER_DIGITS.search(before) and start - 1 != last and not (
@@ -1112,7 +1118,7 @@ def is_phone(match, last):
         return True
     if IDENTIFIER_CONTEXT.search(before) or NUMBERED_CONTEXT.search(before):
         return False
-    return not bare or len(bare) == len(text.strip()) or match.end("bare") < match.end() or bool(
+    return not bare or match.end("bare") < match.end() or bool(
         PLACE_OR_IP.search(before) or BARE_BEFORE.search(before)
         or BARE_AFTER.match(text, match.end()))
 
@@ -1123,24 +1129,22 @@ def mask_phone_numbers(text):
     >>> mask_phone_numbers("call (283)-182-3829")
     ('call |||PHONE_NUMBER|||', 1)
     """
-    if not MAYBE_PHONE.search(text):
-        return text, 0
+    alone = ONE_BARE.match(text)
 
-    def once(text):
-        plus = 0
-        if "+1" in text:
-            text, plus = mask_matches(PLUS_PHONE, text, PHONE_MASK, lambda match, last: True)
-        text, count = mask_matches(PHONE, text, PHONE_MASK, is_phone)
-        return text, plus + count
+    def once(line):
+        line, plus = mask_matches(PLUS_PHONE, line, PHONE_MASK, lambda match, last: True)
+        line, count = mask_matches(PHONE, line, PHONE_MASK,
+                                   lambda match, last: alone or is_phone(match, last))
+        return line, plus + count
 
-    return mask_until_stable(text, once)
+    return mask_lines(text, MAYBE_PHONE, once)
 
 
 def is_ip(match, last):
     """Not after a word of versions, a program's name and a slash (Chrome/91.0.44.12) or four
-    numbers that are no address; where it looks like a version, only if something else speaks of nets."""
+    numbers that are no address; where it looks like a version, only if more speaks of nets."""
     text, start, end = match.string, match.start(), match.end()
-    line = text[max(0, start - 60):start].rsplit("\n", 1)[-1]
+    line = text[max(0, start - 60):start]
     before, net = line[-30:], PORT_OR_NET.match(text, end)
     if VERSION_CONTEXT.search(before) or VERSION_AFTER.match(text, end) or (
             PINNED_OR_DOI.search(before)):
@@ -1156,7 +1160,7 @@ def is_ip(match, last):
         return True
     if (name := NAME_BEFORE.search(before)) and not NET_WORDS.match(name[0]):
         return False
-    around = line + " " + text[end:end + 30].split("\n", 1)[0]
+    around = line + " " + text[end:end + 30]
     return before[-2:] == "//" or before[-1:] in ("@", "[") or bool(
         NET_WORDS.search(around) or FROM.search(around) and not VERSION_WORD.search(line)
         ) or not any(map(str.isalpha, around))
@@ -1170,9 +1174,7 @@ def mask_ips(text):
     >>> mask_ips("between versions 1.2.3.4 and 5.6.7.8")
     ('between versions 1.2.3.4 and 5.6.7.8', 0)
     """
-    if not MAYBE_IP.search(text):
-        return text, 0
-    return mask_until_stable(text, lambda t: mask_matches(IP, t, IP_MASK, is_ip))
+    return mask_lines(text, MAYBE_IP, lambda line: mask_matches(IP, line, IP_MASK, is_ip))
 
 
 def mask_pii(text):
@@ -1212,7 +1214,7 @@ class Document:
 
     @cached_property
     def without_letters(self):
-        return [w for w in self.words if not w.isalpha() and not LETTER.search(w)]
+        return [w for w in self.words if not w[0].isalpha() and not LETTER.search(w)]
 
     @cached_property
     def symbols(self):
