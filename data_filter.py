@@ -963,50 +963,56 @@ EMAIL_MASK, PHONE_MASK, IP_MASK = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "
 EMAIL = re.compile(r"(?<![\w.+%@-])\w[\w.+%&'-]{0,63}@(?!\dx\.)"
                    r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}"
                    r"(?![\w@]|[-.]\w*@|:[\w~]+/)")
-PASSWORD = re.compile(r"://[^\s/]*:$")  # https://user:password@host
+AT, PASSWORD = re.compile("@"), re.compile(r"://[^\s/]*:$")  # https://user:password@host
 FILE_ENDINGS = ("png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "json", "xml", "html")
 DASH = r"[-.\u2010-\u2013\u00a0 ]"
+EXTENSION = r"(?: ?(?:x|ext\.?|extension) ?\d{1,6}\b)?"
 # US and Canada: three, three and four digits; an area code starts with 2 to 9. A number without
 # any separator is an identifier more often than a telephone, groups among others are a card's.
 PHONE = re.compile(
     rf"(?<![\w.+#$€£&-])(?<!\d[,:/])(?<![^\W\d]/)(?<!//)(?:(?:\+1|\b(?:00)?1){DASH}?{DASH}?)?"
     rf"(?:\( ?[2-9]\d\d ?\){DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}|[2-9]\d\d/\d{{3}}-\d{{4}}"
     rf"|[2-9]\d\d(?P<s>{DASH}|[ ]-[ ])\d{{3}}(?:(?P=s)|-)\d{{4}}|(?P<bare>[2-9]\d\d\d{{7}}))"
-    rf"(?:(?: ?x| ?ext\.? ?| ?extension ?)\d{{1,6}})?"
+    rf"{EXTENSION}"
     rf"(?![\w@]|[-=][\w|]|/[^\W\d]|\.(?:\d|(?-i:[a-z]))|(?<=[ \d]\d{{4}})[ ,:]\d{{4}}\b|%)", re.I)
 MAYBE_PHONE = re.compile(rf"\d\d\d(?:{DASH}| - )?\d\d\d\d")  # every match of the others has one
 # What may stand before a number of groups that spaces part: its digits belong to no card.
 PLACE_OR_IP = re.compile(r"(?:\b[A-Z]{2} \d{5}(?:-\d{4})?|\b(?i:suite|ste\.?|apt\.?|unit|room|box|"
                          r"floor|since|est\.?) \d{1,5}|(?<![\d.])\d{1,3}(?:\.\d{1,3}){3})"
                          r"[ \u00a0]$")
+ONE_BARE = re.compile(r"\s*\d{10}\s*$")
 AFTER_DIGITS = re.compile(rf"\d{DASH}$")
-UNIT = re.compile(r" ?(?:bytes|bits|[kmg]b|people|users|records|rows|seconds|dollars|yen|"
-                  r"hz|usd|eur)\b", re.I)
+UNIT = re.compile(r" ?(?:bytes|bits|[kmg]b|people|users|records|rows|items|units|votes|\w*seconds|"
+                  r"k?m|miles|k?g|hz|usd|eur|cad|dollars|euros?|pounds|yen|yuan|rupees|pesos|francs|"
+                  r"won)\b", re.I)
 PLUS_PHONE = re.compile(rf"(?<![\w+])\+1{DASH}?(?:\([2-9]\d\d\)|[2-9]\d\d){DASH}?\d{{3}}{DASH}?"
-                        rf"\d{{4}}(?!\w|[-.]\d)")
-# Before a number: with separators it is a telephone's unless one of IDENTIFIERS says otherwise.
-PHONE_WORDS = """phone telephone tel call cell mobile fax contact text dial reach whatsapp sms ring
-toll desk office helpline hotline (?:my|our|his|her|their)\\snumber"""
-IDENTIFIERS = """isbn isbn-1[03] issn (?<!to\\s)order invoice ticket tracking serial sku part upc
+                        rf"\d{{4}}{EXTENSION}(?!\w|[-.]\d)", re.I)
+# Before a number: with separators it is a telephone's unless one of IDENTIFIERS says otherwise,
+# without any it needs one of PHONE_WORDS or what BARE_BEFORE and BARE_AFTER say.
+PHONE_WORDS = r"""(?:tele)?phone tel ph call(?:s|ed|ing)? cell mobile fax(?:ed)? contact dial
+text(?:ed)? reach whatsapp sms ring toll desk office helpline hotline landline pager voicemail
+message emergency (?:my|our|his|her|their)\snumber"""
+IDENTIFIERS = r"""isbn isbn-1[03] issn (?<!to\s)order invoice ticket tracking serial sku part upc
 asin doi barcode patent version build case ref reference transaction confirmation acct account
-routing pp pages price batch docket"""
-BARE_IDENTIFIERS = IDENTIFIERS + """ id item product model member policy customer number no nr pmid
-timestamp iban card ssn code key hash article document record employee student user passport
-licen[sc]e permit vin lot batch job seed population total zip ein npi tin vat uid pid epoch bytes
-size value sum usd eur gbp cad checksum mrn claim membership reservation booking bug issue track
-tweet"""
+routing pp pages price batch docket document item model passport permit vin lot device sample"""
+NUMBERED = IDENTIFIERS + """ id product member policy customer iban card ssn key article record
+employee student user licen[sc]e job population zip ein npi tin vat mrn claim membership reservation
+booking nhs medicare bug issue track"""  # before "number", "no." or "#"
 VERSIONS = r"""versions? ver v released? build firmware revision rev sections? § chapter clause
-paragraph rule article figure table appendix item oid driver update upgraded? patch kernel sdk
-package assembly \w*version hotfix installer software app theorem lemma exercise step firefox chrome
-chromium safari opera edge"""
-# Four numbers of which the first is small are a version more often than an address after any word
-# but these (nginx 1.2.3.4, EC 3.4.21.4).
-LOW_IP, WORD_BEFORE = re.compile(r"1?\d\.(?<!10\.)"), re.compile(r"([A-Za-z]\w*) $")
-IP_WORDS = """a address addresses addr allow and are as at ban banned between block blocked by
-client dest destination deny dig dns for from gateway google has host hosts in inet ip ips ipv4 is
-its localhost machine my nameserver network node nslookup of on or peer ping proxy resolver router
-server servers source src ssh subnet telnet than the through to traceroute use used user uses using
-via visited visitor vpn was whois with"""
+paragraph rule article figure table appendix item oid driver update (?:up|down)graded? patch kernel
+sdk ec package assembly \w*version hotfix installer software app model edition theorem lemma
+exercise step firefox chrome chromium safari opera edge sql\sserver"""
+# Four numbers, the first and two others small, are a version or a section more often than an
+# address, unless words nearby are of the net or what touches them is.
+LOW_IP, SMALL = re.compile(r"(?!10\.)[12]?\d\.|3[01]\."), 32
+KNOWN_IPS = ("0.0.0.0", "1.1.1.1", "1.0.0.1", "8.8.8.8", "8.8.4.4", "9.9.9.9", "4.2.2.2")
+NET_WORDS = re.compile(r"""\b(?:address(?:es)?|addr|attack\w*|ban(?:ned)?|block(?:ed|ing|s)?|client|
+connect\w*|curl|dest\w*|dig|dns|edit(?:s|ed)?|firewall|gateway|hosts?|inet|interface|ips?|ipv4|
+IP_ADDRESS|localhost|log(?:s|ged|in|on)|machine|netmask|networks?|nodes?|nslookup|packets?|peers?|
+ping|ports?|proxy|request(?:s|ed)?|resolver|router|scan(?:s|ned)?|servers?|src|source|ssh|subnet|
+telnet|traceroute|traffic|users?|visit\w*|vpn|whois)(?:\b|(?=\|))""".replace("\n", ""), re.I)
+FROM = re.compile(r"\b(?<!up )(?<!down )(?:from|via)\b", re.I)
+NAME_BEFORE = re.compile(r"\b[A-Z]\w* $")
 
 
 def said_before(words, gap):
@@ -1015,37 +1021,50 @@ def said_before(words, gap):
 
 
 AFTER_IDENTIFIER = r"[ \t]*(?:number|no|id|code|#)?\.?[ \t]*(?:is|was|of)?[ \t]*[:#=-]*[ \t]*"
-PHONE_CONTEXT = said_before(PHONE_WORDS, r"\b[^\n\d]{0,40}")
+PHONE_CONTEXT = said_before(
+    PHONE_WORDS, r"\b(?:(?!\b(?:about|regarding|quoting|with)\b)[^\n\d]){0,40}")
+BARE_BEFORE = re.compile(r"\b(?:me|us|him|her|them|you|[A-Z]\w+) (?:at|on) $|\b[TPMFC][:.] ?$|"
+                         r"\|\|\|[^\n\d]{0,30}$")
+BARE_AFTER = re.compile(r"[ ,(-]*(?:cell|mobile|home|work|office|phone|fax|if you|any ?time|"
+                        r"ask for|after \d|(?:or |and )?\|\|\||for (?:details|info|more|help)|"
+                        r"to (?:book|order|schedule|reserve|rsvp|register|speak))\b", re.I)
 PHONE_FIELD = said_before(PHONE_WORDS, r"[\w-]*=")
 IDENTIFIER_CONTEXT = said_before(IDENTIFIERS, AFTER_IDENTIFIER)
-BARE_CONTEXT = said_before(BARE_IDENTIFIERS, AFTER_IDENTIFIER)
-NAMED_CONTEXT = said_before(BARE_IDENTIFIERS, r"[ \t]*(?:number|no|id|code|#)(?![A-Za-z])"
-                            + AFTER_IDENTIFIER)
+NUMBERED_CONTEXT = said_before(NUMBERED, r"[ \t]*(?:number|no|id|code|#)(?![A-Za-z])"
+                               + AFTER_IDENTIFIER)
 VERSION_CONTEXT = said_before(
     VERSIONS, r"[ \t]*(?:number|no\.?|is|to|from|was)?[ \t]*[:#=(\"']*[ \t]*")
-VERSION_AFTER = re.compile(r" (?:alpha|beta|rc|released|for (?:windows|mac|linux|android|ios))\b",
-                           re.I)
+VERSION_WORD = said_before(VERSIONS, r"\b[^\n]*")
+VERSION_AFTER = re.compile(r" (?:alpha|beta|rc|releases?d?|update|upgrade|patch|build|version|"
+                           r"driver|firmware|schema|for (?:windows|mac|linux|android|ios))\b", re.I)
 PINNED_OR_DOI = re.compile(r"\w==$|\b10\.\d{4,9}/\S*$")
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 # Not after the epoch of a package's version (1:2.3.4.5), and no money (12.345.678.901,23).
-IP = re.compile(rf"(?<![\w.])(?<![A-Za-z][-_])(?<!(?<![\w:.])\d:)(?<!\d-)(?:{OCTET}\.){{3}}{OCTET}"
-                rf"(?!\w|\.\w|-[A-Za-z]|(?<=(?:\.\d\d\d){{3}}),\d\d(?![\d.,]))")
-PORT = re.compile(r":\d")
-LISTED = re.compile(r"\d(?:\.\d{1,5}){3}([,;]? (?:and |or |to |through )?)$")
+IP = re.compile(rf"(?<![A-Za-z0-9_.])(?<![A-Za-z][-_])(?<!(?<![\w:.])\d:)"
+                rf"(?<!\d-)(?:{OCTET}\.){{3}}{OCTET}(?![A-Za-z0-9_]|\.\w|-[A-Za-z]|(?<=(?:\.\d\d\d){{3}}),\d\d(?![\d.,]))")
+PORT, PORT_OR_NET = re.compile(r":\d"), re.compile(r":\d|/\d\d?\b| - - ")
+LISTED = re.compile(r"\d(?:\.\d{1,5}){3}([^\n\d]{0,40})$")
 MAYBE_IP = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
 
 
-def mask_until_stable(text, mask_once):
-    """Returns (text, count) after mask_once(text) -> (text, count) found nothing more.
+def mask_lines(text, maybe, mask_once):
+    """Returns (text, count) after mask_once(line) -> (line, count) found nothing more in the lines
+    where `maybe` matches.
 
     A mask can uncover a match beside it (a number is no telephone while digits precede it).
     """
-    total = 0
-    while True:
-        text, count = mask_once(text)
-        total += count
-        if not count:
-            return text, total
+    pieces, done, total = [], 0, 0
+    while found := maybe.search(text, done):
+        start = text.rfind("\n", done, found.start()) + 1 or done
+        end = text.find("\n", found.end())
+        end = end if end >= 0 else len(text)
+        line, count = text[start:end], 1
+        while count:
+            line, count = mask_once(line)
+            total += count
+        pieces += text[done:start], line
+        done = end
+    return "".join([*pieces, text[done:]]), total
 
 
 def mask_matches(pattern, text, mask, accept):
@@ -1079,13 +1098,12 @@ def mask_emails(text):
     >>> mask_emails("write to a.b@example.com.")
     ('write to |||EMAIL_ADDRESS|||.', 1)
     """
-    if "@" not in text:
-        return text, 0
-    return mask_until_stable(text, lambda t: mask_matches(EMAIL, t, EMAIL_MASK, is_email))
+    return mask_lines(text, AT, lambda line: mask_matches(EMAIL, line, EMAIL_MASK, is_email))
 
 
 def is_phone(match, last):
-    """Not among other digits that may be a card's, nor after a word of another kind of number."""
+    """Not among other digits that may be a card's, nor after a word of another kind of number;
+    where nothing parts its digits only where something else speaks of telephones."""
     text, start = match.string, match.start()
     before, bare = text[max(0, start - 60):start], match["bare"]
     if AFTER_DIGITS.search(before) and start - 1 != last and not (
@@ -1094,12 +1112,15 @@ def is_phone(match, last):
         return False
     if before.endswith("=") and not PHONE_FIELD.search(before):
         return False
-    contexts = (BARE_CONTEXT,) if bare else (IDENTIFIER_CONTEXT, NAMED_CONTEXT)
-    if any(c.search(before) for c in contexts) and not PHONE_CONTEXT.search(before):
-        return False
     if UNIT.match(text, match.end()):
         return False
-    return not bare or len(set(bare)) > 2 and bare not in "01234567890123456789"
+    if PHONE_CONTEXT.search(before):
+        return True
+    if IDENTIFIER_CONTEXT.search(before) or NUMBERED_CONTEXT.search(before):
+        return False
+    return not bare or match.end("bare") < match.end() or bool(
+        PLACE_OR_IP.search(before) or BARE_BEFORE.search(before)
+        or BARE_AFTER.match(text, match.end()))
 
 
 def mask_phone_numbers(text):
@@ -1108,34 +1129,41 @@ def mask_phone_numbers(text):
     >>> mask_phone_numbers("call (283)-182-3829")
     ('call |||PHONE_NUMBER|||', 1)
     """
-    if not MAYBE_PHONE.search(text):
-        return text, 0
+    alone = ONE_BARE.match(text)
 
-    def once(text):
-        plus = 0
-        if "+1" in text:
-            text, plus = mask_matches(PLUS_PHONE, text, PHONE_MASK, lambda match, last: True)
-        text, count = mask_matches(PHONE, text, PHONE_MASK, is_phone)
-        return text, plus + count
+    def once(line):
+        line, plus = mask_matches(PLUS_PHONE, line, PHONE_MASK, lambda match, last: True)
+        line, count = mask_matches(PHONE, line, PHONE_MASK,
+                                   lambda match, last: alone or is_phone(match, last))
+        return line, plus + count
 
-    return mask_until_stable(text, once)
+    return mask_lines(text, MAYBE_PHONE, once)
 
 
 def is_ip(match, last):
-    """Not after a word of versions, nor after a program's name and a slash (Chrome/91.0.44.12), nor
-    in a list behind one that is none."""
-    text, start = match.string, match.start()
-    before = text[max(0, start - 30):start]
-    if (listed := LISTED.search(before)) and start - len(listed[1]) != last:
+    """Not after a word of versions, a program's name and a slash (Chrome/91.0.44.12) or four
+    numbers that are no address; where it looks like a version, only if more speaks of nets."""
+    text, start, end = match.string, match.start(), match.end()
+    line = text[max(0, start - 60):start]
+    before, net = line[-30:], PORT_OR_NET.match(text, end)
+    if VERSION_CONTEXT.search(before) or VERSION_AFTER.match(text, end) or (
+            PINNED_OR_DOI.search(before)):
         return False
     if before[-1:] == "/" and before[-2:-1].isalpha() and not before.lower().endswith(
-            "localhost/") and not PORT.match(text, match.end()):
+            "localhost/") and not PORT.match(text, end):
         return False
-    if LOW_IP.match(match[0]) and (word := WORD_BEFORE.search(before)) and (
-            word[1].lower() not in IP_WORDS.split()):
+    if (listed := LISTED.search(line)) and start - len(listed[1]) != last and (
+            not NET_WORDS.search(listed[1])):
         return False
-    return not (VERSION_CONTEXT.search(before) or VERSION_AFTER.match(text, match.end())
-                or PINNED_OR_DOI.search(before))
+    if not LOW_IP.match(match[0]) or match[0] in KNOWN_IPS or net or (
+            sum(int(octet) < SMALL for octet in match[0].split(".")) < 3):
+        return True
+    if (name := NAME_BEFORE.search(before)) and not NET_WORDS.match(name[0]):
+        return False
+    around = line + " " + text[end:end + 30]
+    return before[-2:] == "//" or before[-1:] in ("@", "[") or bool(
+        NET_WORDS.search(around) or FROM.search(around) and not VERSION_WORD.search(line)
+        ) or not any(map(str.isalpha, around))
 
 
 def mask_ips(text):
@@ -1146,9 +1174,7 @@ def mask_ips(text):
     >>> mask_ips("between versions 1.2.3.4 and 5.6.7.8")
     ('between versions 1.2.3.4 and 5.6.7.8', 0)
     """
-    if not MAYBE_IP.search(text):
-        return text, 0
-    return mask_until_stable(text, lambda t: mask_matches(IP, t, IP_MASK, is_ip))
+    return mask_lines(text, MAYBE_IP, lambda line: mask_matches(IP, line, IP_MASK, is_ip))
 
 
 def mask_pii(text):
@@ -1188,7 +1214,7 @@ class Document:
 
     @cached_property
     def without_letters(self):
-        return [w for w in self.words if not w.isalpha() and not LETTER.search(w)]
+        return [w for w in self.words if not w[0].isalpha() and not LETTER.search(w)]
 
     @cached_property
     def symbols(self):

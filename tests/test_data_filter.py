@@ -369,7 +369,9 @@ def test_us_and_canadian_numbers_are_masked(number):
     "Suite 4 217 555 1234", "Open since 1998 2175551234",
     "IL 62704-1234 217 555 1234", "TX 75001 2175551234", "DOB 1990-01-01 {}", "To order: {}", "phone={}",
     "student phone number {}", "my number is {}", "Contact no. {}", "For invoice no. 7 call {}",
-    "Reservations {} 2024", "001-415-555-2671", "415/555-2671", "( 283 ) 182-3829", "my number is 2831823829"])
+    "Reservations {} 2024", "001-415-555-2671", "415/555-2671", "( 283 ) 182-3829", "my number is 2831823829",
+    "2831823829", f"{EMAIL_MASK}, 2831823829", "2831823829 (cell)", "get him at 2831823829",
+    "+1 416 555 0113 ext 44"])
 def test_a_telephone_after_other_numbers_or_words_is_masked(text):
     assert mask_phone_numbers(text.format("415-555-2671"))[1] == 1
 
@@ -384,7 +386,10 @@ def test_a_telephone_after_other_numbers_or_words_is_masked(text):
     "IL 6270 2175551234",
     "policy number 604-555-0177", "Item no. 604-555-0177", "student ID: 604-555-0177", "batch 604-555-0177",
     "MRN 4155552671", "track 2125550143.mp3",
-    "my order number is 4155552671", "tracking number 4155552671", "GB29 NWBK 6016 1331 9268 19"])
+    "my order number is 4155552671", "tracking number 4155552671", "GB29 NWBK 6016 1331 9268 19",
+    "Population rose from 2125550143 to", "2^32 is 4294967296 and", "Call about invoice 4155552671 now",
+    "450-600-1200 units", "NHS number 943 476 5919", "212.555.0143 rupees", "8566104588\nSocks",
+    "Document 705.555.0162"])
 def test_other_numbers_are_no_telephones(trap):
     assert mask_phone_numbers(f"See {trap} there.") == (f"See {trap} there.", 0)
 
@@ -400,7 +405,13 @@ def test_other_numbers_are_no_telephones(trap):
     ("nginx 1.2.3.4", None), ("EC 3.4.21.4", None), ("x==31.2.3.4", None),
     ('AssemblyVersion("31.0.0.0")', None), ("doi 10.1000/182.255.10.1", None), ("31.0.1.2 for Windows", None),
     ("Ping 8.8.8.8", f"Ping {IP_MASK}"), ("DNS: 1.1.1.1, 9.9.9.9", f"DNS: {IP_MASK}, {IP_MASK}"),
-    ("12.145.178.101,23", None)])
+    ("12.145.178.101,23", None), ("The 4.8.1.2 update fails; 4.8.1.3 does not.", None),
+    ("Downgrade foo from 6.5.0.1 to 6.4.2.9 now", None), ("1.3.2.1 Scope of this document", None),
+    ("objectClass ( 2.5.6.0 NAME 'top' )", None), ("Router model 3.1.4.1 is old", None), ("12.5.3.1 schema", None),
+    ("5.6.7.8 - - [10/Oct/2000:13:55:36]", f"{IP_MASK} - - [10/Oct/2000:13:55:36]"), ("1.2.3.4", IP_MASK),
+    ("from 1.2.3.4 to 5.6.7.8", f"from {IP_MASK} to {IP_MASK}"), ("v1 of 5.9.8.7:80", f"v1 of {IP_MASK}:80"),
+    ("blocked 5.9.88.7 twice", f"blocked {IP_MASK} twice"), ("服务器119.29.29.29在线", f"服务器{IP_MASK}在线"),
+    ("12.134.56.178 again", f"{IP_MASK} again")])
 def test_addresses_of_the_net_are_masked(text, masked):
     assert mask_ips(text) == (masked or text, (masked or "").count(IP_MASK))
 
@@ -408,8 +419,8 @@ def test_addresses_of_the_net_are_masked(text, masked):
 def test_masked_text_is_stable():
     rng = random.Random(1)
     pieces = ["283-182-3829", "2831823829", "a@b.com", "1.2.3.4", " ", "-", ".", "/", "x", "1", "@",
-              "+1", "(283) ", "|", "\n"]
-    for _ in range(3000):
+              "+1", "(283) ", "|", "\n", "ip ", " and ", "version ", " update", "call "]
+    for _ in range(4000):
         text = "".join(rng.choices(pieces, k=6))
         masked, _ = mask_pii(text)
         assert mask_pii(masked) == (masked, dict(emails=0, phones=0, ips=0))
