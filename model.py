@@ -697,6 +697,9 @@ def attend(q, k, v, mask, backend):
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         return scaled_dot_product_attention(q, k, v, mask)
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.shape[2] == 1 and mask is not None:  # a group's queries as so many of one head: k is read once
+        return attend(q.unflatten(1, (k.shape[1], -1)).squeeze(3), k, v, mask, backend
+                      ).flatten(1, 2).unsqueeze(2)
     return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask,
                                                       is_causal=mask is None, enable_gqa=grouped)
 
@@ -1289,38 +1292,37 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     windows = [list(windows[row.prompt_index]) for row in rows]
     if cache:
         cache.select(shared)
-    is_over = functools.partial(is_finished, stop_ids=stop_ids, stop_strings=stop_strings,
-                                tokenizer=tokenizer)
+    drawn = Drawn(max_new_tokens, len(rows), stop_ids, stop_strings, tokenizer)
     sampling = temperature, top_k, top_p
     if cache and replays(device) and max(map(len, windows)) + max_new_tokens <= limit:
-        decode_fixed(model, rows, last, cache, draws, sampling, is_over)
+        decode_fixed(model, drawn, last, cache, draws, sampling)
     else:
-        decode_ragged(model, rows, last, cache, draws, sampling, is_over, windows)
+        decode_ragged(model, drawn, last, cache, draws, sampling, windows)
+    drawn.fill(rows)
     if tokenizer:
         for row in rows:
             row.text = completion_text(row, stop_ids, stop_strings, tokenizer)
     return rows
 
 
-def decode_ragged(model, rows, last, cache, draws, sampling, is_over, windows):
-    """Fills `rows` with tokens: those that end leave the batch, those that are full begin again.
+def decode_ragged(model, drawn, last, cache, draws, sampling, windows):
+    """Fills `drawn` with tokens: rows that end leave the batch, those that are full begin again.
 
     last: (B, C), the hidden state after each prompt; cache: of the prompts, None to do without
     draws: (max_new_tokens, B) in [0, 1); sampling: temperature, top_k and top_p of `sample`
-    windows: the ids of each prompt; is_over(row): whether its newest token ended it
+    windows: the ids of each prompt
     """
-    alive, limit, use_cache = list(range(len(rows))), model.config.context_length, bool(cache)
+    alive, limit, use_cache = np.arange(len(windows)), model.config.context_length, bool(cache)
     for n in range(len(draws)):
         ids, logprobs = sample(model.lm_head(last), draws[n], *sampling)
-        keep = take_tokens(rows, alive, ids, logprobs, is_over)
+        keep = drawn.take(n, alive, ids.cpu(), logprobs.cpu())
         for r in alive:
-            windows[r].append(rows[r].tokens[-1])
+            windows[r].append(int(drawn.ids[n, r]))
         left = len(draws) - n - 1
-        if not keep or not left:
+        if not len(keep) or not left:
             break
         if len(keep) < len(alive):
-            alive = [alive[j] for j in keep]
-            chosen = torch.tensor(keep, device=last.device)
+            alive, chosen = alive[keep], torch.from_numpy(keep).to(last.device)
             ids, draws = ids[chosen], draws[:, chosen]
             if cache:
                 cache.select(chosen)
@@ -1332,21 +1334,25 @@ def decode_ragged(model, rows, last, cache, draws, sampling, is_over, windows):
             last = model.hidden_states(ids[:, None], cache)[:, 0]
 
 
-def decode_fixed(model, rows, last, cache, draws, sampling, is_over):
+# Rows below which a batch stays as it is: so few take no less time, and a new graph some tens of ms.
+FEW_ROWS = 256
+
+
+def decode_fixed(model, drawn, last, cache, draws, sampling):
     """`decode_ragged` for a device that waits for its host: one token of all rows is one replay of
     a CUDA graph, and is looked at while the next is drawn. Rows that have ended go on, unread,
-    until half of the batch has. Every row must have room for all its tokens."""
-    alive, cache.fixed = list(range(len(rows))), True
+    until half of a large batch has. Every row must have room for all its tokens."""
+    alive, cache.fixed = np.arange(len(last)), True
     step = DecodeStep(model, cache, *sample(model.lm_head(last), draws[0], *sampling), sampling)
-    for n in range(1, len(draws) + 1):
-        drawn = step.on_host()
-        if n < len(draws):
-            step(draws[n])
-        going = take_tokens(rows, alive, *drawn(), is_over)
-        if not going or n == len(draws):
+    for n in range(len(draws)):
+        on_host = step.on_host()
+        if n + 1 < len(draws):
+            step(draws[n + 1])
+        going = drawn.take(n, alive, *on_host())
+        if not len(going) or n + 1 == len(draws):
             break
-        if len(going) <= len(alive) // 2:
-            alive, chosen = [alive[j] for j in going], torch.tensor(going, device=last.device)
+        if len(going) <= len(alive) // 2 and len(alive) > FEW_ROWS:
+            alive, chosen = alive[going], torch.from_numpy(going).to(last.device)
             draws, ids, logprobs = draws[:, chosen], step.ids[chosen], step.logprobs[chosen]
             cache.select(chosen)
             step = DecodeStep(model, cache, ids, logprobs, sampling)
@@ -1393,22 +1399,38 @@ class DecodeStep:
         return wait
 
 
-def take_tokens(rows, places, ids, logprobs, is_over):
-    """Gives rows[places[j]] the token ids[j], unless it has ended; returns the j of those that go
-    on. is_over(row): whether its newest token ended it. raises ValueError where logits are not
-    finite"""
-    going = []
-    for j, (r, token, logprob) in enumerate(zip(places, ids.tolist(), logprobs.tolist(),
-                                                strict=True)):
-        if rows[r].finish_reason == "stop":
-            continue
-        if not math.isfinite(logprob):
+class Drawn:
+    """The tokens drawn for R rows, on the host: whole arrays a token, since the device waits."""
+
+    def __init__(self, room, R, stop_ids, stop_strings, tokenizer):
+        self.ids, self.logprobs = np.zeros((room, R), np.int64), np.zeros((room, R), np.float32)
+        self.lengths, self.is_over = np.zeros(R, np.int64), np.zeros(R, bool)
+        self.stop_ids, self.stop_strings, self.tokenizer = [*stop_ids], stop_strings, tokenizer
+        # a stop string may span tokens: a token is at least one byte, so this tail always holds it
+        self.tail = 1 + max((len(s.encode()) for s in stop_strings), default=0)
+
+    def take(self, n, rows, ids, logprobs):
+        """Notes token n, ids (B,) and logprobs (B,), of rows (B,) that have not ended; returns the
+        places in `rows` of those that go on. raises ValueError where logits are not finite"""
+        places = np.flatnonzero(~self.is_over[rows])
+        rows, ids, logprobs = rows[places], ids.numpy()[places], logprobs.numpy()[places]
+        if not np.isfinite(logprobs).all():
             raise ValueError("the model's logits must be finite, got others; check its weights")
-        rows[r].tokens.append(token)
-        rows[r].logprobs.append(logprob)
-        if not is_over(rows[r]):
-            going.append(j)
-    return going
+        self.ids[n, rows], self.logprobs[n, rows], self.lengths[rows] = ids, logprobs, n + 1
+        is_over = np.isin(ids, self.stop_ids)
+        for j in np.flatnonzero(~is_over) if self.stop_strings else ():
+            tail = self.ids[max(0, n + 1 - self.tail) : n + 1, rows[j]].tolist()
+            text = decode_known(self.tokenizer, tail)
+            is_over[j] = any(s in text for s in self.stop_strings)
+        self.is_over[rows] = is_over
+        return places[~is_over]
+
+    def fill(self, completions):
+        """Gives each Completion its row."""
+        ids, logprobs = self.ids.T.tolist(), self.logprobs.T.tolist()
+        for r, (row, end) in enumerate(zip(completions, self.lengths.tolist(), strict=True)):
+            row.tokens, row.logprobs = ids[r][:end], logprobs[r][:end]
+            row.finish_reason = "stop" if self.is_over[r] else "length"
 
 
 def replays(device):
@@ -1440,19 +1462,6 @@ def prefill(model, windows, room, device, use_cache):
 def clip_window(tokens, context_length):
     """`tokens`, or their last context_length // 2 when there are more than context_length."""
     return tokens if len(tokens) <= context_length else tokens[-max(1, context_length // 2) :]
-
-
-def is_finished(row, stop_ids, stop_strings, tokenizer):
-    """Whether the row's newest token ends it; sets finish_reason."""
-    stop = row.tokens[-1] in stop_ids
-    if stop_strings and not stop:
-        # a stop string may span tokens: a token is at least one byte, so this tail always holds it
-        length = 1 + max(len(s.encode()) for s in stop_strings)
-        tail = decode_known(tokenizer, row.tokens[-length:])
-        stop = any(s in tail for s in stop_strings)
-    if stop:
-        row.finish_reason = "stop"
-    return stop
 
 
 def decode_known(tokenizer, tokens):
