@@ -2530,7 +2530,9 @@ def prepare_preferences(run):
         held_out, pairs, _ = task_problems(args, run.task)
         rng = random.Random(DATA_SEED + 1)
         held_out = [{**p, "response": run.task.solve(p, rng)} for p in held_out]
-        pairs, held_out = (task_preferences(run.task, p) for p in (pairs, held_out))
+        pairs, held_out = (
+            task_preferences([p for p in solved if is_right(run.task.reward_fn(
+                p["response"], p["answer"]))]) for solved in (pairs, held_out))
     else:
         pairs = file_preferences(args.data, args.prompt)
         held_out = file_preferences(args.valid_data, args.prompt) if args.valid_data else []
@@ -2538,11 +2540,10 @@ def prepare_preferences(run):
     run.held_out = held_out and encode_pairs(run, held_out[: args.eval_problems])
 
 
-def task_preferences(task, solved):
-    """Preferences, of problems with right responses: what is rejected is the next one's."""
-    right = [p for p in solved if is_right(task.reward_fn(p["response"], p["answer"]))]
+def task_preferences(pairs):
+    """Preferences, of solved problems: the rejected response is that of the next one."""
     return [{**p, "rejected": other["response"]}
-            for p, other in zip(right, [*right[1:], *right[:1]], strict=True)
+            for p, other in zip(pairs, [*pairs[1:], *pairs[:1]], strict=True)
             if p["response"] != other["response"]]
 
 
