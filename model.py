@@ -1263,7 +1263,8 @@ def sample(logits, uniform, temperature, top_k=0, top_p=1.0):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1,
-             stop_ids=(), stop_strings=(), tokenizer=None, seed=0, use_cache=True, first_row=0):
+             stop_ids=(), stop_strings=(), tokenizer=None, seed=0, use_cache=True, first_row=0,
+             graphs=None):
     """Samples `num_samples` continuations of each prompt: a list of Completion, prompt by prompt.
 
     prompts: lists of ids (or strings, with `tokenizer`), of any lengths, run as one batch
@@ -1271,6 +1272,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     `tokenizer`); seed: row r draws from (seed, r), whatever the other rows are and when they end;
     first_row: the number of the first row, where these prompts are a part of a larger batch
     use_cache=False recomputes everything at every token: the oracle of the cached path.
+    graphs: a dict that keeps a GPU's captured graphs and their caches, for a caller that generates
+      again with the same model, whose weights change in place, and dtype
     When a row is full (context_length tokens), it goes on from its last context_length // 2 tokens.
     raises ValueError on arguments that it cannot use
     """
@@ -1286,18 +1289,18 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
     draws = torch.stack(draws, dim=1).to(device)
     windows = [clip_window(list(p), limit) for p in prompts]
-    last, cache = prefill(model, windows, max_new_tokens, device, use_cache)
+    fixed = use_cache and replays(device) and max(map(len, windows)) + max_new_tokens <= limit
+    last, cache = prefill(model, windows, 0 if fixed else max_new_tokens, device, use_cache)
     shared = torch.tensor([row.prompt_index for row in rows], device=device)
-    last = last[shared]
-    windows = [list(windows[row.prompt_index]) for row in rows]
-    if cache:
-        cache.select(shared)
     drawn = Drawn(max_new_tokens, len(rows), stop_ids, stop_strings, tokenizer)
     sampling = temperature, top_k, top_p
-    if cache and replays(device) and max(map(len, windows)) + max_new_tokens <= limit:
-        decode_fixed(model, drawn, last, cache, draws, sampling)
+    if fixed:
+        decode_fixed(model, drawn, last[shared], cache, shared, draws, sampling, graphs)
     else:
-        decode_ragged(model, drawn, last, cache, draws, sampling, windows)
+        windows = [list(windows[row.prompt_index]) for row in rows]
+        if cache:
+            cache.select(shared)
+        decode_ragged(model, drawn, last[shared], cache, draws, sampling, windows)
     drawn.fill(rows)
     if tokenizer:
         for row in rows:
@@ -1338,12 +1341,26 @@ def decode_ragged(model, drawn, last, cache, draws, sampling, windows):
 FEW_ROWS = 256
 
 
-def decode_fixed(model, drawn, last, cache, draws, sampling):
+def decode_fixed(model, drawn, last, cache, shared, draws, sampling, graphs=None):
     """`decode_ragged` for a device that waits for its host: one token of all rows is one replay of
     a CUDA graph, and is looked at while the next is drawn. Rows that have ended go on, unread,
-    until half of a large batch has. Every row must have room for all its tokens."""
-    alive, cache.fixed = np.arange(len(last)), True
-    step = DecodeStep(model, cache, *sample(model.lm_head(last), draws[0], *sampling), sampling)
+    until half of a large batch has. Every row must have room for all its tokens.
+
+    last: (B, C); cache: of the prompts; shared: (B,) int, the prompt of each row
+    graphs: {(B, sampling, dtype): DecodeStep} to take and keep steps in, None for none
+    """
+    alive, kept, size = np.arange(len(last)), {} if graphs is None else graphs, len(draws)
+    size = min(-(-(cache.end + size) // 64) * 64, model.config.context_length)
+
+    def start(rows, source, ids, logprobs):
+        key = len(rows), sampling, source.k.dtype
+        step = kept.get(key)
+        if step is None or step.cache.k.shape[3] < size:
+            step = kept[key] = DecodeStep(model, source, len(rows), size, sampling)
+        step.load(source, rows, ids, logprobs)
+        return step
+
+    step = start(shared, cache, *sample(model.lm_head(last), draws[0], *sampling))
     for n in range(len(draws)):
         on_host = step.on_host()
         if n + 1 < len(draws):
@@ -1351,21 +1368,39 @@ def decode_fixed(model, drawn, last, cache, draws, sampling):
         going = drawn.take(n, alive, *on_host())
         if not len(going) or n + 1 == len(draws):
             break
-        if len(going) <= len(alive) // 2 and len(alive) > FEW_ROWS:
-            alive, chosen = alive[going], torch.from_numpy(going).to(last.device)
-            draws, ids, logprobs = draws[:, chosen], step.ids[chosen], step.logprobs[chosen]
-            cache.select(chosen)
-            step = DecodeStep(model, cache, ids, logprobs, sampling)
+        half = -(-len(alive) // 2)
+        if len(going) <= half and len(alive) > FEW_ROWS:  # always so many, for the graph's sake
+            ended = np.setdiff1d(np.arange(len(alive)), going)[: half - len(going)]
+            places = np.concatenate((going, ended))
+            alive, chosen = alive[places], torch.from_numpy(places).to(last.device)
+            if graphs is None:
+                kept.clear()
+            draws = draws[:, chosen]
+            step = start(chosen, step.cache, step.ids[chosen], step.logprobs[chosen])
 
 
 class DecodeStep:
     """Draws the next token of every row of a batch into `ids` and `logprobs` (B,), by a CUDA graph
-    from the second time on: hundreds of small kernels then cost the host one launch."""
+    from the second time on: hundreds of small kernels then cost the host one launch. It has a
+    cache of its own, of `size` tokens and of the device and dtype of another."""
 
-    def __init__(self, model, cache, ids, logprobs, sampling):
-        self.model, self.cache, self.sampling = model, cache, sampling
-        self.ids, self.logprobs, self.uniform = ids, logprobs, torch.empty_like(logprobs)
-        self.graph, self.calls = None, 0
+    def __init__(self, model, like, B, size, sampling):
+        device = like.k.device
+        self.model, self.sampling, self.graph, self.calls = model, sampling, None, 0
+        self.cache = KVCache(model.config, B, size, device, like.k.dtype)
+        self.cache.fixed = True
+        self.ids = torch.zeros(B, dtype=torch.long, device=device)
+        self.logprobs, self.uniform = torch.zeros(2, B, device=device)
+
+    def load(self, source, rows, ids, logprobs):
+        """Begins with these tokens of these rows (B,) of another cache, `source`."""
+        end = source.k.shape[3]
+        for mine, other in ((self.cache.k, source.k), (self.cache.v, source.v)):
+            mine[:, :, :, :end].copy_(other[:, rows, :, : mine.shape[3]])
+        self.cache.lengths.copy_(source.lengths[rows])
+        self.cache.end = source.end
+        self.ids.copy_(ids)
+        self.logprobs.copy_(logprobs)
 
     def __call__(self, uniform):
         """uniform: (B,) in [0, 1)"""

@@ -1545,13 +1545,14 @@ class AnyModel(nn.Module):
 
 
 def rollout(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.0, group_size=1,
-            stop=(), seed=0, first_row=0):
+            stop=(), seed=0, first_row=0, graphs=None):
     """group_size sampled responses to each prompt, prompt by prompt: a list of dicts with
     prompt_index, prompt_ids, tokens (with the end token, if drawn), logprobs (of tokens, under
     softmax(logits / temperature)), text and finish_reason ("stop" or "length").
 
     prompts: strings, or lists of ids; stop: strings that end a response, which keeps them
     seed, first_row: row r draws from (seed, first_row + r), whatever the other rows are
+    graphs: see lm.generate
     raises ValueError where a prompt leaves no room for max_new_tokens in the model's context
     """
     ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
@@ -1565,7 +1566,7 @@ def rollout(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.
                          f"{longest} + {max_new_tokens}; drop long prompts or ask for fewer tokens")
     rows = lm.generate(model, ids, max_new_tokens, temperature, top_p=top_p, num_samples=group_size,
                        stop_ids=end_ids(tokenizer), stop_strings=tuple(stop), tokenizer=tokenizer,
-                       seed=seed, use_cache=ours, first_row=first_row)
+                       seed=seed, use_cache=ours, first_row=first_row, graphs=graphs)
     return [dict(prompt_index=r.prompt_index, prompt_ids=ids[r.prompt_index], tokens=r.tokens,
                  logprobs=r.logprobs, text=r.text, finish_reason=r.finish_reason) for r in rows]
 
@@ -1646,6 +1647,9 @@ class Run:
         self.step = self.position = self.rollouts = 0
         self.saved, self.signals, self.said, self.gaps, self.dry = None, [], set(), [], 0
         self.sampler, self.log, self.evaluated = None, None, -1
+        # captured once in a small model's run; beside a large one's steps a capture costs little,
+        # and the memory is needed
+        self.graphs = {} if sum(p.numel() for p in self.model.parameters()) < 2e8 else None
         args.prepare(self)
         if args.resume:
             self.load()
@@ -1772,7 +1776,7 @@ class Run:
             with lm.compute_context(self.device, self.dtype):
                 rows += rollout(model, self.tokenizer, [p["prompt_ids"] for p in chosen],
                                 args.max_new_tokens, temperature, top_p, group_size, args.stop,
-                                seed, first_row=places[part][0] * group_size)
+                                seed, places[part][0] * group_size, self.graphs)
         for i, row in enumerate(rows):
             row["group"] = places[i // group_size]
         truths = [problems[row["group"]]["answer"] for row in rows]
