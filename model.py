@@ -697,9 +697,10 @@ def attend(q, k, v, mask, backend):
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         return scaled_dot_product_attention(q, k, v, mask)
     grouped = q.shape[1] != k.shape[1]
-    if grouped and q.shape[2] == 1 and mask is not None:  # a group's queries as so many of one head: k is read once
-        return attend(q.unflatten(1, (k.shape[1], -1)).squeeze(3), k, v, mask, backend
-                      ).flatten(1, 2).unsqueeze(2)
+    if grouped and q.shape[2] == 1 and mask is not None:
+        # a group's queries as so many tokens of one head: k and v are read once, by any kernel
+        q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
+        return attend(q, k, v, mask, backend).flatten(1, 2).unsqueeze(2)
     return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask,
                                                       is_causal=mask is None, enable_gqa=grouped)
 
@@ -1337,7 +1338,7 @@ def decode_ragged(model, drawn, last, cache, draws, sampling, windows):
             last = model.hidden_states(ids[:, None], cache)[:, 0]
 
 
-# Rows below which a batch stays as it is: so few take no less time, and a new graph some tens of ms.
+# Rows up to which a batch stays as it is: fewer take no less time, and a graph of them is not free.
 FEW_ROWS = 256
 
 

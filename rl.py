@@ -2269,9 +2269,11 @@ def countdown_problems(n, count, seed):
     for _ in range(1000 * (n + 1)):
         if len(found) == n:
             return [*found.values()]
-        numbers = [rng.randint(1, COUNTDOWN_MOST) for _ in range(count)]
-        _, [(target, solution, _)] = random_steps(numbers, rng)
+        numbers = [int(rng.random() * COUNTDOWN_MOST) + 1 for _ in range(count)]
+        _, (a, b) = random_steps(numbers, rng, 2)
+        op, target = rng.choice(results(a, b))
         if target <= COUNTDOWN_MOST:
+            _, (_, solution, _) = join(a, b, op, target)
             problem = {"numbers": numbers, "target": target, "solution": solution}
             found.setdefault((*sorted(numbers), target), problem)
     raise ValueError(f"there must be {n} problems of {count} numbers, got {len(found)}; ask "
@@ -2338,7 +2340,7 @@ def join(a, b, op, value):
     return f"{a[0]}{op}{b[0]}={value}", (value, f"{left}{op}{right}", level)
 
 
-def random_steps(numbers, rng, left=1, most=math.inf):
+def random_steps(numbers, rng, left, most=math.inf):
     """(steps, items): numbers combined by random operations in random order until `left` remain."""
     items, steps = [(n, str(n), 3) for n in numbers], []
     while len(items) > left:

@@ -758,6 +758,7 @@ def test_a_step_of_grpo_logs_what_happened(start, tmp_path, capsys):
         assert f"| {word} " in line or word == "tok/s" and word in line, (word, line)
     assert all(r["gap"] <= r["gap_max"] < 1e-4 for r in records(tmp_path) if "gap" in r)
     assert all(math.isfinite(v) for r in steps(tmp_path) for v in r.values())
+    assert [r["step"] for r in records(tmp_path) if "pass@2" in r] == [0, 4]  # what the steps have changed
 
 
 @pytest.mark.parametrize("verb", VERBS)
