@@ -761,6 +761,19 @@ def test_a_step_of_grpo_logs_what_happened(start, tmp_path, capsys):
     assert [r["step"] for r in records(tmp_path) if "pass@2" in r] == [0, 4]  # what the steps have changed
 
 
+def test_steps_of_rollouts_that_a_run_keeps_draw_from_the_weights_of_now(start, tmp_path, monkeypatch):
+    plain, kept = tmp_path / "plain", tmp_path / "kept"
+    assert rl.main(flags("grpo", start, plain)) == 0
+    made, init = [], lm.DecodeStep.__init__
+    monkeypatch.setattr(lm, "replays", lambda device: True)
+    monkeypatch.setattr(lm.DecodeStep, "__init__", lambda step, *args: made.append(args[2]) or init(step, *args))
+    assert rl.main(flags("grpo", start, kept)) == 0
+    assert made and len(made) == len({*made})  # one a size of batch, for all steps and evaluations
+    names = ("reward", "length", "no_signal", "entropy", "greedy", "pass@2")
+    for a, b in zip(steps(plain), steps(kept), strict=True):
+        assert {k: a[k] for k in names if k in a} == pytest.approx({k: b[k] for k in names if k in b}, abs=1e-4)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_run_that_is_resumed_gives_the_same_numbers_bit_for_bit(verb, start, tmp_path):
     assert rl.main(flags(verb, start, tmp_path / "whole")) == 0
@@ -1055,6 +1068,7 @@ def test_bad_input_is_refused_in_one_line(start, tmp_path, capsys, monkeypatch):
     fails(capsys, ["sft", *task, *model, "--d_model", "8"], "leave those out")
     fails(capsys, ["grpo", *model], "--task or --data must")
     fails(capsys, ["sft", "--task", "countdown", *model], "another tokenizer")
+    fails(capsys, ["sft", "--task", "countdown", "--numbers", "1", *out], "two numbers or more, got 1")
     fails(capsys, ["sft", *model, "--data", str(tmp_path / "none.jsonl")], "none.jsonl")
     empty = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": "", "response": "x"}])
     fails(capsys, ["sft", *model, "--data", empty], "empty.jsonl:1")
