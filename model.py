@@ -1286,9 +1286,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
                      num_samples, stop_strings)
     device, limit = next(model.parameters()).device, model.config.context_length
     rows = [Completion(i, [], []) for i in range(len(prompts)) for _ in range(num_samples)]
-    seeds = [((seed << 20) + first_row + r) % 2**63 for r in range(len(rows))]
-    draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    draws = torch.stack(draws, dim=1).to(device)
+    generator, draws = torch.Generator(), torch.empty(len(rows), max_new_tokens)
+    for r, row in enumerate(draws.unbind()):
+        generator.manual_seed(((seed << 20) + first_row + r) % 2**63)
+        torch.rand(max_new_tokens, generator=generator, out=row)
+    draws = draws.T.contiguous().to(device)
     windows = [clip_window(list(p), limit) for p in prompts]
     fixed = use_cache and replays(device) and max(map(len, windows)) + max_new_tokens <= limit
     last, cache = prefill(model, windows, 0 if fixed else max_new_tokens, device, use_cache)
@@ -1463,9 +1465,9 @@ class Drawn:
 
     def fill(self, completions):
         """Gives each Completion its row."""
-        ids, logprobs = self.ids.T.tolist(), self.logprobs.T.tolist()
+        ids, logprobs = self.ids.T.copy(), self.logprobs.T.copy()  # rows in one piece each
         for r, (row, end) in enumerate(zip(completions, self.lengths.tolist(), strict=True)):
-            row.tokens, row.logprobs = ids[r][:end], logprobs[r][:end]
+            row.tokens, row.logprobs = ids[r, :end].tolist(), logprobs[r, :end].tolist()
             row.finish_reason = "stop" if self.is_over[r] else "length"
 
 
@@ -1505,7 +1507,9 @@ def decode_known(tokenizer, tokens):
     size = getattr(tokenizer, "vocab_size", None)
     if hasattr(tokenizer, "__len__"):  # Hugging Face's, whose vocab_size omits added tokens
         size = len(tokenizer)
-    return tokenizer.decode([t for t in tokens if size is None or t < size])
+    if size is not None and max(tokens, default=0) >= size:
+        tokens = [t for t in tokens if t < size]
+    return tokenizer.decode(tokens)
 
 
 def completion_text(row, stop_ids, stop_strings, tokenizer):

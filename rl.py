@@ -1647,9 +1647,7 @@ class Run:
         self.step = self.position = self.rollouts = 0
         self.saved, self.signals, self.said, self.gaps, self.dry = None, [], set(), [], 0
         self.sampler, self.log, self.evaluated = None, None, -1
-        # captured once in a small model's run; beside a large one's steps a capture costs little,
-        # and the memory is needed
-        self.graphs = {} if sum(p.numel() for p in self.model.parameters()) < 2e8 else None
+        self.graphs = {} if self.has_room_for_caches() else None
         args.prepare(self)
         if args.resume:
             self.load()
@@ -1691,6 +1689,15 @@ class Run:
         self.reference = None
         if args.verb == "dpo" or getattr(args, "kl_coef", 0):
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
+
+    def has_room_for_caches(self):
+        """Whether rollouts may keep their graphs, each with its cache, from step to step: where a
+        cache is small beside the card. A large model's steps are long, a capture is not."""
+        if self.device.type != "cuda":
+            return True
+        c, rows = self.model.config, self.args.rollout_batch
+        numbers = 2 * c.num_layers * c.num_kv_heads * c.d_head * c.context_length * rows
+        return numbers * self.dtype.itemsize < torch.cuda.mem_get_info(self.device)[1] / 16
 
     # ranks: each does its contiguous share of what all of them drew; sums make one result
 
