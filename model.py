@@ -1352,8 +1352,9 @@ def decode_fixed(model, drawn, last, cache, shared, draws, sampling, graphs=None
     last: (B, C); cache: of the prompts; shared: (B,) int, the prompt of each row
     graphs: {(B, sampling, dtype): DecodeStep} to take and keep steps in, None for none
     """
-    alive, kept, size = np.arange(len(last)), {} if graphs is None else graphs, len(draws)
-    size = min(-(-(cache.end + size) // 64) * 64, model.config.context_length)
+    alive, kept = np.arange(len(last)), {} if graphs is None else graphs
+    room = -(-(cache.end + len(draws)) // 64) * 64  # prompts of many lengths share a graph
+    size = min(room, model.config.context_length)
 
     def start(rows, source, ids, logprobs):
         key = len(rows), sampling, source.k.dtype
