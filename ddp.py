@@ -688,6 +688,7 @@ class Unit:
         self.trained = [s for s in params if s.full.requires_grad]
         self.state, self.works, self.sent = "away", [], None
         self.called_at = 0  # autograd's count of operations when its forward pass began
+        self.calls = set()  # called_at of forward passes whose backward pass has not begun
         self.in_backward = False  # since a gradient of its output is there
         for i, s in enumerate(self.trained):
             s.full.register_post_accumulate_grad_hook(weakly(self.ready, i))
@@ -696,6 +697,13 @@ class Unit:
 
     def reset(self):
         self.waiting, self.present = set(self.trained), None
+        self.calls.clear()
+
+    def complete(self):
+        """Whether no gradient of the pass under way can come any more: all are there, or those that
+        are missing belong to parameters that this rank did not use."""
+        unused = self.index > 0 and not self.calls and not self.in_backward
+        return not self.waiting or unused
 
     def show(self):
         """What the module sees: between passes the shards, else the weights if they are here."""
@@ -775,6 +783,7 @@ class FSDP(Wrapper):
                  prefetch=2, device=None):
         super().__init__(module)
         self.reduce_dtype, self.prefetch, self.compute_dtype = reduce_dtype, prefetch, compute_dtype
+        self.grad_enabled = False  # in the last forward pass
         self.in_pass = False  # from the start of a forward pass to the end of its backward pass
         self.device = torch.device(device or next((p.device for p in module.parameters()), "cpu"))
         if self.device.type == "meta":
@@ -794,7 +803,7 @@ class FSDP(Wrapper):
         self.watch_frozen()
         self.same = SameGradients([name for name, p in self.local.items() if p.requires_grad])
         self.reductions, self.reduced, self.again = [], None, 0
-        self.next_up, self.next_down = len(self.units), 0
+        self.next_up, self.next_down, self.at = len(self.units), 0, 0
         for i, unit in enumerate(self.units[1:], 1):
             unit.module.register_forward_pre_hook(functools.partial(self.before_forward, i),
                                                   prepend=True)  # before what uses the weights
@@ -915,10 +924,10 @@ class FSDP(Wrapper):
     # --- forward
 
     def forward(self, *inputs, **named_inputs):
-        grad = torch.is_grad_enabled()
         if recomputing():
             self.begin_backward()
             return self.module(*inputs, **named_inputs)
+        self.grad_enabled = grad = torch.is_grad_enabled()
         self.reset_if_unfinished()
         self.free_all(in_pass=True)  # what a forward pass without a backward pass has left
         self.next_up = 0
@@ -963,6 +972,8 @@ class FSDP(Wrapper):
 
     def after_forward(self, i, _, inputs, outputs):
         unit, grad = self.units[i], torch.is_grad_enabled()
+        if self.grad_enabled and not recomputing():
+            unit.calls.add(unit.called_at)  # also without grad: a checkpoint's has it later
         if grad:
             self.watch_gradients(unit, outputs)
         if not recomputing() and not (grad and i == len(self.units) - 1):
@@ -973,38 +984,48 @@ class FSDP(Wrapper):
         one that made an output. Not one from before the unit, which it only passes on."""
         for tensor in tensors_in(outputs, unit):
             if tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= unit.called_at:
-                tensor.register_hook(functools.partial(self.before_backward, unit))
+                tensor.register_hook(functools.partial(self.before_backward, unit,
+                                                       unit.called_at))
 
     # --- backward: autograd runs the operations of the forward pass in reverse order
 
     def begin_backward(self):
         if not self.backward_began:
             super().begin_backward()
-            self.in_pass, self.next_down = True, len(self.units) - 1
+            self.in_pass, self.next_down, self.at = True, len(self.units) - 1, len(self.units) - 1
             for unit in self.units:
                 if unit.present is None:
                     unit.waiting = set(unit.trained)
                 unit.show()
             self.units[0].gather()
 
-    def before_backward(self, unit, _):
+    def before_backward(self, unit, call, _):
         """A gradient of an output of the unit is there: its backward pass begins, those of the
         units called after it are over."""
         self.begin_backward()
+        unit.calls.discard(call)
         if unit is not self.units[0]:
             for other in self.units[1:]:
                 if other.in_backward and other is not unit:
                     other.free()
-            self.reduce_complete()
-            self.start_down_to(unit.index - self.prefetch)
+            self.go_down_to(unit.index)
             self.need(unit)
             unit.in_backward = True
         else:
             self.start_down_to(len(self.units) - self.prefetch)
 
+    def go_down_to(self, index):
+        """Reduces the units above and gathers those that are needed next; the units between, which
+        this rank did not use, in turn as if it had: on a GPU a gather waits for the reductions
+        before it, which all ranks must therefore start in the same order."""
+        for i in (*range(self.at, index, -1), index):
+            self.reduce_complete(i)
+            self.start_down_to(i - self.prefetch)
+        self.at = min(self.at, index)
+
     def end_backward(self):
         super().end_backward()
-        self.start_down_to(self.lowest)  # what this rank did not use: others may have
+        self.go_down_to(self.lowest)
         self.free_all(in_pass=False)
         self.reduce_complete()
 
@@ -1016,13 +1037,13 @@ class FSDP(Wrapper):
             for s in unit.trained:
                 s.accumulated = s.take_gradient(self.reduce_dtype)
 
-    def reduce_complete(self):
-        """Reduces, when syncing, the units whose gradients are all there."""
-        for later in reversed(self.units):  # the root last; in the same order on all ranks
-            if later.present is None and later.trained:
-                if later.waiting or not self.syncing:
+    def reduce_complete(self, above=-1):
+        """Reduces, when syncing, the units above one whose gradients are all there."""
+        for unit in reversed(self.units[above + 1 :]):  # the same order on all ranks, the root last
+            if unit.present is None and unit.trained:
+                if not (self.syncing and unit.complete()):
                     return
-                self.reduce(later)
+                self.reduce(unit)
 
     def reduce(self, unit):
         """Starts the reduce-scatter of the unit's gradients into the gradients of its shards, some
@@ -1880,8 +1901,9 @@ def bytes_of_step(strategy, N, accumulates, *of_flags):
     sharded = ("optimizer (m and v)",) if strategy == "zero1" else ()
     if "fsdp" in strategy:
         sharded = ("parameters", "gradients", "optimizer (m and v)")
-        _, config, *_ = of_flags  # the weights of some blocks are whole at a time
-        parts["weights cast to bfloat16"] *= min(1, 8 / config.num_layers)
+        args, config, _, dtype, *_ = of_flags  # the weights of some blocks are whole at a time
+        whole = parts["parameters"] * dtype.itemsize / getattr(torch, args.param_dtype).itemsize
+        parts["weights cast to bfloat16"] = whole * min(1, 8 / config.num_layers)
     parts = {part: value / (N if part in sharded else 1) for part, value in parts.items()}
     # a backward pass that does not add to gradients frees more activations than it makes gradients
     both = min(parts["gradients"], parts["activations of the blocks"])
@@ -1960,6 +1982,9 @@ def bench(args, ranks):
               f"{shown(row['hidden'], '.1%'):>7} |" + " |".join(
                   f"{shown(row[k], '.2f'):>7}" for k in ("init_gib", "before_gib", "step_gib",
                                                         "state_gib")), flush=True)
+        if row.get("shares"):
+            print("  of a step: " + ", ".join(f"{part} {share:.1%}" for part, share
+                                              in row["shares"].items()), flush=True)
     print(json.dumps({"preset": args.preset, "ranks": ranks.world_size, "device": card,
                       "batch_size": args.batch_size, "context_length": config.context_length,
                       "dtype": str(dtype)[6:], "compile": compiled, "strategies": rows}))
@@ -1969,6 +1994,11 @@ def bench(args, ranks):
 def check_path(path):
     if path and not os.access(Path(path).absolute().parent, os.W_OK):
         raise ValueError(f"a file must be in a folder that can be written, got {path}; make that")
+
+
+# What the leaderboard's step is run with where no flag says otherwise. source: [1] A2, leaderboard
+STEP_8B = dict(batch_size=1, strategies=["fsdp"], attention="flash", param_dtype="bfloat16",
+               reduce_dtype="bfloat16", recompute="auto", warmup_steps=2, repeats=2)
 
 
 def check_bench(args, ranks):
@@ -1986,10 +2016,13 @@ def shown(value, form):
 
 
 def check_agree(checks, bound):
-    """Stops unless all strategies had the loss and the gradient norm of the first, before the first
-    update, and its loss after it. checks: {strategy: these three}"""
+    """Stops unless the update lowered the loss, and all strategies had the loss and the gradient
+    norm of the first before it and its loss after it. checks: {strategy: these three}"""
     first = next(iter(checks))
     for name, check in checks.items():
+        if not check[2] < check[0]:  # nor nan
+            raise ValueError(f"an update must lower the loss of its batch, got {check[0]} and then "
+                             f"{check[2]} under {name}; this is a bug")
         for got, expected in zip(check, checks[first], strict=True):
             if not abs(got - expected) <= bound * abs(expected):
                 raise ValueError(f"{name} must agree with {first} within {bound} in "
@@ -2068,14 +2101,16 @@ def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, check
                            for v in state.values() if torch.is_tensor(v)) / 2**30
     row.update(communicating_ms=None, exposed_ms=None, hidden=None)
     if cuda:
-        kernels = profile_steps(step, args, strategy, ranks, device)
-        together, exposed = (1e-3 * us / 3 for us in exposed_us(kernels))
+        steps = 3
+        kernels = kernels_by_part(profile_steps(step, args, strategy, ranks, device, steps))
+        together, exposed = (1e-3 * us / steps for us in exposed_us(kernels))
         row.update(communicating_ms=together, exposed_ms=exposed,
-                   hidden=1 - exposed / together if together else None)
+                   hidden=1 - exposed / together if together else None,
+                   shares=shares_of_parts(kernels))
     elif not strategy.startswith("torch"):
         row["exposed_ms"] = 1e3 * statistics.median(waited)
         if args.trace:
-            profile_steps(step, args, strategy, ranks, device)
+            profile_steps(step, args, strategy, ranks, device, 3)
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
 
 
@@ -2083,9 +2118,8 @@ def allocated(cuda, which="memory_allocated"):
     return getattr(torch.cuda, which)() / 2**30 if cuda else None
 
 
-def profile_steps(step, args, strategy, ranks, device, steps=3):
-    """Runs steps under torch.profiler on rank 0, writes --trace, and returns the device's work:
-    [(begin, end in microseconds, whether it is communication)]."""
+def profile_steps(step, args, strategy, ranks, device, steps):
+    """Runs steps under torch.profiler on rank 0, writes --trace, and returns its events."""
     from torch.profiler import ProfilerActivity, profile
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     ranks.watch(f"profiling {strategy}")
@@ -2103,15 +2137,53 @@ def profile_steps(step, args, strategy, ranks, device, steps=3):
             if len(args.strategies) > 1:
                 path = path.with_name(f"{path.stem}_{strategy}{path.suffix}")
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    return [(e["ts"], e["ts"] + e["dur"], "nccl" in e["name"].lower()) for e in events
+        return json.loads(path.read_text())["traceEvents"]
+
+
+# What operations, by a part of their names, belong to; the outermost one decides.
+PARTS = {"LinearCrossEntropy": "loss", "Optimizer.step": "optimizer", "aten::mm": "matmul",
+         "aten::addmm": "matmul", "attention_backward": "attention backward",
+         "attention": "attention forward"}
+COMMUNICATION, REST = "communication", "rest"
+
+
+def kernels_by_part(events):
+    """[(begin, end, part)] in microseconds of what a device did, of a Chrome trace's events: the
+    part is that of the operation on the host which was running when the work was launched."""
+    operations, launched = {}, {}
+    for e in sorted((e for e in events if "ts" in e), key=lambda e: (e["ts"], -e.get("dur", 0))):
+        spans = operations.setdefault(e.get("tid"), [])
+        if e.get("cat") in ("cpu_op", "user_annotation"):
+            part = next((part for name, part in PARTS.items() if name in e["name"]), None)
+            if part and (not spans or spans[-1][1] <= e["ts"]):
+                spans.append((e["ts"], e["ts"] + e["dur"], part))
+        elif (e.get("cat") in ("cuda_runtime", "cuda_driver")
+              and spans and e["ts"] <= spans[-1][1]):
+            launched[e["args"].get("correlation")] = spans[-1][2]
+    return [(e["ts"], e["ts"] + e["dur"], COMMUNICATION if "nccl" in e["name"].lower()
+             else launched.get(e["args"].get("correlation"), REST)) for e in events
             if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
 
 
+def shares_of_parts(kernels):
+    """{part: share of the time from the first to the last work}, of communication what is not
+    hidden, and "idle": of `kernels_by_part`."""
+    if not kernels:
+        return {}
+    total = max(end for _, end, _ in kernels) - min(begin for begin, _, _ in kernels)
+    shares = {part: 0.0 for part in (*PARTS.values(), REST)}
+    for begin, end, part in kernels:
+        if part != COMMUNICATION:
+            shares[part] += (end - begin) / total
+    shares["communication not hidden"] = exposed_us(kernels)[1] / total
+    shares["idle"] = max(0.0, 1 - sum(shares.values()))  # some parts may run at a time
+    return {part: round(share, 4) for part, share in shares.items()}
+
+
 def exposed_us(kernels):
-    """(time in communication, time in communication while nothing else runs), of (begin, end, is
-    communication) in any order. [(0, 4, True), (3, 5, False)] gives (4, 3)."""
-    edges = sorted((t, change, kind) for begin, end, kind in kernels
+    """(time in communication, time in communication while nothing else runs), of `kernels_by_part`,
+    in any order. [(0, 4, COMMUNICATION), (3, 5, REST)] gives (4, 3)."""
+    edges = sorted((t, change, part == COMMUNICATION) for begin, end, part in kernels
                    for t, change in ((begin, 1), (end, -1)))
     running, together, exposed, before = {True: 0, False: 0}, 0.0, 0.0, 0.0
     for t, change, kind in edges:
@@ -2353,7 +2425,8 @@ def build_parser():
     add_strategy_flags(p.add_argument)
     lm.add_training_flags(p)
 
-    p = add_verb("bench", bench, "time and memory of a training step")
+    p = add_verb("bench", bench, "time and memory of a step; --preset 8b: the leaderboard's, as it "
+                 f"is run best ({STEP_8B})")
     add = p.add_argument
     add("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     add_strategy_flags(add)
@@ -2416,18 +2489,35 @@ def flags_of(args):
             if name not in ("run", "model_defaults")}
 
 
+def with_defaults(parser, argv, verb, **defaults):
+    """What argv says, over other defaults than the parser's."""
+    verbs = next(action for action in parser._actions if action.dest == "verb")
+    verbs.choices[verb].set_defaults(**defaults)
+    return parser.parse_args(argv)
+
+
+def parse(parser, argv):
+    args = parser.parse_args(argv)
+    if args.verb == "bench" and args.preset == "8B":
+        defaults = dict(STEP_8B)
+        if args.checkpoint_every:
+            del defaults["recompute"]
+        return with_defaults(parser, argv, "bench", **defaults)
+    return args
+
+
 def resumed_flags(parser, argv, args, ranks):
     """args, with the flags of the run that goes on behind those given now."""
     saved = ranks.share(lambda: lm.saved_flags(args.out_dir))
-    verbs = next(action for action in parser._actions if action.dest == "verb")
-    verbs.choices["train"].set_defaults(**{**saved, "out_dir": args.out_dir})
-    args = parser.parse_args(argv)
+    args = with_defaults(parser, argv, "train", **{**saved, "out_dir": args.out_dir})
     args.resume, args.overwrite = True, False
     return args
 
 
 def main(argv=None):
     lm.print_any_text()
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # a tenth of a full GPU is lost to gaps without
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     rank = int(os.environ.get("RANK", 0))
     with contextlib.ExitStack() as stack:
         quiet = sys.stderr
@@ -2439,7 +2529,7 @@ def main(argv=None):
             parser, args, refused = build_parser(), None, io.StringIO()
             try:
                 with contextlib.redirect_stderr(refused if rank else sys.stderr):
-                    args = parser.parse_args(argv)
+                    args = parse(parser, argv)
             except SystemExit as stop:
                 if not (rank and stop.code):
                     raise

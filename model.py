@@ -728,9 +728,12 @@ class TransformerBlock(nn.Module):
             return self.transform(*inputs)
         if self.recompute == "block":
             return recompute(self.transform, *inputs, use_reentrant=False)
-        width = self.ffn.w1.weight.shape[0] if self.recompute == "ffn" else None
+        d_ff = len(self.ffn.w1.weight)
+        but_of = {(None, d_ff)} if self.recompute == "ffn" else set()
+        if not self.post_norm:  # the sum of the last product and x is all that is made of it
+            but_of.add((d_ff, None))
         contexts = functools.partial(create_selective_checkpoint_contexts,
-                                     functools.partial(keep_products, width))
+                                     functools.partial(keep_products, but_of))
         return recompute(self.transform, *inputs, use_reentrant=False, context_fn=contexts)
 
     def transform(self, x, positions, cache, layer, mask):
@@ -747,12 +750,15 @@ class TransformerBlock(nn.Module):
 RECOMPUTE = ("none", "cheap", "ffn", "block")
 
 
-def keep_products(but_of_width, context, op, *inputs, **_):
+def keep_products(but_of, context, op, *inputs, **_):
     """A policy of torch.utils.checkpoint: matrix products and attention are kept, except products
-    (N, but_of_width)."""
+    with a matrix whose (rows, columns) have one of `but_of`, None for any."""
     name = op._schema.name.partition("::")[2]
-    if name in ("mm", "addmm") and inputs[-1].shape[-1] != but_of_width:
-        return CheckpointPolicy.MUST_SAVE
+    if name in ("mm", "addmm"):
+        rows, columns = inputs[-1].shape
+        if not {(rows, None), (None, columns)} & but_of:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
     return CheckpointPolicy.MUST_SAVE if "attention" in name else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -1953,13 +1959,15 @@ def estimate_memory(config, batch_size, dtype=torch.float32, checkpoint_every=()
     for span in checkpoint_every:
         kept, inner = kept + math.ceil(inner / span), min(span, inner)
     blocks = kept * N * c.d_model * size + inner * a_block
+    logits = min(N * c.vocab_size, CHUNK_LOGITS[device_type]) * (size + 4)
     if any(level != "none" for level in levels):
         wide = (2 if c.ffn == "swiglu" else 1) * c.d_ff
-        cheap = 3 * c.d_model + 2 * q_width + 2 * kv_width + wide  # input, and products
+        cheap = 2 * c.d_model + 2 * q_width + 2 * kv_width + wide  # input, and products
+        cheap += c.d_model if c.norm == "post" else 0  # the last one
         of = {"none": a_block, "cheap": size * N * cheap, "ffn": size * N * (cheap - wide),
               "block": size * N * c.d_model}
         blocks = sum(of[level] for level in levels) + a_block  # and one that is computed again
-    logits = min(N * c.vocab_size, CHUNK_LOGITS[device_type]) * (size + 4)
+        logits = max(0, logits - a_block)  # when the logits are gone
     head = N * (norm + size * c.d_model) + logits + 4 * c.vocab_size * c.d_model
     cast = 2 * (parameters - parts["token_embeddings"]) if size < param_dtype.itemsize else 0
     weights, moments = (d.itemsize * parameters for d in (param_dtype, moment_dtype or param_dtype))
