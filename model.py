@@ -697,6 +697,10 @@ def attend(q, k, v, mask, backend):
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         return scaled_dot_product_attention(q, k, v, mask)
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.shape[2] == 1 and mask is not None:
+        # a group's queries as so many tokens of one head: k and v are read once, by any kernel
+        q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
+        return attend(q, k, v, mask, backend).flatten(1, 2).unsqueeze(2)
     return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask,
                                                       is_causal=mask is None, enable_gqa=grouped)
 
@@ -1266,7 +1270,8 @@ def sample(logits, uniform, temperature, top_k=0, top_p=1.0):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1,
-             stop_ids=(), stop_strings=(), tokenizer=None, seed=0, use_cache=True, first_row=0):
+             stop_ids=(), stop_strings=(), tokenizer=None, seed=0, use_cache=True, first_row=0,
+             graphs=None):
     """Samples `num_samples` continuations of each prompt: a list of Completion, prompt by prompt.
 
     prompts: lists of ids (or strings, with `tokenizer`), of any lengths, run as one batch
@@ -1274,6 +1279,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     `tokenizer`); seed: row r draws from (seed, r), whatever the other rows are and when they end;
     first_row: the number of the first row, where these prompts are a part of a larger batch
     use_cache=False recomputes everything at every token: the oracle of the cached path.
+    graphs: a dict that keeps a GPU's captured graphs and their caches, for a caller that generates
+      again with the same model, whose weights change in place, and dtype
     When a row is full (context_length tokens), it goes on from its last context_length // 2 tokens.
     raises ValueError on arguments that it cannot use
     """
@@ -1285,48 +1292,49 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
                      num_samples, stop_strings)
     device, limit = next(model.parameters()).device, model.config.context_length
     rows = [Completion(i, [], []) for i in range(len(prompts)) for _ in range(num_samples)]
-    seeds = [((seed << 20) + first_row + r) % 2**63 for r in range(len(rows))]
-    draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    draws = torch.stack(draws, dim=1).to(device)
+    generator, draws = torch.Generator(), torch.empty(len(rows), max_new_tokens)
+    for r, row in enumerate(draws.unbind()):
+        generator.manual_seed(((seed << 20) + first_row + r) % 2**63)
+        torch.rand(max_new_tokens, generator=generator, out=row)
+    draws = draws.T.contiguous().to(device)
     windows = [clip_window(list(p), limit) for p in prompts]
-    last, cache = prefill(model, windows, max_new_tokens, device, use_cache)
+    fixed = use_cache and replays(device) and max(map(len, windows)) + max_new_tokens <= limit
+    last, cache = prefill(model, windows, 0 if fixed else max_new_tokens, device, use_cache)
     shared = torch.tensor([row.prompt_index for row in rows], device=device)
-    last = last[shared]
-    windows = [list(windows[row.prompt_index]) for row in rows]
-    if cache:
-        cache.select(shared)
-    is_over = functools.partial(is_finished, stop_ids=stop_ids, stop_strings=stop_strings,
-                                tokenizer=tokenizer)
+    drawn = Drawn(max_new_tokens, len(rows), stop_ids, stop_strings, tokenizer)
     sampling = temperature, top_k, top_p
-    if cache and replays(device) and max(map(len, windows)) + max_new_tokens <= limit:
-        decode_fixed(model, rows, last, cache, draws, sampling, is_over)
+    if fixed:
+        decode_fixed(model, drawn, last[shared], cache, shared, draws, sampling, graphs)
     else:
-        decode_ragged(model, rows, last, cache, draws, sampling, is_over, windows)
+        windows = [list(windows[row.prompt_index]) for row in rows]
+        if cache:
+            cache.select(shared)
+        decode_ragged(model, drawn, last[shared], cache, draws, sampling, windows)
+    drawn.fill(rows)
     if tokenizer:
         for row in rows:
             row.text = completion_text(row, stop_ids, stop_strings, tokenizer)
     return rows
 
 
-def decode_ragged(model, rows, last, cache, draws, sampling, is_over, windows):
-    """Fills `rows` with tokens: those that end leave the batch, those that are full begin again.
+def decode_ragged(model, drawn, last, cache, draws, sampling, windows):
+    """Fills `drawn` with tokens: rows that end leave the batch, those that are full begin again.
 
     last: (B, C), the hidden state after each prompt; cache: of the prompts, None to do without
     draws: (max_new_tokens, B) in [0, 1); sampling: temperature, top_k and top_p of `sample`
-    windows: the ids of each prompt; is_over(row): whether its newest token ended it
+    windows: the ids of each prompt
     """
-    alive, limit, use_cache = list(range(len(rows))), model.config.context_length, bool(cache)
+    alive, limit, use_cache = np.arange(len(windows)), model.config.context_length, bool(cache)
     for n in range(len(draws)):
         ids, logprobs = sample(model.lm_head(last), draws[n], *sampling)
-        keep = take_tokens(rows, alive, ids, logprobs, is_over)
+        keep = drawn.take(n, alive, ids.cpu(), logprobs.cpu())
         for r in alive:
-            windows[r].append(rows[r].tokens[-1])
+            windows[r].append(int(drawn.ids[n, r]))
         left = len(draws) - n - 1
-        if not keep or not left:
+        if not len(keep) or not left:
             break
         if len(keep) < len(alive):
-            alive = [alive[j] for j in keep]
-            chosen = torch.tensor(keep, device=last.device)
+            alive, chosen = alive[keep], torch.from_numpy(keep).to(last.device)
             ids, draws = ids[chosen], draws[:, chosen]
             if cache:
                 cache.select(chosen)
@@ -1338,34 +1346,71 @@ def decode_ragged(model, rows, last, cache, draws, sampling, is_over, windows):
             last = model.hidden_states(ids[:, None], cache)[:, 0]
 
 
-def decode_fixed(model, rows, last, cache, draws, sampling, is_over):
+# Rows up to which a batch stays as it is: fewer take no less time, and a graph of them is not free.
+FEW_ROWS = 256
+
+
+def decode_fixed(model, drawn, last, cache, shared, draws, sampling, graphs=None):
     """`decode_ragged` for a device that waits for its host: one token of all rows is one replay of
     a CUDA graph, and is looked at while the next is drawn. Rows that have ended go on, unread,
-    until half of the batch has. Every row must have room for all its tokens."""
-    alive, cache.fixed = list(range(len(rows))), True
-    step = DecodeStep(model, cache, *sample(model.lm_head(last), draws[0], *sampling), sampling)
-    for n in range(1, len(draws) + 1):
-        drawn = step.on_host()
-        if n < len(draws):
-            step(draws[n])
-        going = take_tokens(rows, alive, *drawn(), is_over)
-        if not going or n == len(draws):
+    until half of a large batch has. Every row must have room for all its tokens.
+
+    last: (B, C); cache: of the prompts; shared: (B,) int, the prompt of each row
+    graphs: {(B, sampling, dtype): DecodeStep} to take and keep steps in, None for none
+    """
+    alive, kept = np.arange(len(last)), {} if graphs is None else graphs
+    room = -(-(cache.end + len(draws)) // 64) * 64  # prompts of many lengths share a graph
+    size = min(room, model.config.context_length)
+
+    def start(rows, source, ids, logprobs):
+        key = len(rows), sampling, source.k.dtype
+        step = kept.get(key)
+        if step is None or step.cache.k.shape[3] < size:
+            step = kept[key] = DecodeStep(model, source, len(rows), size, sampling)
+        step.load(source, rows, ids, logprobs)
+        return step
+
+    step = start(shared, cache, *sample(model.lm_head(last), draws[0], *sampling))
+    for n in range(len(draws)):
+        on_host = step.on_host()
+        if n + 1 < len(draws):
+            step(draws[n + 1])
+        going = drawn.take(n, alive, *on_host())
+        if not len(going) or n + 1 == len(draws):
             break
-        if len(going) <= len(alive) // 2:
-            alive, chosen = [alive[j] for j in going], torch.tensor(going, device=last.device)
-            draws, ids, logprobs = draws[:, chosen], step.ids[chosen], step.logprobs[chosen]
-            cache.select(chosen)
-            step = DecodeStep(model, cache, ids, logprobs, sampling)
+        half = -(-len(alive) // 2)
+        if len(going) <= half and len(alive) > FEW_ROWS:  # always so many, for the graph's sake
+            ended = np.setdiff1d(np.arange(len(alive)), going)[: half - len(going)]
+            places = np.concatenate((going, ended))
+            alive, chosen = alive[places], torch.from_numpy(places).to(last.device)
+            if graphs is None:
+                kept.clear()
+            draws = draws[:, chosen]
+            step = start(chosen, step.cache, step.ids[chosen], step.logprobs[chosen])
 
 
 class DecodeStep:
     """Draws the next token of every row of a batch into `ids` and `logprobs` (B,), by a CUDA graph
-    from the second time on: hundreds of small kernels then cost the host one launch."""
+    from the second time on: hundreds of small kernels then cost the host one launch. It has a
+    cache of its own, of `size` tokens and of the device and dtype of another."""
 
-    def __init__(self, model, cache, ids, logprobs, sampling):
-        self.model, self.cache, self.sampling = model, cache, sampling
-        self.ids, self.logprobs, self.uniform = ids, logprobs, torch.empty_like(logprobs)
-        self.graph, self.calls = None, 0
+    def __init__(self, model, like, B, size, sampling):
+        device = like.k.device
+        self.model, self.sampling, self.graph, self.calls = model, sampling, None, 0
+        self.cache = KVCache(model.config, B, size, device, like.k.dtype)
+        self.cache.fixed = True
+        self.ids = torch.zeros(B, dtype=torch.long, device=device)
+        self.logprobs, self.uniform = torch.zeros(2, B, device=device)
+
+    def load(self, source, rows, ids, logprobs):
+        """Begins with these tokens of these rows (B,) of another cache, `source`."""
+        end = source.k.shape[3]
+        for mine, other in ((self.cache.k, source.k), (self.cache.v, source.v)):
+            mine[:, :, :, :end].copy_(other[:, rows, :, : mine.shape[3]])
+        self.cache.lengths.copy_(source.lengths[rows])
+        self.cache.end = source.end
+        self.ids.copy_(ids)
+        self.logprobs.copy_(logprobs)
 
     def __call__(self, uniform):
         """uniform: (B,) in [0, 1)"""
@@ -1399,22 +1444,38 @@ class DecodeStep:
         return wait
 
 
-def take_tokens(rows, places, ids, logprobs, is_over):
-    """Gives rows[places[j]] the token ids[j], unless it has ended; returns the j of those that go
-    on. is_over(row): whether its newest token ended it. raises ValueError where logits are not
-    finite"""
-    going = []
-    for j, (r, token, logprob) in enumerate(zip(places, ids.tolist(), logprobs.tolist(),
-                                                strict=True)):
-        if rows[r].finish_reason == "stop":
-            continue
-        if not math.isfinite(logprob):
+class Drawn:
+    """The tokens drawn for R rows, on the host: whole arrays a token, since the device waits."""
+
+    def __init__(self, room, R, stop_ids, stop_strings, tokenizer):
+        self.ids, self.logprobs = np.zeros((room, R), np.int64), np.zeros((room, R), np.float32)
+        self.lengths, self.is_over = np.zeros(R, np.int64), np.zeros(R, bool)
+        self.stop_ids, self.stop_strings, self.tokenizer = [*stop_ids], stop_strings, tokenizer
+        # a stop string may span tokens: a token is at least one byte, so this tail always holds it
+        self.tail = 1 + max((len(s.encode()) for s in stop_strings), default=0)
+
+    def take(self, n, rows, ids, logprobs):
+        """Notes token n, ids (B,) and logprobs (B,), of rows (B,) that have not ended; returns the
+        places in `rows` of those that go on. raises ValueError where logits are not finite"""
+        places = np.flatnonzero(~self.is_over[rows])
+        rows, ids, logprobs = rows[places], ids.numpy()[places], logprobs.numpy()[places]
+        if not np.isfinite(logprobs).all():
             raise ValueError("the model's logits must be finite, got others; check its weights")
-        rows[r].tokens.append(token)
-        rows[r].logprobs.append(logprob)
-        if not is_over(rows[r]):
-            going.append(j)
-    return going
+        self.ids[n, rows], self.logprobs[n, rows], self.lengths[rows] = ids, logprobs, n + 1
+        is_over = np.isin(ids, self.stop_ids)
+        for j in np.flatnonzero(~is_over) if self.stop_strings else ():
+            tail = self.ids[max(0, n + 1 - self.tail) : n + 1, rows[j]].tolist()
+            text = decode_known(self.tokenizer, tail)
+            is_over[j] = any(s in text for s in self.stop_strings)
+        self.is_over[rows] = is_over
+        return places[~is_over]
+
+    def fill(self, completions):
+        """Gives each Completion its row."""
+        ids, logprobs = self.ids.T.copy(), self.logprobs.T.copy()  # rows in one piece each
+        for r, (row, end) in enumerate(zip(completions, self.lengths.tolist(), strict=True)):
+            row.tokens, row.logprobs = ids[r, :end].tolist(), logprobs[r, :end].tolist()
+            row.finish_reason = "stop" if self.is_over[r] else "length"
 
 
 def replays(device):
@@ -1448,25 +1509,14 @@ def clip_window(tokens, context_length):
     return tokens if len(tokens) <= context_length else tokens[-max(1, context_length // 2) :]
 
 
-def is_finished(row, stop_ids, stop_strings, tokenizer):
-    """Whether the row's newest token ends it; sets finish_reason."""
-    stop = row.tokens[-1] in stop_ids
-    if stop_strings and not stop:
-        # a stop string may span tokens: a token is at least one byte, so this tail always holds it
-        length = 1 + max(len(s.encode()) for s in stop_strings)
-        tail = decode_known(tokenizer, row.tokens[-length:])
-        stop = any(s in tail for s in stop_strings)
-    if stop:
-        row.finish_reason = "stop"
-    return stop
-
-
 def decode_known(tokenizer, tokens):
     """The text of `tokens`, without ids that the model knows and its tokenizer does not."""
     size = getattr(tokenizer, "vocab_size", None)
     if hasattr(tokenizer, "__len__"):  # Hugging Face's, whose vocab_size omits added tokens
         size = len(tokenizer)
-    return tokenizer.decode([t for t in tokens if size is None or t < size])
+    if size is not None and max(tokens, default=0) >= size:
+        tokens = [t for t in tokens if t < size]
+    return tokenizer.decode(tokens)
 
 
 def completion_text(row, stop_ids, stop_strings, tokenizer):

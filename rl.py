@@ -1545,13 +1545,14 @@ class AnyModel(nn.Module):
 
 
 def rollout(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.0, group_size=1,
-            stop=(), seed=0, first_row=0):
+            stop=(), seed=0, first_row=0, graphs=None):
     """group_size sampled responses to each prompt, prompt by prompt: a list of dicts with
     prompt_index, prompt_ids, tokens (with the end token, if drawn), logprobs (of tokens, under
     softmax(logits / temperature)), text and finish_reason ("stop" or "length").
 
     prompts: strings, or lists of ids; stop: strings that end a response, which keeps them
     seed, first_row: row r draws from (seed, first_row + r), whatever the other rows are
+    graphs: see lm.generate
     raises ValueError where a prompt leaves no room for max_new_tokens in the model's context
     """
     ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
@@ -1565,7 +1566,7 @@ def rollout(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.
                          f"{longest} + {max_new_tokens}; drop long prompts or ask for fewer tokens")
     rows = lm.generate(model, ids, max_new_tokens, temperature, top_p=top_p, num_samples=group_size,
                        stop_ids=end_ids(tokenizer), stop_strings=tuple(stop), tokenizer=tokenizer,
-                       seed=seed, use_cache=ours, first_row=first_row)
+                       seed=seed, use_cache=ours, first_row=first_row, graphs=graphs)
     return [dict(prompt_index=r.prompt_index, prompt_ids=ids[r.prompt_index], tokens=r.tokens,
                  logprobs=r.logprobs, text=r.text, finish_reason=r.finish_reason) for r in rows]
 
@@ -1646,6 +1647,7 @@ class Run:
         self.step = self.position = self.rollouts = 0
         self.saved, self.signals, self.said, self.gaps, self.dry = None, [], set(), [], 0
         self.sampler, self.log, self.evaluated = None, None, -1
+        self.graphs = {} if self.has_room_for_caches() else None
         args.prepare(self)
         if args.resume:
             self.load()
@@ -1687,6 +1689,15 @@ class Run:
         self.reference = None
         if args.verb == "dpo" or getattr(args, "kl_coef", 0):
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
+
+    def has_room_for_caches(self):
+        """Whether rollouts may keep their graphs, each with its cache, from step to step: where a
+        cache is small beside the card. A large model's steps are long, a capture is not."""
+        if self.device.type != "cuda":
+            return True
+        c, rows = self.model.config, self.args.rollout_batch
+        numbers = 2 * c.num_layers * c.num_kv_heads * c.d_head * c.context_length * rows
+        return numbers * self.dtype.itemsize < torch.cuda.mem_get_info(self.device)[1] / 16
 
     # ranks: each does its contiguous share of what all of them drew; sums make one result
 
@@ -1772,7 +1783,7 @@ class Run:
             with lm.compute_context(self.device, self.dtype):
                 rows += rollout(model, self.tokenizer, [p["prompt_ids"] for p in chosen],
                                 args.max_new_tokens, temperature, top_p, group_size, args.stop,
-                                seed, first_row=places[part][0] * group_size)
+                                seed, places[part][0] * group_size, self.graphs)
         for i, row in enumerate(rows):
             row["group"] = places[i // group_size]
         truths = [problems[row["group"]]["answer"] for row in rows]
@@ -1907,10 +1918,12 @@ class Run:
         self.record({"step": self.step, **found})
 
     def solve(self, last):
-        """The share of held-out problems that greedy responses solve; at the end also pass@1 and
-        pass@eval_samples. Where problems are of several kinds, of each as well."""
+        """The share of held-out problems that greedy responses solve; at the end, and before the
+        first step on rewards, also pass@1 and pass@eval_samples. Where problems are of several
+        kinds, of each as well."""
         problems, entry, rollouts = self.held_out, {}, self.rollouts  # leaves the run as it is
-        samples, kinds = self.args.eval_samples if last else 0, [p.get("kind") for p in problems]
+        sampled = last or self.step == 0 and self.args.verb in ("ei", "grpo")
+        samples, kinds = self.args.eval_samples * sampled, [p.get("kind") for p in problems]
         for name, n, temperature in (("greedy", 1, 0), ("pass", samples, 1.0)):
             if not n:
                 continue
@@ -2110,7 +2123,7 @@ def joined(rows, name):
     values = [row[name] for row in rows]
     if isinstance(values[0], torch.Tensor):
         return torch.cat(values)
-    return torch.tensor([*itertools.chain.from_iterable(values)])
+    return torch.from_numpy(np.fromiter(itertools.chain.from_iterable(values), np.float32))
 
 
 def grpo_step(run):
@@ -2235,8 +2248,10 @@ def dpo_step(run):
 # small tasks that a program grades
 
 COUNTDOWN_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-COUNTDOWN_ALPHABET = "0123456789+-*/=() no"  # of prompts and traces, beside the tags
+COUNTDOWN_NO = " no "  # behind an attempt that is given up, one token as the tags are
+COUNTDOWN_ALPHABET = "0123456789+-*/=() "  # of prompts and traces, beside these
 COUNTDOWN_MOST = 99  # of numbers and targets, and of the results that a trace tries
+COUNTDOWN_HASTE = 2 / 3  # of traces end with the first attempt, the others with the 2nd to 9th
 
 
 def addition_problems(n, digits, seed):
@@ -2254,13 +2269,18 @@ def countdown_problems(n, count, seed):
     """n different problems, [{"numbers", "target", "solution"}]: of `count` numbers, 1 to 99, make
     target, 1 to 99, by + - * /, each number used once; there is a way over positive integers. A
     greater n only adds to them. raises ValueError when so many are not found"""
+    if count < 2:
+        raise ValueError(f"a countdown problem must have two numbers or more, got {count}; give "
+                         "--numbers 3 4")
     rng, found = random.Random(seed), {}
     for _ in range(1000 * (n + 1)):
         if len(found) == n:
             return [*found.values()]
-        numbers = [rng.randint(1, COUNTDOWN_MOST) for _ in range(count)]
-        _, [(target, solution, _)] = random_steps(numbers, rng)
+        numbers = [int(rng.random() * COUNTDOWN_MOST) + 1 for _ in range(count)]
+        _, (a, b) = random_steps(numbers, rng, 2)
+        op, target = rng.choice(results(a, b))
         if target <= COUNTDOWN_MOST:
+            _, (_, solution, _) = join(a, b, op, target)
             problem = {"numbers": numbers, "target": target, "solution": solution}
             found.setdefault((*sorted(numbers), target), problem)
     raise ValueError(f"there must be {n} problems of {count} numbers, got {len(found)}; ask "
@@ -2272,22 +2292,23 @@ def countdown_prompt(numbers, target):
 
 
 def countdown_trace(numbers, target, rng):
-    """The text behind `countdown_prompt`: none to five attempts that fail, each given up with "no",
-    the steps of a solution, and its expression in the answer. An attempt is given up as soon as two
-    numbers are left that do not make the target: a "no" then rules out all that could follow, and
-    several fit into a response. Large results, which seldom lead anywhere, are in the solutions
-    that need them alone. raises ValueError without a solution"""
-    items = [(n, str(n), 3) for n in numbers]
-    solution = (solve_countdown(items, target, rng, most=COUNTDOWN_MOST)
-                or solve_countdown(items, target, rng))
-    if solution is None:
-        raise ValueError(f"a problem must have a solution, got {numbers} for {target}; take one of "
-                         "countdown_problems")
-    attempts = [random_steps(numbers, rng, 2, COUNTDOWN_MOST) for _ in range(rng.randint(0, 5))]
-    failed = dict.fromkeys(f"{' '.join(steps)} no " for steps, (a, b) in attempts
-                           if all(item[0] != target for _, item in combine(a, b)))
-    steps, expression = solution
-    return f"{''.join(failed)}{' '.join(steps)}</think> <answer>{expression}</answer>"
+    """The text behind `countdown_prompt`, of a searcher with little patience: random attempts, each
+    given up with "no" as soon as two numbers are left that do not make the target, until one does,
+    which the answer says. At its patience's end it finishes the attempt and answers all the same.
+    Steps and checks are right, answers are often not: to go on is what rewards can teach, as in
+    searches of both outcomes (Gandhi et al. 2024, Stream of Search, arXiv 2404.03683)."""
+    attempts = 1 if rng.random() < COUNTDOWN_HASTE else rng.randint(2, 9)
+    failed = {}
+    while True:
+        steps, (a, b) = random_steps(numbers, rng, 2, COUNTDOWN_MOST)
+        ends = results(a, b, COUNTDOWN_MOST) or results(a, b)
+        right = [end for end in ends if end[1] == target]
+        attempts -= 1
+        if right or not attempts:
+            break
+        failed[" ".join(steps) + COUNTDOWN_NO] = None  # each attempt once
+    step, (_, expression, _) = join(a, b, *rng.choice(right or ends))
+    return f"{''.join(failed)}{' '.join([*steps, step])}</think> <answer>{expression}</answer>"
 
 
 def countdown_reward(response, numbers, target):
@@ -2297,52 +2318,44 @@ def countdown_reward(response, numbers, target):
     if answer and len(answer) <= MAX_ANSWER and re.fullmatch(r"[0-9+\-*/() ]+", answer):
         used = sorted(map(int, re.findall("[0-9]+", answer)))
         if used == sorted(numbers) and not re.search(r"[0-9)] *\(|\) *[0-9]|[0-9] +[0-9]", answer):
-            with contextlib.suppress(Unreadable, Refused, RecursionError):
-                right = fingerprint(answer) == (target,)
+            right = plain_value(answer) == target
     return {"reward": float(right), "format_reward": float(answer is not None),
             "answer_reward": float(right)}
 
 
-def combine(a, b, most=math.inf):
-    """[(step, item)] of two items, (value, expression, how tightly it binds): all operations on
-    them whose result is an integer of 1 to `most`, the greater one first: each has one step."""
+@functools.lru_cache(maxsize=1 << 14)  # responses of a group often end alike
+def plain_value(expression):
+    """The value of an expression of numbers alone, None without one."""
+    with contextlib.suppress(Unreadable, Refused, RecursionError):
+        return fingerprint(expression)[0]
+
+
+def results(a, b, most=math.inf):
+    """[(operation, value)] on two items, (value, expression, how tightly it binds), the greater one
+    first, whose value is an integer of 1 to `most`."""
+    a, b = (b[0], a[0]) if a[0] < b[0] else (a[0], b[0])
+    found = (("+", a + b), ("*", a * b), ("-", a - b), ("/", 0 if a % b else a // b))
+    return [result for result in found if 0 < result[1] <= most]
+
+
+def join(a, b, op, value):
+    """(the step's text, the item) of one of the `results` of two items: each has one step."""
     a, b = (b, a) if a[0] < b[0] else (a, b)
-    results = {"+": a[0] + b[0], "*": a[0] * b[0], "-": a[0] - b[0],
-               "/": a[0] // b[0] if a[0] % b[0] == 0 else 0}
-    combined = []
-    for op, value in results.items():
-        level = 1 if op in "+-" else 2
-        left = a[1] if a[2] >= level else f"({a[1]})"
-        right = b[1] if b[2] > level or b[2] == level and op in "+*" else f"({b[1]})"
-        if 0 < value <= most:
-            combined.append((f"{a[0]}{op}{b[0]}={value}", (value, f"{left}{op}{right}", level)))
-    return combined
+    level = 1 if op in "+-" else 2
+    left = a[1] if a[2] >= level else f"({a[1]})"
+    right = b[1] if b[2] > level or b[2] == level and op in "+*" else f"({b[1]})"
+    return f"{a[0]}{op}{b[0]}={value}", (value, f"{left}{op}{right}", level)
 
 
-def random_steps(numbers, rng, left=1, most=math.inf):
+def random_steps(numbers, rng, left, most=math.inf):
     """(steps, items): numbers combined by random operations in random order until `left` remain."""
     items, steps = [(n, str(n), 3) for n in numbers], []
     while len(items) > left:
-        a, b = (items.pop(rng.randrange(len(items))) for _ in range(2))
-        step, item = rng.choice(combine(a, b, most) or combine(a, b))
+        a, b = (items.pop(int(rng.random() * len(items))) for _ in range(2))
+        step, item = join(a, b, *rng.choice(results(a, b, most) or results(a, b)))
         steps.append(step)
         items.append(item)
     return steps, items
-
-
-def solve_countdown(items, target, rng, steps=(), most=math.inf):
-    """(steps, expression) of a random solution, by exhaustive search; None when there is none."""
-    if len(items) == 1:
-        return (steps, items[0][1]) if items[0][0] == target else None
-    moves = [(i, j, step, item) for i, j in itertools.combinations(range(len(items)), 2)
-             for step, item in combine(items[i], items[j], most)
-             if len(items) > 2 or item[0] == target]
-    rng.shuffle(moves)
-    for i, j, step, item in moves:
-        rest = [other for k, other in enumerate(items) if k not in (i, j)]
-        if found := solve_countdown([*rest, item], target, rng, (*steps, step), most):
-            return found
-    return None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2391,7 +2404,7 @@ def countdown_task(args):
                      **{"kind": f"of {len(p['numbers'])} numbers"} if len(args.numbers) > 1 else {})
                 for ps in made for p in ps][:n]
 
-    return Task(characters(COUNTDOWN_ALPHABET, COUNTDOWN_TAGS),
+    return Task(characters(COUNTDOWN_ALPHABET, (*COUNTDOWN_TAGS, COUNTDOWN_NO)),
                 lambda response, answer: countdown_reward(response, *answer), problems,
                 lambda p, rng: countdown_trace(*p["answer"], rng))
 
@@ -2437,7 +2450,11 @@ def keep_fitting(rows, length, limit, what):
 
 
 def task_problems(args, task, extra=0):
-    """(held-out problems, solved ones to learn from, `extra` unsolved ones) of a task."""
+    """(held-out problems, solved ones to learn from, `extra` unsolved ones) of a task. Unsolved
+    ones begin behind those that the model's own run here has learnt from, or behind --examples."""
+    if extra and args.model and args.examples is None:
+        former = lm.saved_flags(Path(args.model).parent)
+        args.examples = former.get("examples") if former.get("task") == args.task else None
     held, end = args.eval_problems, args.eval_problems + (args.examples or TASK_EXAMPLES)
     problems, rng = task.problems(end + extra), random.Random(DATA_SEED)
     if len(problems) < end + extra:
@@ -2526,7 +2543,9 @@ def prepare_preferences(run):
         held_out, pairs, _ = task_problems(args, run.task)
         rng = random.Random(DATA_SEED + 1)
         held_out = [{**p, "response": run.task.solve(p, rng)} for p in held_out]
-        pairs, held_out = task_preferences(pairs), task_preferences(held_out)
+        pairs, held_out = (
+            task_preferences([p for p in solved if is_right(run.task.reward_fn(
+                p["response"], p["answer"]))]) for solved in (pairs, held_out))
     else:
         pairs = file_preferences(args.data, args.prompt)
         held_out = file_preferences(args.valid_data, args.prompt) if args.valid_data else []

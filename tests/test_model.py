@@ -1404,24 +1404,28 @@ def test_sampling_with_the_cache_equals_sampling_without():
 
 
 def check_fixed_shapes(model, monkeypatch):
-    """That decode_fixed, which a GPU takes, gives what decode_ragged gives, whichever rows end when."""
-    ragged, sizes = RAGGED[:3], []
+    """That decode_fixed, which a GPU takes, gives what decode_ragged gives, whichever rows end when, and
+    with the graphs and stale caches of former calls."""
+    ragged, sizes, graphs = RAGGED[:3], [], {}
     call = M.DecodeStep.__call__
+    monkeypatch.setattr(M, "FEW_ROWS", 2)
     monkeypatch.setattr(M.DecodeStep, "__call__",
                         lambda step, u: sizes.append(len(u)) or call(step, u))  # fmt: skip
     for stops in ((), range(0, 12), range(0, 61, 2)):
         options = dict(temperature=0.9, top_p=0.95, num_samples=4, seed=3, stop_ids=stops)
-        monkeypatch.setattr(M, "replays", lambda device: False)
-        plain = M.generate(model, ragged, 20, **options)
-        monkeypatch.setattr(M, "replays", lambda device: True)
-        fixed = M.generate(model, ragged, 20, **options)
-        assert [(r.tokens, r.finish_reason) for r in plain] == [(r.tokens, r.finish_reason) for r in fixed]
-        for a, b in zip(plain, fixed, strict=True):
-            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)  # float32
+        for prompts, kept in ((ragged, None), (ragged[::-1], graphs), (ragged, graphs)):
+            plain, fixed = [], []
+            for replays, rows in ((False, plain), (True, fixed)):
+                monkeypatch.setattr(M, "replays", lambda device, answer=replays: answer)
+                rows += M.generate(model, prompts, 20, **options, graphs=kept)
+            assert [(r.tokens, r.finish_reason) for r in plain] == [(r.tokens, r.finish_reason) for r in fixed]
+            for a, b in zip(plain, fixed, strict=True):
+                assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)  # float32
     assert sizes[0] == 12 and min(sizes) < 4  # the batch has shrunk
+    assert {12, 6, 3} <= {rows for rows, *_ in graphs}  # to sizes that come again
 
 
-@pytest.mark.parametrize("changes", [{}, dict(num_kv_heads=2, attention="eager"), dict(qk_norm=True)])
+@pytest.mark.parametrize("changes", [{}, dict(num_kv_heads=2, attention="eager"), dict(num_kv_heads=2), dict(qk_norm=True)])
 def test_generation_in_fixed_shapes_gives_the_tokens_of_the_plain_loop(changes, monkeypatch):
     check_fixed_shapes(exact_model(**changes), monkeypatch)
 

@@ -758,6 +758,20 @@ def test_a_step_of_grpo_logs_what_happened(start, tmp_path, capsys):
         assert f"| {word} " in line or word == "tok/s" and word in line, (word, line)
     assert all(r["gap"] <= r["gap_max"] < 1e-4 for r in records(tmp_path) if "gap" in r)
     assert all(math.isfinite(v) for r in steps(tmp_path) for v in r.values())
+    assert [r["step"] for r in records(tmp_path) if "pass@2" in r] == [0, 4]  # what the steps have changed
+
+
+def test_steps_of_rollouts_that_a_run_keeps_draw_from_the_weights_of_now(start, tmp_path, monkeypatch):
+    plain, kept = tmp_path / "plain", tmp_path / "kept"
+    assert rl.main(flags("grpo", start, plain)) == 0
+    made, init = [], lm.DecodeStep.__init__
+    monkeypatch.setattr(lm, "replays", lambda device: True)
+    monkeypatch.setattr(lm.DecodeStep, "__init__", lambda step, *args: made.append(args[2]) or init(step, *args))
+    assert rl.main(flags("grpo", start, kept)) == 0
+    assert made and len(made) == len({*made})  # one a size of batch, for all steps and evaluations
+    names = ("reward", "length", "no_signal", "entropy", "greedy", "pass@2")
+    for a, b in zip(steps(plain), steps(kept), strict=True):
+        assert {k: a[k] for k in names if k in a} == pytest.approx({k: b[k] for k in names if k in b}, abs=1e-4)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -960,6 +974,31 @@ def test_problems_of_several_kinds_are_also_reported_by_kind(tmp_path, monkeypat
         assert [last[name], last[f"{name} of 3 numbers"], last[f"{name} of 4 numbers"]] == [2 / 3, 1, 0]
 
 
+def test_preferences_of_countdown_choose_right_answers_only(tmp_path):
+    args = rl.parse("dpo --task countdown --numbers 3 --eval_problems 9 --examples 60 --device cpu --context_length 112 "
+                    f"--d_model 16 --num_layers 1 --num_heads 2 --d_ff 16 --out_dir {tmp_path}".split())  # fmt: skip
+    args.min_lr = args.lr
+    run = rl.Run(args)
+    assert 20 < len(run.examples) < 60  # the others gave up
+    problems = {p["prompt"]: p["answer"] for p in run.task.problems(69)}
+    for row in run.examples + run.held_out:
+        prompt, response = (run.tokenizer.decode(row[k]) for k in ("prompt_ids", "tokens"))
+        assert rl.countdown_reward(response.removesuffix("<|endoftext|>"), *problems[prompt]) == RIGHT
+
+
+def test_grpo_goes_on_behind_the_problems_that_its_model_has_learnt_from(tmp_path):
+    sft = ("sft --task addition --digits 2 --examples 50 --eval_problems 4 --max_steps 1 --batch_size 2 --device cpu "
+           f"--max_new_tokens 4 --d_model 16 --num_layers 1 --num_heads 2 --d_ff 16 --out_dir {tmp_path / 'sft'}")  # fmt: skip
+    assert rl.main(sft.split()) == 0
+    task = rl.addition_task(rl.parse(sft.split()))
+    for given, first in (([], 54), (["--examples", "7"], 11)):
+        args = rl.parse(["grpo", "--task", "addition", "--digits", "2", "--eval_problems", "4", *given,
+                         "--model", str(tmp_path / "sft/model")])  # fmt: skip
+        held, _, unsolved = rl.task_problems(args, task, 5)
+        assert (held, unsolved) == (task.problems(4), task.problems(first + 5)[first:])
+        assert args.examples == first - 4  # and so in the log, for whoever goes on from there
+
+
 def test_an_algorithm_is_a_set_of_flags_that_others_override():
     for name, changes in rl.ALGORITHMS.items():
         args = vars(rl.parse(["grpo", "--algorithm", name]))
@@ -1029,6 +1068,7 @@ def test_bad_input_is_refused_in_one_line(start, tmp_path, capsys, monkeypatch):
     fails(capsys, ["sft", *task, *model, "--d_model", "8"], "leave those out")
     fails(capsys, ["grpo", *model], "--task or --data must")
     fails(capsys, ["sft", "--task", "countdown", *model], "another tokenizer")
+    fails(capsys, ["sft", "--task", "countdown", "--numbers", "1", *out], "two numbers or more, got 1")
     fails(capsys, ["sft", *model, "--data", str(tmp_path / "none.jsonl")], "none.jsonl")
     empty = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": "", "response": "x"}])
     fails(capsys, ["sft", *model, "--data", empty], "empty.jsonl:1")
@@ -1543,28 +1583,36 @@ def test_countdown_problems_have_solutions_that_the_reward_accepts(count):
         assert len(numbers) == count and 1 <= target <= 99
         assert rl.countdown_reward(f"</think> <answer>{p['solution']}</answer>", numbers, target) == RIGHT
         trace = rl.countdown_trace(numbers, target, rng)
-        assert rl.countdown_reward(trace, numbers, target) == RIGHT
+        assert rl.countdown_reward(trace, numbers, target) in ([RIGHT] if count == 2 else [RIGHT, WRONG])
         text = rl.countdown_prompt(numbers, target) + trace
-        assert set(re.sub("|".join(rl.COUNTDOWN_TAGS), "", text)) <= set(rl.COUNTDOWN_ALPHABET)
+        assert set(re.sub("|".join(rl.COUNTDOWN_TAGS), "", text)) - {*"no"} <= set(rl.COUNTDOWN_ALPHABET)
 
 
-def test_traces_go_back_sometimes_and_their_steps_are_right():
-    rng, problems = random.Random(0), rl.countdown_problems(100, 3, 0)
+def test_traces_go_back_from_what_fails_and_answer_what_they_ended_with():
+    rng, problems = random.Random(0), rl.countdown_problems(300, 3, 0)
     traces = [rl.countdown_trace(p["numbers"], p["target"], rng) for p in problems]
-    assert 31 < sum(" no " in trace for trace in traces) < 91  # 61 of 100, within 6 standard deviations
-    for problem, trace in zip(problems, traces, strict=True):
-        for a, b, c in re.findall(r"(\d+)[-+*/](\d+)=(\d+) no ", trace):
+    for p, trace in zip(problems, traces, strict=True):
+        *failed, last = trace.partition("</think>")[0].split(" no ")
+        assert len({*failed}) == len(failed) < 9
+        for a, b, c in re.findall(r"(\d+)[-+*/](\d+)=(\d+)", " ".join(failed)):
             assert int(c) <= rl.COUNTDOWN_MOST
-            left = problem["numbers"].copy()
+            left = p["numbers"].copy()
             for used in (a, b):
                 left.remove(int(used))
-            two = (int(c), str(c), 3), (left[0], str(left[0]), 3)
-            assert all(item[0] != problem["target"] for _, item in rl.combine(*two)), (problem, trace)
+            ends = rl.results((int(c), c, 3), (left[0], str(left[0]), 3))
+            assert p["target"] not in [value for _, value in ends], (p, trace)
+        right = int(last.rpartition("=")[2]) == p["target"]
+        assert rl.countdown_reward(trace, p["numbers"], p["target"]) == (RIGHT if right else WRONG)
     for a, op, b, c in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", " ".join(traces)):
         a, b = int(a), int(b)
         assert {"+": a + b, "-": a - b, "*": a * b, "/": Fraction(a, b)}[op] == int(c)
-    with pytest.raises(ValueError, match="must have a solution"):
-        rl.countdown_trace([1, 1], 50, rng)
+
+
+def test_two_of_three_traces_end_with_their_first_attempt():
+    rng = random.Random(0)
+    traces = [rl.countdown_trace([1, 1, 1], 99, rng) for _ in range(900)]  # no way: patience alone ends them
+    assert 515 < sum(" no " not in trace for trace in traces) < 685  # 600, within 6 standard deviations
+    assert max(trace.count(" no ") for trace in traces) <= 3  # 1+1, 1*1, 1/1: each once
 
 
 @pytest.mark.parametrize(("answer", "right"), [
