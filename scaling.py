@@ -2342,7 +2342,7 @@ def choose_law(run, runs, fit):
     errors = {k: max(v, scatter) for k, v in hold_out_errors(runs, profiles).items()}
     best = min(errors, key=errors.get)  # the parametric law, which comes first, of equal ones
     laws = {law: {"loss": predict(*at), "error": errors[law]}
-            for law, predict in loss_laws(runs, profiles).items()}
+            for law, predict in loss_laws(runs, profiles).items() if law in errors}
     (first, *_), (last, *_) = profiles[-2:]
     steps, held = max(1, math.log(run["flops"] / last) / math.log(last / first)), []
     for law, row in laws.items():

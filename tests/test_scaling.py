@@ -434,10 +434,11 @@ def test_hold_outs_are_what_a_law_of_the_smaller_budgets_says():
     (0.015, 0.02, "parametric law", (True, True)),
     (0.015, 0.04, "parametric law", (True, False)),
     (1e-3, 1e-6, "parametric law", (True, True)),  # luck: the runs scatter by 0.2%
+    (None, 0.02, "power law", (False, True)),  # no fit of the smaller budgets
 ])
 def test_the_law_that_predicts_larger_budgets_predicts_the_target(parametric, power, law, held, monkeypatch):
     """The interval is that of the laws whose error is at most twice the least."""
-    errors = {"parametric law": parametric, "power law": power}
+    errors = {"parametric law": parametric, "power law": power} if parametric else {"power law": power}
     monkeypatch.setattr(scaling, "hold_out_errors", lambda *_: errors)
     runs = scaling.run_arrays(surface(5, 5, noise=0.002))
     fit = scaling.fit_sweep(runs, 0)
