@@ -2295,7 +2295,7 @@ def positive(kind, zero=False):
         value = kind(text)
         if not 0 <= value < math.inf or (value == 0 and not zero):
             bound = "at least" if zero else "above"
-            raise argparse.ArgumentTypeError(f"must be {bound} 0, got {text}; change it")
+            raise argparse.ArgumentTypeError(f"must be finite and {bound} 0, got {text}; change it")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type in its message

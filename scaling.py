@@ -71,6 +71,10 @@ SAME_BUDGET = 1.1  # runs whose FLOPs differ by less are one profile [4]: real r
 LEVEL = (2.5, 97.5)  # percentiles of an interval: 95%
 STARTS = ("grid", "projection")  # of a parametric fit
 MAX_LR = 3e-3  # train.py's, at width 128
+# Of a run whose batch is above 1: the Step Law was measured from 2e9 tokens on, where its batch
+# leaves 17 thousand. Below 2.7e6 tokens it leaves fewer than 1000, and half its batch gave real
+# runs a loss lower by 0.6 to 1%.
+LEAST_STEPS = 1000
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2083,16 +2087,18 @@ def training_flops(shape, rule):
 
 
 def ladder(vocab_size):
-    """ModelConfigs from 10 thousand to 800 billion weights: a block for 64 of width, at least two,
-    heads of 64 where they fit, d_ff 8/3 of the width to a multiple of 16."""
-    widths = (*range(16, 128, 16), *range(128, 256, 32), *range(256, 1024, 64),
+    """ModelConfigs from 10 thousand to 800 billion weights: a block and a head for 64 of width (two
+    blocks at least), d_ff 8/3 of the width to a multiple of 16. Heads are wide at every width: four
+    of 16 instead of one of 64 cost a real run of width 64 1.5% of its loss, so that profiles over
+    widths with heads of 64, 32 and 16 in turn zigzagged."""
+    widths = (*range(16, 128, 8), *range(128, 256, 32), *range(256, 1024, 64),
               *range(1024, 2048, 128), *range(2048, 4096, 256), *range(4096, 16385, 512))
     shapes = []
     for width in widths:
-        d_head = next(d for d in (64, 32, 16) if width % d == 0)
+        heads = max(1, round(width / 64))
         shapes.append(lm.ModelConfig(
-            vocab_size=vocab_size, context_length=SEQUENCE, d_model=width, d_head=d_head,
-            num_heads=width // d_head, num_layers=max(2, round(width / 64)),
+            vocab_size=vocab_size, context_length=SEQUENCE, d_model=width, d_head=width // heads,
+            num_heads=heads, num_layers=max(2, heads),
             d_ff=-(-8 * width // 48) * 16, qk_norm=True))
     return shapes
 
@@ -2160,13 +2166,13 @@ class Machine:
 
 def plan_run(shape, tokens, machine, evals=1):
     """{shape, parameters, tokens, flops, seconds, body} of a run on about `tokens`: batch and
-    learning rate by the Step Law, tokens rounded to whole steps; body is for POST /submit."""
+    learning rate by the Step Law, but at least LEAST_STEPS and 20 steps an evaluation; tokens
+    rounded to whole steps; body is for POST /submit."""
     parameters = body_parameters(shape)
     lr, batch_tokens = step_law(parameters, tokens)
     lr = min(lr, most_lr(shape.d_model, machine.max_lr))
-    batch = max(1, round(batch_tokens / SEQUENCE))  # powers of two make steps, and losses, uneven
-    while batch > 1 and tokens < 20 * evals * batch * SEQUENCE:  # at least 20 steps each
-        batch //= 2
+    most = int(tokens / SEQUENCE / max(LEAST_STEPS, 20 * evals))
+    batch = max(1, min(round(batch_tokens / SEQUENCE), most))  # no power of two: losses stay even
     unit = batch * SEQUENCE * evals
     tokens = max(1, min(round(tokens / unit), machine.max_tokens // unit)) * unit
     seconds = machine.seconds(shape, tokens, batch, evals)
@@ -2213,7 +2219,7 @@ def plan_sweep(budget, unit, vocab_size, machine):
                          for r in runs)
 
     for layout in ((8, 8, (5, 6, 7, 7, 7, 7)), (4, 8, (7, 9, 11, 11, 11)), (3, 6, (5, 6, 7, 7)),
-                   (2, 4, (5, 6, 7)), (2, 2.5, (4, 5, 5))):
+                   (2, 2, (7, 7, 7, 7)), (2, 2, (4, 4, 4, 4)), (2, 2.5, (4, 5, 5))):
         for top in np.geomspace(1e26, 1e9, 681):  # 6% apart
             runs, cost = design(top, *layout)
             if cost <= budget:
@@ -2275,6 +2281,78 @@ def plan_target(fit, vocab_size, machine, flops=None, seconds=None, evals=16):
     draws = fit.widened(run["loss"], fit.predict(fit.samples, run["parameters"], run["tokens"]))
     run["loss_interval"] = np.percentile(draws * np.exp(scatter), LEVEL).tolist()
     return run
+
+
+# -------------------------------------------------------------------------------------------------
+# which law predicts
+
+
+def lowest_losses(profiles):
+    """(log C, loss), each (K,), where profiles are lowest: of parabolas, of the runs where one has
+    its vertex outside."""
+    lowest = []
+    for _, log_n, loss, _ in profiles:
+        _, value, inside = lowest_of_parabola(log_n, loss[None])
+        lowest.append(value[0] if inside[0] else loss.min())
+    return np.log([p[0] for p in profiles]), np.array(lowest)
+
+
+def loss_laws(runs, profiles):
+    """{law: predict(N, D, C) -> loss} of these runs: the parametric law, and a power law C^-gamma
+    through the lowest losses of the two largest budgets, whose slope is the nearest to a target's
+    whichever way the losses bend."""
+    laws = {}
+    with contextlib.suppress(ValueError):  # too few runs, or a loss that does not fall
+        theta = fit_sweep(runs, 0).theta
+        laws["parametric law"] = lambda N, D, C: float(ChinchillaFit.predict(theta, N, D))
+    c, loss = lowest_losses(profiles[-2:])
+    (scale,), (slope,) = fit_line(c, np.log(loss)[None])
+    laws["power law"] = lambda N, D, C: math.exp(scale + slope * math.log(C))
+    return laws
+
+
+def hold_out_errors(runs, profiles):
+    """{law: root mean square of log(predicted / measured)} at the lowest runs of the two largest
+    budgets, each predicted from the runs of smaller ones, of which two at least must be left."""
+    errors = collections.defaultdict(list)
+    for k in range(max(2, len(profiles) - 2), len(profiles)):
+        flops, log_n, loss, log_d = profiles[k]
+        below = runs["flops"] < math.sqrt(flops * profiles[k - 1][0])
+        smaller = {name: runs[name][below] for name in ("parameters", "tokens", "loss")}
+        best = loss.argmin()
+        for law, predict in loss_laws(smaller, profiles[:k]).items():
+            predicted = predict(math.exp(log_n[best]), math.exp(log_d[best]), flops)
+            errors[law].append(math.log(predicted / loss[best]))
+    return {law: math.sqrt(np.mean(np.square(values))) for law, values in errors.items()}
+
+
+def choose_law(run, runs, fit):
+    """Puts into `run`, from plan_target with `fit` of `runs`, `law`, the loss that it predicts,
+    `laws` {law: {loss, error}}, and an interval that holds those of laws that did nearly as well.
+
+    Small runs that cannot tell E bend in ways the parametric law has no constant for; its bootstrap
+    knows nothing of that, a budget held out shows it. A law's error is that of hold_out_errors, and
+    at least the scatter of the runs around the parametric fit, so that luck does not choose. A
+    power law's interval is twice its error, for each step between budgets, in logs, that the target
+    is beyond the largest one.
+    """
+    profiles = isoflop_profiles(runs)
+    residuals, at = fit.details["residuals"], (run["parameters"], run["tokens"], run["flops"])
+    scatter = math.sqrt(residuals @ residuals / (len(residuals) - 5))
+    errors = {k: max(v, scatter) for k, v in hold_out_errors(runs, profiles).items()}
+    best = min(errors, key=errors.get)  # the parametric law, which comes first, of equal ones
+    laws = {law: {"loss": predict(*at), "error": errors[law]}
+            for law, predict in loss_laws(runs, profiles).items() if law in errors}
+    (first, *_), (last, *_) = profiles[-2:]
+    steps, held = max(1, math.log(run["flops"] / last) / math.log(last / first)), []
+    for law, row in laws.items():
+        if law == "parametric law":
+            bounds = run["loss_interval"]
+        else:
+            bounds = [row["loss"] * math.exp(s * steps * row["error"]) for s in (-2, 2)]
+        held += bounds if row["error"] <= 2 * errors[best] else []
+    run |= {"law": best, "laws": laws, "loss": laws[best]["loss"],
+            "loss_interval": [min(held), max(held)]}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2495,11 +2573,14 @@ def plan(args):
     fit = fit_sweep(arrays, args.bootstrap or 1000)
     machine = make_machine(args)
     run = plan_target(fit, args.vocab_size, machine, args.target_flops, args.target_s)
+    run |= {"law": "parametric law", "laws": {}}
+    with contextlib.suppress(ValueError):  # the table is no IsoFLOP sweep: nothing to hold out
+        choose_law(run, arrays, fit)
     schedule = run["body"]["optimizer_config"]["lr_scheduler"]
     methods = compare_methods(runs, [run["flops"]], args.flops)
     result = {"training_config": run["body"], "predicted_final_loss": run["loss"],
               "loss_interval": run["loss_interval"], "fit": fit.exponents(), "methods": methods,
-              **{k: run[k] for k in ("parameters", "tokens", "flops", "seconds")}}
+              **{k: run[k] for k in ("parameters", "tokens", "flops", "seconds", "law", "laws")}}
     lm.write_json(result, args.out or "final.json")
     c, (low, high) = run["shape"], run["loss_interval"]
     print(f"fit of {len(arrays['loss'])} runs: " + ", ".join(
@@ -2519,7 +2600,10 @@ def plan(args):
         rules = mup_rules(c.d_model, width, c.d_head)
         print(f"from the sweep's largest run: {batch:.1f} sequences by Power Lines; by muP from "
               f"width {width}, " + ", ".join(f"{k} {v:.4g}" for k, v in rules.items()))
-    print(f"predicted loss {run['loss']:.4f} ({low:.4f} to {high:.4f}), at "
+    for law, row in run["laws"].items():
+        print(f"by the {law}: loss {row['loss']:.4f}; off on larger budgets, or the runs' scatter: "
+              f"{100 * row['error']:.2f}%")
+    print(f"predicted loss {run['loss']:.4f} ({low:.4f} to {high:.4f}) by the {run['law']}, at "
           f"{run['flops'] / arrays['flops'].max():.1f} times the FLOPs of the largest run")
     if (tokens := fit.optimum(fit.theta, run["flops"])[1]) > machine.max_tokens:
         print(f"note: {tokens:.3g} tokens would be best, a run may have {machine.max_tokens:.3g}")
@@ -2651,8 +2735,13 @@ def sweep(args):
                   f"{100 * (row['loss'] / predicted - 1):+.2f}%")
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # in one line, without the usage of so many flags
+        self.exit(2, f"scaling.py: error: {message}; see {self.prog} --help\n")
+
+
 def build_parser():
-    parser = argparse.ArgumentParser(prog="scaling.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="scaling.py", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     positive, whole = lm.positive(float), lm.positive(int)
     zero_or_more, samples = lm.positive(float, zero=True), lm.positive(int, zero=True)
