@@ -794,9 +794,9 @@ class FSDP(Wrapper):
     several units gather them before they reduce those above.
     A tensor that depends on a unit's weights must leave it as an output: nothing announces the
     backward pass of a loss that a block keeps on itself, in which autograd then refuses weights
-    that it finds "modified by an inplace operation". Gradients that no_sync accumulates are dropped by zero_grad() of this
-    wrapper, not by that of the optimizer, which cannot see them. torch.compile compiles blocks, as
-    in Engine; of a wrapper it compiles nothing.
+    that it finds "modified by an inplace operation". zero_grad() of this wrapper drops what passes
+    under no_sync accumulated; that of the optimizer, which cannot see it, does not. torch.compile
+    compiles blocks, as in Engine; of a wrapper it compiles nothing.
 
     device: where to train, by default where the module is. A module on the CPU is moved there
     parameter by parameter, so that no device ever holds all of it; ranks other than 0, whose values
@@ -1544,7 +1544,7 @@ class Ranks:
         self.watch("the first collective", limit_s=self.init_timeout, hint="see that the hosts "
                    "reach each other: NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names the network "
                    "card, NCCL_DEBUG=INFO says more")
-        # optimizers do; imported later it would hold on to the group, whose threads Python may abort
+        # optimizers do; imported later it would keep the group, whose threads Python may abort
         from torch import _dynamo  # noqa: F401
 
         dist.init_process_group(backend, store=dist.PrefixStore("group", self.store),
