@@ -219,21 +219,27 @@ def add_recompute_flags(add):
         "again in its backward pass; auto: as little as memory allows")
 
 
-def choose_recomputation(args, num_layers, need, free):
-    """The levels of RECOMPUTE that --recompute asks for. need(levels): bytes of a step.
-    raises ValueError where --checkpoint_every is given as well"""
-    if args.recompute == "auto":
-        levels = least_recomputation(num_layers, need, free)
-    else:
-        levels = (args.recompute,) * num_layers
-    if args.checkpoint_every and set(levels) != {"none"}:
+def check_recompute_flags(args):
+    if args.checkpoint_every and args.recompute != "none":
         raise ValueError("checkpoint_every and recompute are two ways to the same, got both; leave "
                          "one out")
-    return levels
+
+
+def choose_recomputation(args, num_layers, need, free):
+    """The levels of RECOMPUTE that --recompute asks for. need(levels): bytes of a step."""
+    check_recompute_flags(args)
+    if args.recompute == "auto":
+        return least_recomputation(num_layers, need, free)
+    return (args.recompute,) * num_layers
+
+
+def count_levels(levels):
+    """{level: blocks}, without those of no block."""
+    return {level: levels.count(level) for level in RECOMPUTE if level in levels}
 
 
 def levels_in_words(levels):
-    counts = [f"{level} in {levels.count(level)} blocks" for level in RECOMPUTE if level in levels]
+    counts = [f"{level} in {n} blocks" for level, n in count_levels(levels).items()]
     return "" if set(levels) == {"none"} else f"; recompute: {', '.join(counts)}"
 
 
@@ -728,12 +734,11 @@ class TransformerBlock(nn.Module):
             return self.transform(*inputs)
         if self.recompute == "block":
             return recompute(self.transform, *inputs, use_reentrant=False)
-        d_ff = len(self.ffn.w1.weight)
-        but_of = {(None, d_ff)} if self.recompute == "ffn" else set()
+        first, last = 4, 6 if isinstance(self.ffn, SwiGLU) else 5  # after q, k, v and output
+        lost = tuple(range(first, last)) if self.recompute == "ffn" else ()
         if not self.post_norm:  # the sum of the last product and x is all that is made of it
-            but_of.add((d_ff, None))
-        contexts = functools.partial(create_selective_checkpoint_contexts,
-                                     functools.partial(keep_products, but_of))
+            lost += (last,)
+        contexts = functools.partial(products_contexts, lost)
         return recompute(self.transform, *inputs, use_reentrant=False, context_fn=contexts)
 
     def transform(self, x, positions, cache, layer, mask):
@@ -750,16 +755,20 @@ class TransformerBlock(nn.Module):
 RECOMPUTE = ("none", "cheap", "ffn", "block")
 
 
-def keep_products(but_of, context, op, *inputs, **_):
-    """A policy of torch.utils.checkpoint: matrix products and attention are kept, except products
-    with a matrix whose (rows, columns) have one of `but_of`, None for any."""
-    name = op._schema.name.partition("::")[2]
-    if name in ("mm", "addmm"):
-        rows, columns = inputs[-1].shape
-        if not {(rows, None), (None, columns)} & but_of:
-            return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
-    return CheckpointPolicy.MUST_SAVE if "attention" in name else CheckpointPolicy.PREFER_RECOMPUTE
+def products_contexts(lost):
+    """A context_fn of torch.utils.checkpoint: matrix products and attention are kept, except the
+    products whose numbers, in the order of the block, are in `lost`."""
+    seen = {False: 0, True: 0}  # forward, and while recomputing
+
+    def policy(context, op, *_, **__):
+        name = op._schema.name.partition("::")[2]
+        keep = "attention" in name
+        if name in ("mm", "addmm"):
+            keep = seen[context.is_recompute] not in lost
+            seen[context.is_recompute] += 1
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 class TransformerLM(nn.Module):
@@ -783,7 +792,12 @@ class TransformerLM(nn.Module):
             self.token_embeddings.weight = self.lm_head.weight
 
     def recompute(self, levels):
-        """levels: one of RECOMPUTE for each block."""
+        """levels: one of RECOMPUTE for each block. raises ValueError"""
+        unknown = [level for level in levels if level not in RECOMPUTE]
+        if unknown or len(levels) != len(self.layers):
+            raise ValueError(f"recompute takes one of {', '.join(RECOMPUTE)} for each of the "
+                             f"{len(self.layers)} blocks, got {', '.join(map(str, levels))}; "
+                             "correct them")
         for layer, level in zip(self.layers, levels, strict=True):
             layer.recompute = level
 
@@ -2016,7 +2030,7 @@ def count(args):
         args, config.num_layers, lambda levels: sum(
             estimate_memory(config, B, **options, levels=levels).values()), args.memory_gib * 2**30)
     memory = estimate_memory(config, B, **options)
-    print(config)
+    print(f"{config}{levels_in_words(options['levels'])}")
     for title, table, unit, scale in (
         ("parameters", parameters, "", 1),
         (f"matmul FLOPs, one forward pass, batch {B} x {T} tokens", flops, " GFLOP", 1e9),
@@ -2048,7 +2062,10 @@ def bench(args):
         return race_nanogpt(args)
     dtype, reason = resolve_dtype(args.dtype, device)
     torch.manual_seed(0)
+    check_recompute_flags(args)
     config = config_from_flags(args)
+    if config.attention == "flash":  # known before the model is made
+        load_flash_attention(device)
     B, T = args.batch_size, config.context_length
     started = time.perf_counter()
     with device:
@@ -2096,7 +2113,9 @@ def bench(args):
         print_kernel_table(lambda: run("step" if args.mode == "all" else args.mode), device)
     print(json.dumps({"preset": args.preset, "batch_size": B, "dtype": str(dtype)[6:],
                       "context_length": T, "device": card, "compile": args.compile,
-                      "checkpoint_every": args.checkpoint_every, "results": results,
+                      "attention": config.attention, "param_dtype": "float32",
+                      "checkpoint_every": args.checkpoint_every,
+                      "recompute": count_levels(levels), "results": results,
                       "total_s": round(time.perf_counter() - started, 1)}))
 
 
@@ -2363,14 +2382,19 @@ def export_and_sample(model, tokenizer, out_dir, prompt, num_tokens, seed):
         print(f"--- sample\n{prompt}{row.text}\n---")
 
 
-def saved_flags(out_dir):
-    """The flags of the run in `out_dir`: of its checkpoint, before the first one of its log."""
-    with contextlib.suppress(FileNotFoundError, KeyError):
-        return read_checkpoint(os.path.join(out_dir, "checkpoint.pt"))["flags"]
+def saved_flags(out_dir, given=None):
+    """The flags of the run in `out_dir`, of its checkpoint or before the first one of its log, but
+    those that contradict what `given`, the flags of now, say."""
+    flags = {}
     with contextlib.suppress(FileNotFoundError, KeyError, ValueError, IndexError):
         with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as log:
-            return json.loads(log.readline())["flags"]
-    return {}
+            flags = json.loads(log.readline())["flags"]
+    with contextlib.suppress(FileNotFoundError, KeyError):
+        flags = dict(read_checkpoint(os.path.join(out_dir, "checkpoint.pt"))["flags"])
+    for now, then in (("checkpoint_every", "recompute"), ("recompute", "checkpoint_every")):
+        if getattr(given, now, "none") not in ([], "none"):
+            flags.pop(then, None)
+    return flags
 
 
 def print_any_text():

@@ -55,6 +55,7 @@ class Trainer:
         if holds_a_run and not (args.resume or args.overwrite):
             raise ValueError(f"out_dir must be a new folder, got {self.out_dir}, which holds a run;"
                              " give --resume to go on, --overwrite to start anew, or another")
+        lm.check_recompute_flags(args)
         precision = lm.optimizer_precision(args)
         narrow = args.param_dtype == "bfloat16"  # then all is computed in it
         self.dtype, reason = lm.resolve_dtype("bfloat16" if narrow else args.dtype, self.device)
@@ -289,7 +290,7 @@ def main(argv=None):
         if args.plot:
             return plot(args.plot, args.plot_file)
         if args.resume:  # the run's own flags, and over them those given now
-            parser.set_defaults(**{**lm.saved_flags(args.out_dir), "out_dir": args.out_dir})
+            parser.set_defaults(**{**lm.saved_flags(args.out_dir, args), "out_dir": args.out_dir})
             args = parser.parse_args(argv)
         args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
         trainer = Trainer(args)

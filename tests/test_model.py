@@ -598,6 +598,40 @@ def test_what_is_computed_again_is_the_same(levels, compiled):
         assert same(p.grad, expected)
 
 
+def test_levels_compute_the_same_products_again_whatever_widths_are_equal():
+    def flops(level, d_ff):
+        model = M.TransformerLM(tiny(d_ff=d_ff))
+        model.recompute([level] * len(model.layers))
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            model.loss(tokens(2, 16), tokens(2, 16)).backward()
+        return counter.get_total_flops()
+
+    config = tiny()
+    for d_ff in (config.d_model, 2 * config.d_model + 3):
+        plain = flops("none", d_ff)
+        assert flops("cheap", d_ff) == plain
+        wide = 2 * 2 * 2 * 16 * config.d_model * d_ff * config.num_layers  # w1, w3; 2 FLOPs; 2 x 16 tokens
+        assert flops("ffn", d_ff) == plain + wide
+
+
+def test_levels_of_recomputation_are_checked():
+    model = M.TransformerLM(tiny())
+    n = len(model.layers)
+    for levels, got in ((["chaep"] * n, "chaep"), (["cheap"] * (n + 1), "cheap, cheap"), ([], "got ;")):
+        with pytest.raises(ValueError, match=f"for each of the {n} blocks.*{got}"):
+            model.recompute(levels)
+
+
+def test_flags_of_a_run_give_way_to_those_that_contradict_them(tmp_path):
+    for saved, given, expected in (
+        ({"recompute": "cheap", "lr": 1.0}, {"checkpoint_every": [1], "recompute": "none"}, {"lr": 1.0}),
+        ({"checkpoint_every": [2]}, {"checkpoint_every": [], "recompute": "auto"}, {}),
+        ({"recompute": "cheap"}, {"checkpoint_every": [], "recompute": "none"}, {"recompute": "cheap"}),
+    ):
+        (tmp_path / "log.jsonl").write_text(json.dumps({"flags": saved}))
+        assert M.saved_flags(tmp_path, types.SimpleNamespace(**given)) == expected
+
+
 @contextlib.contextmanager
 def kept_by_autograd(model, cast_weights=False):
     """{storage: tensor} that autograd saves inside, without parameters and tables, and (unless
@@ -2109,6 +2143,13 @@ def test_bench_counts_all_the_time_of_the_forward_pass(capsys, monkeypatch):
     assert row["forward"]["mean_ms"] >= 20 and row["total"]["mean_ms"] >= 20
 
 
+def test_count_says_what_auto_chose_and_bench_names_it(capsys):
+    M.main("count --preset small --batch_size 64 --recompute auto --memory_gib 36".split())
+    assert "; recompute: cheap in " in capsys.readouterr().out
+    _, answer = bench("--mode forward --recompute cheap", capsys)
+    assert list(answer["recompute"]) == ["cheap"] and answer["attention"] == "sdpa"
+
+
 def test_bench_prints_a_kernel_table_and_leaves_no_trace(capsys):
     out, _ = bench("--attention eager --mode backward --profile", capsys)
     assert "aten::" in out and "# of Calls" in out
@@ -2129,6 +2170,7 @@ def test_scores_softmax_and_values_are_named_ranges_for_the_profiler(monkeypatch
     ("count --d_model 10 --num_heads 3", "d_model"), ("count --norm batch", "norm"),
     ("count --batch_size 0", "batch_size"), ("count --batch_size -3", "batch_size"),
     ("count --checkpoint_every 1 --recompute ffn", "leave one out"),
+    (f"bench {SHAPE} --device cpu --attention flash --recompute auto --checkpoint_every 1", "leave one out"),
     ("count --checkpoint_every 0", "checkpoint_every"), ("count --checkpoint_every -1", "checkpoint_every"),
     ("count --utilisation 0", "utilisation"), ("count --peak_tflops 0", "peak_tflops"),
     (f"bench {SHAPE} --device tpu", "tpu"), (f"bench {SHAPE} --device cpu --batch_size 0", "batch_size"),

@@ -540,6 +540,7 @@ def test_replaced_bytes_train(tmp_path):
     (["--stochastic_rounding"], ["needs bfloat16 weights", "--param_dtype bfloat16"]),
     (["--param_dtype", "bfloat16", "--dtype", "float32"], ["dtype must be bfloat16"]),
     (["--resume", "--overwrite"], ["not allowed"]),
+    (["--recompute", "ffn", "--checkpoint_every", "1", "--data", "no/such"], ["got both"]),
     (["--device", "cuda:99"], ["device"]),
     (["--data", "no/such/file.txt"], ["no/such/file.txt"]),
     (["--tokenizer", "no/such/tokenizer.json"], ["no/such"]),
