@@ -1702,6 +1702,7 @@ class Trainer:
         self.checkpoint = self.out_dir / "checkpoint.pt"
         ranks.share(self.check_out_dir)
         lm.check_recompute_flags(args)
+        self.min_lr = lm.last_rate(args)
         precision = lm.optimizer_precision(args)
         narrow = args.param_dtype == "bfloat16"  # then all is computed in it
         self.dtype, reason = lm.resolve_dtype("bfloat16" if narrow else args.dtype, self.device)
@@ -1909,7 +1910,7 @@ class Trainer:
         loop_started, self.step_began = time.perf_counter(), lm.time_mark(self.device)
         while self.step < args.max_steps:
             self.watch("forward and backward", self.step + 1)
-            lr = lm.lr_cosine_schedule(self.step + 1, args.lr, args.min_lr, args.warmup_steps,
+            lr = lm.lr_cosine_schedule(self.step + 1, args.lr, self.min_lr, args.warmup_steps,
                                        args.max_steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -2034,7 +2035,6 @@ def train(args, ranks):
         check_strategy_flags(args, [args.strategy])
 
     ranks.agree(check)
-    args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     device = device_of_rank(args, ranks)
     ranks.start_group(device, backend_for(args, device), args.timeout)
     trainer = Trainer(args, ranks, device)

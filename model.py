@@ -135,6 +135,10 @@ class ModelConfig:
             value = getattr(self, f.name)
             if isinstance(value, int) and f.default not in (True, False) and value < 1:
                 raise ValueError(f"{f.name} must be at least 1, got {value}; raise it")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}; "
+                                 "change it")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and "
                              f"{self.num_heads}; change one of them")
@@ -184,8 +188,9 @@ def add_training_flags(parser):
     add("--lr", type=positive(float), default=3e-3, help="highest learning rate")
     add("--min_lr", type=positive(float, zero=True), help="last rate (default: lr / 10)")
     add("--warmup_steps", type=positive(int, zero=True), default=100)
-    for name, default in (("weight_decay", 0.1), ("beta1", 0.9), ("beta2", 0.95)):
-        add(f"--{name}", type=positive(float, zero=True), default=default)
+    add("--weight_decay", type=positive(float, zero=True), default=0.1)
+    for name, default in (("beta1", 0.9), ("beta2", 0.95)):
+        add(f"--{name}", type=positive(float, zero=True, below=1), default=default)
     add("--grad_clip", type=positive(float), default=1.0, help="largest norm of the gradient")
     add_recompute_flags(add)
     add("--eval_tokens", type=at_least_1, default=16_384, help="a validation; 4 times at the end")
@@ -880,6 +885,11 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, rates)
         self.moment_dtype, self.stochastic_rounding = moment_dtype, stochastic_rounding
 
+    def __getstate__(self):
+        """Of a copy."""
+        return super().__getstate__() | {"moment_dtype": self.moment_dtype,
+                                         "stochastic_rounding": self.stochastic_rounding}
+
     def load_state_dict(self, state_dict):
         """As torch.optim's, which would give m and v the dtype of the parameter."""
         super().load_state_dict(state_dict)
@@ -952,10 +962,16 @@ class AdamW(torch.optim.Optimizer):
         p.copy_(round_stochastically(theta, seed) if narrow else theta)
 
 
+def fold_seed(n):
+    """The int n as a seed of 32 bits, which is all that torch's generator on a CPU looks at: numbers
+    that differ above those bits, too, give other draws."""
+    return (n ^ (n >> 32) * 0x9E3779B1) % 2**32
+
+
 def round_stochastically(x, seed):
     """float32 x as bfloat16: up or down, each with the chance that makes the mean x. 16 random bits
     below bfloat16's last one are added, then cut off. seed: int; the same gives the same"""
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(fold_seed(seed))
     noise = torch.randint(2**16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
     rounded = (x.view(torch.int32) + noise & -(2**16)).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
@@ -1046,6 +1062,14 @@ def optimizer_groups(model, weight_decay):
     trained = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+
+
+def last_rate(args):
+    """The schedule's last rate: a tenth of --lr where --min_lr is not given. raises ValueError"""
+    rate = args.lr / 10 if args.min_lr is None else args.min_lr
+    if rate > args.lr:
+        raise ValueError(f"min_lr must be at most lr, got {rate} and {args.lr}; lower it")
+    return rate
 
 
 def lr_cosine_schedule(step, max_lr, min_lr, warmup_steps, cosine_steps):
@@ -1298,6 +1322,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     When a row is full (context_length tokens), it goes on from its last context_length // 2 tokens.
     raises ValueError on arguments that it cannot use
     """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list, got the text {prompts[:40]!r}; put it into one")
     if prompts and isinstance(prompts[0], str):
         if tokenizer is None:
             raise ValueError("prompts of text need a tokenizer, got none; pass one")
@@ -1308,7 +1334,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     rows = [Completion(i, [], []) for i in range(len(prompts)) for _ in range(num_samples)]
     generator, draws = torch.Generator(), torch.empty(len(rows), max_new_tokens)
     for r, row in enumerate(draws.unbind()):
-        generator.manual_seed(((seed << 20) + first_row + r) % 2**63)
+        generator.manual_seed(fold_seed((seed << 20) + first_row + r))
         torch.rand(max_new_tokens, generator=generator, out=row)
     draws = draws.T.contiguous().to(device)
     windows = [clip_window(list(p), limit) for p in prompts]
@@ -1389,7 +1415,11 @@ def decode_fixed(model, drawn, last, cache, shared, draws, sampling, graphs=None
         on_host = step.on_host()
         if n + 1 < len(draws):
             step(draws[n + 1])
-        going = drawn.take(n, alive, *on_host())
+        try:
+            going = drawn.take(n, alive, *on_host())
+        except ValueError:  # numbers that are not finite stay in the caches
+            kept.clear()
+            raise
         if not len(going) or n + 1 == len(draws):
             break
         half = -(-len(alive) // 2)
@@ -1889,6 +1919,11 @@ def seconds_between(start, end):
     return start.elapsed_time(end) / 1e3
 
 
+def is_out_of_memory(error):
+    """Whether a RuntimeError says so; a CPU's has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def free_memory(device):
     """Bytes that are free on `device` (on a CPU: of the machine), infinity where nobody says."""
     if device.type == "cuda":
@@ -2308,13 +2343,14 @@ def export(args):
     print(f"wrote {args.out_dir}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
-def positive(kind, zero=False):
-    """An argparse type: a finite number above 0, or from 0 on."""
+def positive(kind, zero=False, below=math.inf):
+    """An argparse type: a number above 0, or from 0 on, and below another."""
     def convert(text):
         value = kind(text)
-        if not 0 <= value < math.inf or (value == 0 and not zero):
+        if not 0 <= value < below or (value == 0 and not zero):
+            top = "finite" if below == math.inf else f"below {below}"
             bound = "at least" if zero else "above"
-            raise argparse.ArgumentTypeError(f"must be finite and {bound} 0, got {text}; change it")
+            raise argparse.ArgumentTypeError(f"must be {top} and {bound} 0, got {text}; change it")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type in its message

@@ -56,6 +56,7 @@ class Trainer:
             raise ValueError(f"out_dir must be a new folder, got {self.out_dir}, which holds a run;"
                              " give --resume to go on, --overwrite to start anew, or another")
         lm.check_recompute_flags(args)
+        self.min_lr = lm.last_rate(args)
         precision = lm.optimizer_precision(args)
         narrow = args.param_dtype == "bfloat16"  # then all is computed in it
         self.dtype, reason = lm.resolve_dtype("bfloat16" if narrow else args.dtype, self.device)
@@ -195,7 +196,7 @@ class Trainer:
         args, T = self.args, self.config.context_length
         loop_started, self.step_began = time.perf_counter(), lm.time_mark(self.device)
         while self.step < args.max_steps:
-            lr = lm.lr_cosine_schedule(self.step + 1, args.lr, args.min_lr, args.warmup_steps,
+            lr = lm.lr_cosine_schedule(self.step + 1, args.lr, self.min_lr, args.warmup_steps,
                                        args.max_steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -233,9 +234,11 @@ class Trainer:
                     self.args.grad_clip, lambda: lm.compute_context(self.device, self.dtype),
                 )
                 break
-            except torch.OutOfMemoryError:
-                if self.micro_batch_size % 2:
+            except RuntimeError as error:
+                if not lm.is_out_of_memory(error):
                     raise
+                if self.micro_batch_size % 2:
+                    raise torch.OutOfMemoryError(str(error)) from None
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             self.halve_batch()
@@ -292,7 +295,6 @@ def main(argv=None):
         if args.resume:  # the run's own flags, and over them those given now
             parser.set_defaults(**{**lm.saved_flags(args.out_dir, args), "out_dir": args.out_dir})
             args = parser.parse_args(argv)
-        args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
         trainer = Trainer(args)
         with lm.stop_politely(trainer.signals):
             return trainer.run()

@@ -1494,6 +1494,41 @@ def test_neighbouring_seeds_share_no_samples():
     assert len({tuple(row.tokens) for group in rows for row in group}) == 12
 
 
+def test_seeds_and_steps_beyond_32_bits_give_other_draws():
+    # rl.py's rounds have (seed << 20) + count; torch's generator on a CPU drops what is above 32 bits
+    model, seeds = exact_model(), (0, 4096, 1 << 20, 7 << 20, 1 << 40)
+    rows = [M.generate(model, [RAGGED[1]], 8, seed=seed)[0].tokens for seed in seeds]
+    assert len(set(map(tuple, rows))) == len(seeds)
+    x = torch.full((64,), 1.001)
+    assert len({M.round_stochastically(x, t << 32 | 3).float().sum().item() for t in range(6)}) > 1
+    assert [M.fold_seed(n) for n in (0, 5, 2**32 - 1)] == [0, 5, 2**32 - 1]
+
+
+def test_stochastic_rounding_moves_all_weights_in_time_and_a_copied_optimizer_goes_on():
+    p = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+    optimizer = M.AdamW([p], 1e-4, weight_decay=0, moment_dtype=torch.float32, stochastic_rounding=True)
+    p.grad = torch.ones_like(p)
+    for _ in range(50):
+        optimizer.step()
+    assert (p == 1).float().mean() < 0.5  # 0.974 where each step draws the same
+    other = copy.deepcopy(optimizer)
+    optimizer.step()
+    other.param_groups[0]["params"][0].grad = torch.ones_like(p)
+    other.step()
+    assert torch.equal(other.param_groups[0]["params"][0], p)
+
+
+@pytest.mark.parametrize("wrong", [{"rope_theta": 0.0}, {"norm_eps": -1.0}, {"norm_eps": math.nan}], ids=str)
+def test_a_base_or_epsilon_that_no_model_has_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{[*wrong][0]} must be finite and above 0"):
+        tiny(**wrong)
+
+
+def test_a_text_is_no_list_of_prompts():
+    with pytest.raises(ValueError, match="prompts must be a list, got the text 'def main'"):
+        M.generate(exact_model(), "def main", 4)
+
+
 def test_several_samples_of_a_prompt_come_in_order_differ_and_share_one_prefill():
     model, seen = exact_model(), []
     inner = model.hidden_states

@@ -294,13 +294,23 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, corpus, c
     assert losses(tmp_path) == before
 
 
+def test_a_last_rate_follows_a_new_rate_and_is_none_above_it(tmp_path, corpus, capsys):
+    train.main(flags(tmp_path, corpus, "--lr", "1e-2", "--max_steps", "4"))
+    train.main(flags(tmp_path, corpus, "--resume", "--lr", "1e-5", "--max_steps", "9"))
+    rates = [r["lr"] for r in records(tmp_path) if r.get("step", 0) > 4 and "lr" in r]
+    assert rates and max(rates) <= 1e-5
+    fails(capsys, flags(tmp_path, corpus, "--min_lr", "1", out="other"), "min_lr must be at most lr")
+
+
 def test_resume_before_the_first_checkpoint_starts_from_the_beginning(tmp_path, corpus, capsys):
     assert train.main(flags(tmp_path, corpus, "--resume")) == 0
     assert "starting from the beginning" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("error", [  # a CPU's has no class of its own
+    torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=str)
 def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_update(
-    tmp_path, corpus, capsys, monkeypatch
+    tmp_path, corpus, capsys, monkeypatch, error
 ):
     train.main(flags(tmp_path, corpus, out="whole"))
     real_step, calls = train.loss_and_gradient, []
@@ -308,7 +318,7 @@ def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_update(
     def step(hidden_states, model, batch, micro_batch_size, *rest):
         calls.append(micro_batch_size)
         if len(calls) == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return real_step(hidden_states, model, batch, micro_batch_size, *rest)
 
     monkeypatch.setattr(train, "loss_and_gradient", step)
