@@ -151,11 +151,13 @@ class Fit:
     runs: dict  # what run_arrays gave
     details: dict = field(default_factory=dict)
     widen: float = 1.0  # the samples' deviations, in logs, are so many times too small
+    conditions: tuple = ()  # what optimum takes besides theta and FLOPs
 
     def at(self, flops):
         """{flops, parameters, tokens, loss} of the best run for `flops`, and *_interval, 95%."""
-        return {"flops": float(flops)} | self.summary(lambda theta: dict(
-            zip(("parameters", "tokens", "loss"), self.optimum(theta, float(flops)), strict=True)))
+        return {"flops": float(flops)} | self.summary(lambda theta: dict(zip(
+            ("parameters", "tokens", "loss"), self.optimum(theta, float(flops), *self.conditions),
+            strict=True)))
 
     def exponents(self):
         """{name: value} of the law's exponents and constants; with samples {name_interval: ...}."""
@@ -519,8 +521,22 @@ def projected_starts(log_n, log_d, loss, count=16):
     return torch.cat([logs, alpha[pick], beta[pick]], 1)
 
 
+def flops_over_6n(parameters, tokens, flops):
+    """(k, h) of C = 6 N D (1 + k N^-h): the line through the logs of what runs have above 6 N D, or
+    h = 0 where some have less; None within 1% of 6 N D. Head and attention are most of the FLOPs of
+    tiny models and few of large ones'."""
+    extra, z = flops / (6 * parameters * tokens) - 1, np.log(parameters)
+    if np.abs(extra).max() < 0.01:
+        return None
+    if extra.min() <= 0:
+        return float(np.median(extra)), 0.0
+    ((start,), (slope,)) = fit_line(z, np.log(extra)[None])
+    h = float(np.clip(-slope, 0, 0.9))
+    return math.exp(start + (slope + h) * z.mean()), h
+
+
 class ChinchillaFit(Fit):
-    """theta: log A, log B, log E, alpha, beta."""
+    """theta: log A, log B, log E, alpha, beta; conditions: what flops_over_6n says of the runs."""
 
     @staticmethod
     def predict(theta, parameters, tokens):
@@ -530,12 +546,27 @@ class ChinchillaFit(Fit):
         return np.exp(e) + np.exp(a - alpha * log_n) + np.exp(b - beta * log_d)
 
     @classmethod
-    def optimum(cls, theta, flops):
-        """(N, D, loss) that minimise the loss under 6 N D = flops. source: [2] equation (4)"""
+    def optimum(cls, theta, flops, overhead=None):
+        """(N, D, loss) that minimise the loss under 6 N D = flops, or under 6 N D (1 + k N^-h) with
+        overhead (k, h), see flops_over_6n. source: [2] equation (4)"""
         a, b, _, alpha, beta = np.moveaxis(theta, -1, 0)
         log_g = (np.log(alpha / beta) + a - b) / (alpha + beta)
         log_n = log_g + beta / (alpha + beta) * np.log(flops / 6)
-        n, d = np.exp(log_n), flops / 6 / np.exp(log_n)
+        factor = 1.0
+        if overhead:  # Newton's method from there on the logs of the derivatives by log N
+            k, h = overhead
+            for _ in range(30):
+                factor = 1 + k * np.exp(-h * log_n)
+                over = h * (1 - 1 / factor)  # d log(N factor) / d log N is 1 - over
+                left = (alpha + beta) * (log_g - log_n) + beta * np.log(flops / 6 / factor)
+                left -= np.log1p(-over)
+                step = left / (alpha + beta * (1 - over) + over * (h - over) / (1 - over))
+                log_n = log_n + step
+                if np.abs(step).max() < 1e-12:
+                    break
+            factor = 1 + k * np.exp(-h * log_n)
+        n = np.exp(log_n)
+        d = flops / 6 / n / factor
         return n, d, cls.predict(theta, n, d)
 
     @staticmethod
@@ -556,8 +587,12 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
-def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="grid", delta=1e-3):
+def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="grid", delta=1e-3,
+                   flops=None):
     """The ChinchillaFit of n runs: parameters N, tokens D, losses in nats, each (n,).
+
+    flops: (n,) C of the runs, 6 N D if None; `at` finds the best N and D for the FLOPs a token that
+      these have (see flops_over_6n).
 
     Minimises the sum, not the mean, of Huber losses of log L: with the mean, an optimiser that
     stops at an absolute tolerance stops early, which made [2]'s printed fit [3].
@@ -579,6 +614,8 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
                          f"{len(parameters)}, {len(tokens)} and {len(losses)}; align them")
     arrays = run_arrays([{"parameters": n, "tokens": d, "loss": y} for n, d, y in
                          zip(parameters, tokens, losses, strict=True)])
+    if flops is not None:
+        arrays["flops"] = np.asarray(flops, float)
     log_n, log_d, target = (torch.from_numpy(np.log(arrays[name]))
                             for name in ("parameters", "tokens", "loss"))
     distinct = [len(v.unique()) for v in (log_n, log_d)]
@@ -614,7 +651,8 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
     return ChinchillaFit(theta, samples, arrays, {
         "method": "chinchilla", "objective": float(values.min()),
         "residuals": np.log(predicted / arrays["loss"])},
-        2 * math.sqrt(len(target) / (len(target) - 5)))
+        2 * math.sqrt(len(target) / (len(target) - 5)),
+        (flops_over_6n(*(arrays[k] for k in ("parameters", "tokens", "flops"))),))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2238,7 +2276,7 @@ def fit_sweep(arrays, bootstrap):
     deviations of their scatter: where that is normal, 95% as efficient as least squares."""
     table = [arrays[name] for name in ("parameters", "tokens", "loss")]
     scatter = np.median(np.abs(fit_chinchilla(*table, starts="projection").details["residuals"]))
-    return fit_chinchilla(*table, bootstrap, starts="projection",
+    return fit_chinchilla(*table, bootstrap, starts="projection", flops=arrays["flops"],
                           delta=max(1e-3, 1.345 * 1.4826 * float(scatter)))
 
 
@@ -2318,7 +2356,7 @@ def hold_out_errors(runs, profiles):
     for k in range(max(2, len(profiles) - 2), len(profiles)):
         flops, log_n, loss, log_d = profiles[k]
         below = runs["flops"] < math.sqrt(flops * profiles[k - 1][0])
-        smaller = {name: runs[name][below] for name in ("parameters", "tokens", "loss")}
+        smaller = {name: runs[name][below] for name in ("parameters", "tokens", "flops", "loss")}
         best = loss.argmin()
         for law, predict in loss_laws(smaller, profiles[:k]).items():
             predicted = predict(math.exp(log_n[best]), math.exp(log_d[best]), flops)
@@ -2382,6 +2420,18 @@ def draw_law(axis, fit, name, label, flops, points=None):
     axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel=label)
 
 
+def label_plainly(axis):
+    """Labels 3.2 or 2e12 on a log axis of under three decades, where 3.2 x 10^0 would crowd."""
+    from matplotlib import ticker
+
+    low, high = axis.get_view_interval()
+    if axis.get_scale() == "log" and high < 1000 * low:
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if high > 6 * low else
+                               ticker.MaxNLocator(6))
+        axis.set_major_formatter(lambda x, _: re.sub(r"e\+0*", "e", f"{x:.3g}"))
+        axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def plot_fit(fit, budgets, path):
     """Four panels: IsoFLOP curves, N_opt, D_opt and loss; of a parametric fit its contours and
     residuals instead of D_opt and curves."""
@@ -2403,8 +2453,9 @@ def plot_fit(fit, budgets, path):
         lines = axes[0].contour(grid_n, grid_d, surface, 15, linewidths=0.8)
         axes[0].clabel(lines, fontsize=7)
         axes[0].plot(n, d, "k.", markersize=3)
-        best = [fit.at(c) for c in flops]
-        axes[0].plot([b["parameters"] for b in best], [b["tokens"] for b in best], "r--")
+        best_n, best_d, _ = np.transpose([fit.optimum(fit.theta, c, *fit.conditions)
+                                          for c in flops])
+        axes[0].plot(best_n, best_d, "r--")
         axes[0].set(xscale="log", yscale="log", xlabel="parameters", ylabel="tokens",
                     title="loss, runs and the best N and D", xlim=(n.min(), n.max()),
                     ylim=(d.min(), d.max()))
@@ -2413,6 +2464,9 @@ def plot_fit(fit, budgets, path):
         axes[2].set(xscale="log", xlabel="FLOPs", ylabel="log loss, predicted - measured")
     draw_law(axes[1], fit, "parameters", "best parameters", flops, minima)
     draw_law(axes[3], fit, "loss", "loss, nats a token", flops, minima)
+    for axis in axes:
+        label_plainly(axis.xaxis)
+        label_plainly(axis.yaxis)
     figure.savefig(path, dpi=120)
 
 
@@ -2465,8 +2519,7 @@ def fit_runs(args):
     if args.method == "chinchilla":
         arrays = run_arrays(runs, args.flops)
         fit = fit_chinchilla(arrays["parameters"], arrays["tokens"], arrays["loss"],
-                             args.bootstrap, args.seed, args.starts)
-        fit.runs = arrays
+                             args.bootstrap, args.seed, args.starts, flops=arrays["flops"])
     else:
         fit = fit_isoflop(runs, args.profile, args.bootstrap, args.seed, args.flops)
     used = len(fit.runs["loss"])
@@ -2515,6 +2568,9 @@ def print_fit(result, fit, args):
                   "without an interval")
     else:
         print(f"L = E + A / N^alpha + B / D^beta, sum of Huber losses {result['objective']:.8f}")
+        if overhead := fit.conditions[0]:
+            print("optima below: C = 6 N D (1 + {:.4g} N^-{:.4g}), as the runs have it; without "
+                  "the bracket N_opt ~ C^a, D_opt ~ C^b".format(*overhead))
         for name, form in (("E", ".4f"), ("A", ".2f"), ("B", ".1f"), ("alpha", ".4f"),
                            ("beta", ".4f"), ("a", ".4f"), ("b", ".4f")):
             print(f"  {name} = {interval_text(result, name, form)}")
@@ -2605,7 +2661,7 @@ def plan(args):
               f"{100 * row['error']:.2f}%")
     print(f"predicted loss {run['loss']:.4f} ({low:.4f} to {high:.4f}) by the {run['law']}, at "
           f"{run['flops'] / arrays['flops'].max():.1f} times the FLOPs of the largest run")
-    if (tokens := fit.optimum(fit.theta, run["flops"])[1]) > machine.max_tokens:
+    if (tokens := fit.at(run["flops"])["tokens"]) > machine.max_tokens:
         print(f"note: {tokens:.3g} tokens would be best, a run may have {machine.max_tokens:.3g}")
     print_methods(methods, [run["flops"]])
 

@@ -184,6 +184,27 @@ def covered(fits, truth):
             for name, value in truth.items()}  # fmt: skip
 
 
+@pytest.mark.parametrize(("k", "h"), [(250, 0.48), (3.0, 0.0), (-0.3, 0.0), (1e4, 0.9), (0, 0.5)])
+def test_the_best_run_follows_the_flops_a_token_that_the_runs_have(k, h):
+    runs = surface(lowest=1e11, highest=1e13)  # 250 and 0.48: the counts of models of 1e4 to 1e5 weights
+    n, d, loss = columns(runs)
+    fit = scaling.fit_chinchilla(n, d, loss, 3, starts="projection", flops=6 * n * d * (1 + k * n**-h))
+    assert fit.conditions[0] == (pytest.approx((k, h), rel=1e-6) if k else None)
+    best, grid = fit.at(1e14), np.geomspace(1e4, 1e9, 200_001)
+    tokens = 1e14 / (6 * grid * (1 + k * grid**-h))
+    lowest = fit.predict(fit.theta, grid, tokens).argmin()
+    # a grid of steps of 6e-5, and a flat bottom: float64 tells N to 1e-8, losses to 1e-16
+    assert best["parameters"] == pytest.approx(grid[lowest], rel=1e-4)
+    assert best["tokens"] == pytest.approx(tokens[lowest], rel=1e-4)
+    assert best["loss"] <= fit.predict(fit.theta, grid[lowest], tokens[lowest]) + 1e-12
+    spent = 6 * best["parameters"] * best["tokens"] * (1 + k * best["parameters"] ** -h)
+    assert spent == pytest.approx(1e14)
+    # the samples of a bootstrap are solved all at once, as one by one
+    together = np.stack(fit.optimum(fit.samples, 1e14, *fit.conditions), 1)
+    alone = [fit.optimum(theta, 1e14, *fit.conditions) for theta in fit.samples]
+    np.testing.assert_allclose(together, alone, rtol=1e-9)
+
+
 @pytest.mark.parametrize("method", ["minimum", "parabola", "akima"])
 def test_isoflop_intervals_cover_the_truth_as_often_as_they_say(method):
     fits = [scaling.fit_isoflop(surface(6, 9, 6.0, 0.01, seed), method, 150, seed).exponents()
@@ -509,6 +530,20 @@ def test_fit_prints_a_table_for_people_and_draws(tmp_path, capsys):
         picture.unlink()
     scaling.main(argv)
     assert "by akima: a 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [
+    (3.15, 3.55, ["3.2", "3.3", "3.4", "3.5"]), (1.5e4, 2.5e5, ["2e4", "5e4", "1e5", "2e5"]),
+    (1e18, 1e23, ["10^{18}", "10^{23}"])])  # fmt: skip
+def test_log_axes_of_few_decades_have_plain_labels(low, high, expected):
+    axis = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    axis.plot([low, high], [1, 2])
+    axis.set(xscale="log", xlim=(low, high))
+    for each in (axis.xaxis, axis.yaxis):  # the other is linear
+        scaling.label_plainly(each)
+    axis.figure.draw_without_rendering()
+    labels = " ".join(label.get_text() for which in ("major", "minor") for label in axis.get_xticklabels(which=which))
+    assert all(text in labels for text in expected) and "times" not in labels
 
 
 def test_plan_then_fit_then_target(tmp_path, capsys):
