@@ -70,6 +70,7 @@ COLUMNS = {
 SAME_BUDGET = 1.1  # runs whose FLOPs differ by less are one profile [4]: real runs round steps
 LEVEL = (2.5, 97.5)  # percentiles of an interval: 95%
 STARTS = ("grid", "projection")  # of a parametric fit
+LEAST_EXPONENT = 1e-3  # of one; with less the loss does not fall, and no optimum exists
 MAX_LR = 3e-3  # train.py's, at width 128
 # Of a run whose batch is above 1: the Step Law was measured from 2e9 tokens on, where its batch
 # leaves 17 thousand. Below 2.7e6 tokens it leaves fewer than 1000, and half its batch gave real
@@ -638,13 +639,13 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
     with one_thread():
         ends, values = minimise(objective, first)
         best, samples = ends[values.argmin()], None
-        if not (best[3:] > 0).all():
+        if not (best[3:] > LEAST_EXPONENT).all():
             raise ValueError("the loss must fall with N and D, got exponents "
                              f"{best[3]:.3g} and {best[4]:.3g}; check the table or add runs")
         if bootstrap:
             weights = np.random.default_rng(seed).gamma(4, 1 / 4, (bootstrap, len(target)))
             ends, _ = minimise(objective, best.repeat(bootstrap, 1), (torch.from_numpy(weights),))
-            ends[:, 3:].clamp_(min=1e-3)  # with less no optimum exists
+            ends[:, 3:].clamp_(min=LEAST_EXPONENT)
             samples = (ends - ends @ centre).numpy()
     theta = (best - best @ centre).numpy()
     predicted = ChinchillaFit.predict(theta, arrays["parameters"], arrays["tokens"])
@@ -1824,7 +1825,7 @@ function row(e) {
     make("td", model(e), "far"), make("td", size(e.training_config.total_train_tokens), "far"),
     make("td", [`${seen.length}/${evals}`, bar(seen.length / evals)]), make("td", fixed(last(e))),
     make("td", time(e.status.used_runtime_seconds), "far"),
-    make("td", seen.length ? curve(seen) : "", "far")]);
+    make("td", seen.length > 1 ? curve(seen) : "", "far")]);
   tr.tabIndex = 0;
   tr.onclick = () => detail(e);
   tr.onkeydown = event => event.key == "Enter" && detail(e);
@@ -1843,7 +1844,7 @@ function detail(e) {
   dialog.replaceChildren(make("h3", `Experiment ${e.experiment_id}`),
     make("dl", Object.entries(facts).filter(f => f[1]).flatMap(
       ([name, text]) => [make("dt", name), make("dd", text)])),
-    seen.length ? curve(seen) : "", make("pre", JSON.stringify(e.training_config, null, 1)), close);
+    seen.length > 1 ? curve(seen) : "", make("pre", JSON.stringify(e.training_config, null, 1)), close);
   dialog.showModal();
 }
 async function get(path) {
@@ -2531,12 +2532,12 @@ def fit_runs(args):
     else:
         result["objective"] = fit.details["objective"]
     result["optima"] = [fit.at(c) for c in args.budget]
-    if args.plot:
-        plot_fit(fit, args.budget, args.plot)
     if args.json:
         print(json.dumps(result))
     else:
         print_fit(result, fit, args)
+    if args.plot:  # last: a path that cannot be written costs no result
+        plot_fit(fit, args.budget, args.plot)
 
 
 def interval_text(row, name, form):

@@ -627,6 +627,8 @@ def test_other_bad_input_is_one_line(tmp_path, capsys):
     up = [{**r, "loss": 10 / r["loss"]} for r in surface()]  # rises with N and D
     fails(capsys, ["fit", write(tmp_path / "up.jsonl", up), "--method", "chinchilla", "--starts",
                    "projection"], "must fall with N and D")  # fmt: skip
+    flat = write(tmp_path / "flat.jsonl", [{**r, "loss": 3.0} for r in surface()])  # exponents of 1e-10
+    fails(capsys, ["fit", flat, "--method", "chinchilla", "--starts", "projection"], "must fall with N and D")
     for argv in ([], [table], ["--target_s", "9"], [table, "--budget_s", "9"], ["--budget_s", "9", "--target_s", "9"],
                  ["--budget_s", "9", "--budget_flops", "9"], [table, "--target_s", "9", "--target_flops", "9"]):
         fails(capsys, ["plan", *argv], "plan needs one of --budget_s and --budget_flops, or a run table")
@@ -653,6 +655,9 @@ def test_a_missing_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
     table = write(tmp_path / "runs.jsonl", surface())
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     fails(capsys, ["fit", table, "--bootstrap", "0", "--plot", tmp_path / "x.png"], "matplotlib")
+    with pytest.raises(SystemExit):
+        scaling.main(["fit", str(table), "--bootstrap", "0", "--plot", str(tmp_path / "x.png")])
+    assert "N_opt ~ C^a" in capsys.readouterr().out  # what was asked besides is there
 
 
 def test_runs_of_one_size_at_a_budget_count_by_the_best_of_them():
