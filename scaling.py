@@ -554,18 +554,23 @@ class ChinchillaFit(Fit):
         log_g = (np.log(alpha / beta) + a - b) / (alpha + beta)
         log_n = log_g + beta / (alpha + beta) * np.log(flops / 6)
         factor = 1.0
-        if overhead:  # Newton's method from there on the logs of the derivatives by log N
+        if overhead:  # Newton's method from there on d loss / d log N = 0 in logs; else bisection
             k, h = overhead
-            for _ in range(30):
+            low, high, move = -300.0, 300.0, math.inf
+            log_n = np.clip(log_n, low, high)
+            for _ in range(100):
                 factor = 1 + k * np.exp(-h * log_n)
                 over = h * (1 - 1 / factor)  # d log(N factor) / d log N is 1 - over
                 left = (alpha + beta) * (log_g - log_n) + beta * np.log(flops / 6 / factor)
                 left -= np.log1p(-over)
+                low, high = np.where(left > 0, log_n, low), np.where(left > 0, high, log_n)
                 step = left / (alpha + beta * (1 - over) + over * (h - over) / (1 - over))
-                log_n = log_n + step
-                if np.abs(step).max() < 1e-12:
+                done = np.abs(step) < 1e-12 * (1 + np.abs(log_n))
+                if done.all():
                     break
-            factor = 1 + k * np.exp(-h * log_n)
+                fine = (low < log_n + step) & (log_n + step < high) & (np.abs(step) < move / 2)
+                step = np.where(done, 0, np.where(fine, step, (low + high) / 2 - log_n))
+                log_n, move = log_n + step, np.abs(step)
         n = np.exp(log_n)
         d = flops / 6 / n / factor
         return n, d, cls.predict(theta, n, d)
@@ -1844,7 +1849,8 @@ function detail(e) {
   dialog.replaceChildren(make("h3", `Experiment ${e.experiment_id}`),
     make("dl", Object.entries(facts).filter(f => f[1]).flatMap(
       ([name, text]) => [make("dt", name), make("dd", text)])),
-    seen.length > 1 ? curve(seen) : "", make("pre", JSON.stringify(e.training_config, null, 1)), close);
+    seen.length > 1 ? curve(seen) : "",
+    make("pre", JSON.stringify(e.training_config, null, 1)), close);
   dialog.showModal();
 }
 async function get(path) {
@@ -2530,7 +2536,7 @@ def fit_runs(args):
         result["profile"], result["minima"] = args.profile, fit.details["minima"]
         result["methods"] = compare_methods(runs, args.budget, args.flops)
     else:
-        result["objective"] = fit.details["objective"]
+        result["objective"], result["flops_over_6n"] = fit.details["objective"], fit.conditions[0]
     result["optima"] = [fit.at(c) for c in args.budget]
     if args.json:
         print(json.dumps(result))
@@ -2570,8 +2576,8 @@ def print_fit(result, fit, args):
     else:
         print(f"L = E + A / N^alpha + B / D^beta, sum of Huber losses {result['objective']:.8f}")
         if overhead := fit.conditions[0]:
-            print("optima below: C = 6 N D (1 + {:.4g} N^-{:.4g}), as the runs have it; without "
-                  "the bracket N_opt ~ C^a, D_opt ~ C^b".format(*overhead))
+            print("the runs' C = 6 N D (1 + {:.4g} N^-{:.4g}), and so are optima; N_opt ~ C^a and "
+                  "D_opt ~ C^b are those of 6 N D".format(*overhead))
         for name, form in (("E", ".4f"), ("A", ".2f"), ("B", ".1f"), ("alpha", ".4f"),
                            ("beta", ".4f"), ("a", ".4f"), ("b", ".4f")):
             print(f"  {name} = {interval_text(result, name, form)}")

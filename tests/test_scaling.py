@@ -178,6 +178,22 @@ def test_the_closed_form_is_the_best_of_all_splits_of_the_budget():
     assert 6 * best * tokens == pytest.approx(1e22) and loss <= losses.min() + 1e-12
 
 
+def test_the_best_run_is_found_for_exponents_a_thousand_times_apart():
+    rng = np.random.default_rng(0)  # Newton's method alone goes round in circles on some of these
+    alpha, beta = 10 ** rng.uniform(-3, 0.3, (2, 5000))
+    n, d = 10 ** rng.uniform(3, 11, 5000), 10 ** rng.uniform(5, 13, 5000)
+    theta = np.stack([alpha * np.log(n), beta * np.log(d), np.zeros(5000), alpha, beta], 1)
+    for k, h, flops in ((1e6, 0.9, 1e12), (0.01, 0.9, 1e24), (300, 0.5, 1e15)):
+        best, _, _ = scaling.ChinchillaFit.optimum(theta, flops, (k, h))
+        x = np.log(best)
+        above = h * (1 - 1 / (1 + k * np.exp(-h * x)))  # D falls as N^-(1 - above)
+        log_d = np.log(flops / 6 / (1 + k * np.exp(-h * x))) - x
+        slopes = np.log(alpha) + theta[:, 0] - alpha * x, np.log(beta * (1 - above)) + theta[:, 1] - beta * log_d
+        inside = np.abs(x) < 299.9  # beyond, where exponents are 0.002, the bound is the answer
+        assert inside.mean() > 0.95
+        np.testing.assert_allclose(slopes[0][inside], slopes[1][inside], atol=1e-9)
+
+
 def covered(fits, truth):
     """The share of intervals that hold the truth, by name."""
     return {name: np.mean([f[f"{name}_interval"][0] <= value <= f[f"{name}_interval"][1] for f in fits])
