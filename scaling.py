@@ -103,7 +103,7 @@ def load_runs(path):
 
 def number_above_zero(value, name, i):
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if 0 < float(value) < math.inf:
+        if not isinstance(value, bool) and 0 < float(value) < math.inf:
             return float(value)
     raise ValueError(f"{name} must be a finite number above 0, got {value!r} in run {i}; correct "
                      "or remove it")
@@ -2342,13 +2342,13 @@ def lowest_losses(profiles):
     return np.log([p[0] for p in profiles]), np.array(lowest)
 
 
-def loss_laws(runs, profiles):
-    """{law: predict(N, D, C) -> loss} of these runs: the parametric law, and a power law C^-gamma
-    through the lowest losses of the two largest budgets, whose slope is the nearest to a target's
-    whichever way the losses bend."""
+def loss_laws(runs, profiles, theta=None):
+    """{law: predict(N, D, C) -> loss} of these runs: the parametric law, fitted here unless theta
+    is its fit, and a power law C^-gamma through the lowest losses of the two largest budgets, whose
+    slope is the nearest to a target's whichever way the losses bend."""
     laws = {}
     with contextlib.suppress(ValueError):  # too few runs, or a loss that does not fall
-        theta = fit_sweep(runs, 0).theta
+        theta = fit_sweep(runs, 0).theta if theta is None else theta
         laws["parametric law"] = lambda N, D, C: float(ChinchillaFit.predict(theta, N, D))
     c, loss = lowest_losses(profiles[-2:])
     (scale,), (slope,) = fit_line(c, np.log(loss)[None])
@@ -2387,7 +2387,7 @@ def choose_law(run, runs, fit):
     errors = {k: max(v, scatter) for k, v in hold_out_errors(runs, profiles).items()}
     best = min(errors, key=errors.get)  # the parametric law, which comes first, of equal ones
     laws = {law: {"loss": predict(*at), "error": errors[law]}
-            for law, predict in loss_laws(runs, profiles).items() if law in errors}
+            for law, predict in loss_laws(runs, profiles, fit.theta).items() if law in errors}
     (first, *_), (last, *_) = profiles[-2:]
     steps, held = max(1, math.log(run["flops"] / last) / math.log(last / first)), []
     for law, row in laws.items():

@@ -609,6 +609,7 @@ CASES = [
     (bad(surface(), loss=-1.0), "loss must be .* above 0, got -1.0 in run 1"),
     (bad(surface(), parameters="many"), "parameters must be .*'many' in run 1"),
     (bad(surface(), loss=None), "loss must be .*None in run 1"),
+    (bad(surface(), tokens=True), "tokens must be .*True in run 1"),
     ([{"size": 1, "loss": 2}], "columns must give loss and two of .* got loss, size; rename"),
     ([{**r, "status": "failed"} for r in surface()], "completed runs, got 0 of 40"),
     (surface(1), "at least 3 compute budgets, got 1"),
