@@ -70,6 +70,7 @@ COLUMNS = {
 SAME_BUDGET = 1.1  # runs whose FLOPs differ by less are one profile [4]: real runs round steps
 LEVEL = (2.5, 97.5)  # percentiles of an interval: 95%
 STARTS = ("grid", "projection")  # of a parametric fit
+LEAST_EXPONENT = 1e-3  # of one; with less the loss does not fall, and no optimum exists
 MAX_LR = 3e-3  # train.py's, at width 128
 # Of a run whose batch is above 1: the Step Law was measured from 2e9 tokens on, where its batch
 # leaves 17 thousand. Below 2.7e6 tokens it leaves fewer than 1000, and half its batch gave real
@@ -102,7 +103,7 @@ def load_runs(path):
 
 def number_above_zero(value, name, i):
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if 0 < float(value) < math.inf:
+        if not isinstance(value, bool) and 0 < float(value) < math.inf:
             return float(value)
     raise ValueError(f"{name} must be a finite number above 0, got {value!r} in run {i}; correct "
                      "or remove it")
@@ -151,11 +152,13 @@ class Fit:
     runs: dict  # what run_arrays gave
     details: dict = field(default_factory=dict)
     widen: float = 1.0  # the samples' deviations, in logs, are so many times too small
+    conditions: tuple = ()  # what optimum takes besides theta and FLOPs
 
     def at(self, flops):
         """{flops, parameters, tokens, loss} of the best run for `flops`, and *_interval, 95%."""
-        return {"flops": float(flops)} | self.summary(lambda theta: dict(
-            zip(("parameters", "tokens", "loss"), self.optimum(theta, float(flops)), strict=True)))
+        return {"flops": float(flops)} | self.summary(lambda theta: dict(zip(
+            ("parameters", "tokens", "loss"), self.optimum(theta, float(flops), *self.conditions),
+            strict=True)))
 
     def exponents(self):
         """{name: value} of the law's exponents and constants; with samples {name_interval: ...}."""
@@ -519,8 +522,22 @@ def projected_starts(log_n, log_d, loss, count=16):
     return torch.cat([logs, alpha[pick], beta[pick]], 1)
 
 
+def flops_over_6n(parameters, tokens, flops):
+    """(k, h) of C = 6 N D (1 + k N^-h): the line through the logs of what runs have above 6 N D, or
+    h = 0 where some have less; None within 1% of 6 N D. Head and attention are most of the FLOPs of
+    tiny models and few of large ones'."""
+    extra, z = flops / (6 * parameters * tokens) - 1, np.log(parameters)
+    if np.abs(extra).max() < 0.01:
+        return None
+    if extra.min() <= 0:
+        return float(np.median(extra)), 0.0
+    ((start,), (slope,)) = fit_line(z, np.log(extra)[None])
+    h = float(np.clip(-slope, 0, 0.9))
+    return math.exp(start + (slope + h) * z.mean()), h
+
+
 class ChinchillaFit(Fit):
-    """theta: log A, log B, log E, alpha, beta."""
+    """theta: log A, log B, log E, alpha, beta; conditions: what flops_over_6n says of the runs."""
 
     @staticmethod
     def predict(theta, parameters, tokens):
@@ -530,12 +547,32 @@ class ChinchillaFit(Fit):
         return np.exp(e) + np.exp(a - alpha * log_n) + np.exp(b - beta * log_d)
 
     @classmethod
-    def optimum(cls, theta, flops):
-        """(N, D, loss) that minimise the loss under 6 N D = flops. source: [2] equation (4)"""
+    def optimum(cls, theta, flops, overhead=None):
+        """(N, D, loss) that minimise the loss under 6 N D = flops, or under 6 N D (1 + k N^-h) with
+        overhead (k, h), see flops_over_6n. source: [2] equation (4)"""
         a, b, _, alpha, beta = np.moveaxis(theta, -1, 0)
         log_g = (np.log(alpha / beta) + a - b) / (alpha + beta)
         log_n = log_g + beta / (alpha + beta) * np.log(flops / 6)
-        n, d = np.exp(log_n), flops / 6 / np.exp(log_n)
+        factor = 1.0
+        if overhead:  # Newton's method from there on d loss / d log N = 0 in logs; else bisection
+            k, h = overhead
+            low, high, move = -300.0, 300.0, math.inf
+            log_n = np.clip(log_n, low, high)
+            for _ in range(100):
+                factor = 1 + k * np.exp(-h * log_n)
+                over = h * (1 - 1 / factor)  # d log(N factor) / d log N is 1 - over
+                left = (alpha + beta) * (log_g - log_n) + beta * np.log(flops / 6 / factor)
+                left -= np.log1p(-over)
+                low, high = np.where(left > 0, log_n, low), np.where(left > 0, high, log_n)
+                step = left / (alpha + beta * (1 - over) + over * (h - over) / (1 - over))
+                done = np.abs(step) < 1e-12 * (1 + np.abs(log_n))
+                if done.all():
+                    break
+                fine = (low < log_n + step) & (log_n + step < high) & (np.abs(step) < move / 2)
+                step = np.where(done, 0, np.where(fine, step, (low + high) / 2 - log_n))
+                log_n, move = log_n + step, np.abs(step)
+        n = np.exp(log_n)
+        d = flops / 6 / n / factor
         return n, d, cls.predict(theta, n, d)
 
     @staticmethod
@@ -556,8 +593,12 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
-def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="grid", delta=1e-3):
+def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="grid", delta=1e-3,
+                   flops=None):
     """The ChinchillaFit of n runs: parameters N, tokens D, losses in nats, each (n,).
+
+    flops: (n,) C of the runs, 6 N D if None; `at` finds the best N and D for the FLOPs a token that
+      these have (see flops_over_6n).
 
     Minimises the sum, not the mean, of Huber losses of log L: with the mean, an optimiser that
     stops at an absolute tolerance stops early, which made [2]'s printed fit [3].
@@ -579,6 +620,8 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
                          f"{len(parameters)}, {len(tokens)} and {len(losses)}; align them")
     arrays = run_arrays([{"parameters": n, "tokens": d, "loss": y} for n, d, y in
                          zip(parameters, tokens, losses, strict=True)])
+    if flops is not None:
+        arrays["flops"] = np.asarray(flops, float)
     log_n, log_d, target = (torch.from_numpy(np.log(arrays[name]))
                             for name in ("parameters", "tokens", "loss"))
     distinct = [len(v.unique()) for v in (log_n, log_d)]
@@ -601,20 +644,21 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
     with one_thread():
         ends, values = minimise(objective, first)
         best, samples = ends[values.argmin()], None
-        if not (best[3:] > 0).all():
+        if not (best[3:] > LEAST_EXPONENT).all():
             raise ValueError("the loss must fall with N and D, got exponents "
                              f"{best[3]:.3g} and {best[4]:.3g}; check the table or add runs")
         if bootstrap:
             weights = np.random.default_rng(seed).gamma(4, 1 / 4, (bootstrap, len(target)))
             ends, _ = minimise(objective, best.repeat(bootstrap, 1), (torch.from_numpy(weights),))
-            ends[:, 3:].clamp_(min=1e-3)  # with less no optimum exists
+            ends[:, 3:].clamp_(min=LEAST_EXPONENT)
             samples = (ends - ends @ centre).numpy()
     theta = (best - best @ centre).numpy()
     predicted = ChinchillaFit.predict(theta, arrays["parameters"], arrays["tokens"])
     return ChinchillaFit(theta, samples, arrays, {
         "method": "chinchilla", "objective": float(values.min()),
         "residuals": np.log(predicted / arrays["loss"])},
-        2 * math.sqrt(len(target) / (len(target) - 5)))
+        2 * math.sqrt(len(target) / (len(target) - 5)),
+        (flops_over_6n(*(arrays[k] for k in ("parameters", "tokens", "flops"))),))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1786,7 +1830,7 @@ function row(e) {
     make("td", model(e), "far"), make("td", size(e.training_config.total_train_tokens), "far"),
     make("td", [`${seen.length}/${evals}`, bar(seen.length / evals)]), make("td", fixed(last(e))),
     make("td", time(e.status.used_runtime_seconds), "far"),
-    make("td", seen.length ? curve(seen) : "", "far")]);
+    make("td", seen.length > 1 ? curve(seen) : "", "far")]);
   tr.tabIndex = 0;
   tr.onclick = () => detail(e);
   tr.onkeydown = event => event.key == "Enter" && detail(e);
@@ -1805,7 +1849,8 @@ function detail(e) {
   dialog.replaceChildren(make("h3", `Experiment ${e.experiment_id}`),
     make("dl", Object.entries(facts).filter(f => f[1]).flatMap(
       ([name, text]) => [make("dt", name), make("dd", text)])),
-    seen.length ? curve(seen) : "", make("pre", JSON.stringify(e.training_config, null, 1)), close);
+    seen.length > 1 ? curve(seen) : "",
+    make("pre", JSON.stringify(e.training_config, null, 1)), close);
   dialog.showModal();
 }
 async function get(path) {
@@ -2238,7 +2283,7 @@ def fit_sweep(arrays, bootstrap):
     deviations of their scatter: where that is normal, 95% as efficient as least squares."""
     table = [arrays[name] for name in ("parameters", "tokens", "loss")]
     scatter = np.median(np.abs(fit_chinchilla(*table, starts="projection").details["residuals"]))
-    return fit_chinchilla(*table, bootstrap, starts="projection",
+    return fit_chinchilla(*table, bootstrap, starts="projection", flops=arrays["flops"],
                           delta=max(1e-3, 1.345 * 1.4826 * float(scatter)))
 
 
@@ -2297,13 +2342,13 @@ def lowest_losses(profiles):
     return np.log([p[0] for p in profiles]), np.array(lowest)
 
 
-def loss_laws(runs, profiles):
-    """{law: predict(N, D, C) -> loss} of these runs: the parametric law, and a power law C^-gamma
-    through the lowest losses of the two largest budgets, whose slope is the nearest to a target's
-    whichever way the losses bend."""
+def loss_laws(runs, profiles, theta=None):
+    """{law: predict(N, D, C) -> loss} of these runs: the parametric law, fitted here unless theta
+    is its fit, and a power law C^-gamma through the lowest losses of the two largest budgets, whose
+    slope is the nearest to a target's whichever way the losses bend."""
     laws = {}
     with contextlib.suppress(ValueError):  # too few runs, or a loss that does not fall
-        theta = fit_sweep(runs, 0).theta
+        theta = fit_sweep(runs, 0).theta if theta is None else theta
         laws["parametric law"] = lambda N, D, C: float(ChinchillaFit.predict(theta, N, D))
     c, loss = lowest_losses(profiles[-2:])
     (scale,), (slope,) = fit_line(c, np.log(loss)[None])
@@ -2318,7 +2363,7 @@ def hold_out_errors(runs, profiles):
     for k in range(max(2, len(profiles) - 2), len(profiles)):
         flops, log_n, loss, log_d = profiles[k]
         below = runs["flops"] < math.sqrt(flops * profiles[k - 1][0])
-        smaller = {name: runs[name][below] for name in ("parameters", "tokens", "loss")}
+        smaller = {name: runs[name][below] for name in ("parameters", "tokens", "flops", "loss")}
         best = loss.argmin()
         for law, predict in loss_laws(smaller, profiles[:k]).items():
             predicted = predict(math.exp(log_n[best]), math.exp(log_d[best]), flops)
@@ -2342,7 +2387,7 @@ def choose_law(run, runs, fit):
     errors = {k: max(v, scatter) for k, v in hold_out_errors(runs, profiles).items()}
     best = min(errors, key=errors.get)  # the parametric law, which comes first, of equal ones
     laws = {law: {"loss": predict(*at), "error": errors[law]}
-            for law, predict in loss_laws(runs, profiles).items() if law in errors}
+            for law, predict in loss_laws(runs, profiles, fit.theta).items() if law in errors}
     (first, *_), (last, *_) = profiles[-2:]
     steps, held = max(1, math.log(run["flops"] / last) / math.log(last / first)), []
     for law, row in laws.items():
@@ -2382,6 +2427,18 @@ def draw_law(axis, fit, name, label, flops, points=None):
     axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel=label)
 
 
+def label_plainly(axis):
+    """Labels 3.2 or 2e12 on a log axis of under three decades, where 3.2 x 10^0 would crowd."""
+    from matplotlib import ticker
+
+    low, high = axis.get_view_interval()
+    if axis.get_scale() == "log" and high < 1000 * low:
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if high > 6 * low else
+                               ticker.MaxNLocator(6))
+        axis.set_major_formatter(lambda x, _: re.sub(r"e\+0*", "e", f"{x:.3g}"))
+        axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def plot_fit(fit, budgets, path):
     """Four panels: IsoFLOP curves, N_opt, D_opt and loss; of a parametric fit its contours and
     residuals instead of D_opt and curves."""
@@ -2403,8 +2460,9 @@ def plot_fit(fit, budgets, path):
         lines = axes[0].contour(grid_n, grid_d, surface, 15, linewidths=0.8)
         axes[0].clabel(lines, fontsize=7)
         axes[0].plot(n, d, "k.", markersize=3)
-        best = [fit.at(c) for c in flops]
-        axes[0].plot([b["parameters"] for b in best], [b["tokens"] for b in best], "r--")
+        best_n, best_d, _ = np.transpose([fit.optimum(fit.theta, c, *fit.conditions)
+                                          for c in flops])
+        axes[0].plot(best_n, best_d, "r--")
         axes[0].set(xscale="log", yscale="log", xlabel="parameters", ylabel="tokens",
                     title="loss, runs and the best N and D", xlim=(n.min(), n.max()),
                     ylim=(d.min(), d.max()))
@@ -2413,6 +2471,9 @@ def plot_fit(fit, budgets, path):
         axes[2].set(xscale="log", xlabel="FLOPs", ylabel="log loss, predicted - measured")
     draw_law(axes[1], fit, "parameters", "best parameters", flops, minima)
     draw_law(axes[3], fit, "loss", "loss, nats a token", flops, minima)
+    for axis in axes:
+        label_plainly(axis.xaxis)
+        label_plainly(axis.yaxis)
     figure.savefig(path, dpi=120)
 
 
@@ -2465,8 +2526,7 @@ def fit_runs(args):
     if args.method == "chinchilla":
         arrays = run_arrays(runs, args.flops)
         fit = fit_chinchilla(arrays["parameters"], arrays["tokens"], arrays["loss"],
-                             args.bootstrap, args.seed, args.starts)
-        fit.runs = arrays
+                             args.bootstrap, args.seed, args.starts, flops=arrays["flops"])
     else:
         fit = fit_isoflop(runs, args.profile, args.bootstrap, args.seed, args.flops)
     used = len(fit.runs["loss"])
@@ -2476,14 +2536,14 @@ def fit_runs(args):
         result["profile"], result["minima"] = args.profile, fit.details["minima"]
         result["methods"] = compare_methods(runs, args.budget, args.flops)
     else:
-        result["objective"] = fit.details["objective"]
+        result["objective"], result["flops_over_6n"] = fit.details["objective"], fit.conditions[0]
     result["optima"] = [fit.at(c) for c in args.budget]
-    if args.plot:
-        plot_fit(fit, args.budget, args.plot)
     if args.json:
         print(json.dumps(result))
     else:
         print_fit(result, fit, args)
+    if args.plot:  # last: a path that cannot be written costs no result
+        plot_fit(fit, args.budget, args.plot)
 
 
 def interval_text(row, name, form):
@@ -2515,6 +2575,9 @@ def print_fit(result, fit, args):
                   "without an interval")
     else:
         print(f"L = E + A / N^alpha + B / D^beta, sum of Huber losses {result['objective']:.8f}")
+        if overhead := fit.conditions[0]:
+            print("the runs' C = 6 N D (1 + {:.4g} N^-{:.4g}), and so are optima; N_opt ~ C^a and "
+                  "D_opt ~ C^b are those of 6 N D".format(*overhead))
         for name, form in (("E", ".4f"), ("A", ".2f"), ("B", ".1f"), ("alpha", ".4f"),
                            ("beta", ".4f"), ("a", ".4f"), ("b", ".4f")):
             print(f"  {name} = {interval_text(result, name, form)}")
@@ -2605,7 +2668,7 @@ def plan(args):
               f"{100 * row['error']:.2f}%")
     print(f"predicted loss {run['loss']:.4f} ({low:.4f} to {high:.4f}) by the {run['law']}, at "
           f"{run['flops'] / arrays['flops'].max():.1f} times the FLOPs of the largest run")
-    if (tokens := fit.optimum(fit.theta, run["flops"])[1]) > machine.max_tokens:
+    if (tokens := fit.at(run["flops"])["tokens"]) > machine.max_tokens:
         print(f"note: {tokens:.3g} tokens would be best, a run may have {machine.max_tokens:.3g}")
     print_methods(methods, [run["flops"]])
 

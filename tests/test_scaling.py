@@ -178,10 +178,47 @@ def test_the_closed_form_is_the_best_of_all_splits_of_the_budget():
     assert 6 * best * tokens == pytest.approx(1e22) and loss <= losses.min() + 1e-12
 
 
+def test_the_best_run_is_found_for_exponents_a_thousand_times_apart():
+    rng = np.random.default_rng(0)  # Newton's method alone goes round in circles on some of these
+    alpha, beta = 10 ** rng.uniform(-3, 0.3, (2, 5000))
+    n, d = 10 ** rng.uniform(3, 11, 5000), 10 ** rng.uniform(5, 13, 5000)
+    theta = np.stack([alpha * np.log(n), beta * np.log(d), np.zeros(5000), alpha, beta], 1)
+    for k, h, flops in ((1e6, 0.9, 1e12), (0.01, 0.9, 1e24), (300, 0.5, 1e15)):
+        best, _, _ = scaling.ChinchillaFit.optimum(theta, flops, (k, h))
+        x = np.log(best)
+        above = h * (1 - 1 / (1 + k * np.exp(-h * x)))  # D falls as N^-(1 - above)
+        log_d = np.log(flops / 6 / (1 + k * np.exp(-h * x))) - x
+        slopes = np.log(alpha) + theta[:, 0] - alpha * x, np.log(beta * (1 - above)) + theta[:, 1] - beta * log_d
+        inside = np.abs(x) < 299.9  # beyond, where exponents are 0.002, the bound is the answer
+        assert inside.mean() > 0.95
+        np.testing.assert_allclose(slopes[0][inside], slopes[1][inside], atol=1e-9)
+
+
 def covered(fits, truth):
     """The share of intervals that hold the truth, by name."""
     return {name: np.mean([f[f"{name}_interval"][0] <= value <= f[f"{name}_interval"][1] for f in fits])
             for name, value in truth.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize(("k", "h"), [(250, 0.48), (3.0, 0.0), (-0.3, 0.0), (1e4, 0.9), (0, 0.5)])
+def test_the_best_run_follows_the_flops_a_token_that_the_runs_have(k, h):
+    runs = surface(lowest=1e11, highest=1e13)  # 250 and 0.48: the counts of models of 1e4 to 1e5 weights
+    n, d, loss = columns(runs)
+    fit = scaling.fit_chinchilla(n, d, loss, 3, starts="projection", flops=6 * n * d * (1 + k * n**-h))
+    assert fit.conditions[0] == (pytest.approx((k, h), rel=1e-6) if k else None)
+    best, grid = fit.at(1e14), np.geomspace(1e4, 1e9, 200_001)
+    tokens = 1e14 / (6 * grid * (1 + k * grid**-h))
+    lowest = fit.predict(fit.theta, grid, tokens).argmin()
+    # a grid of steps of 6e-5, and a flat bottom: float64 tells N to 1e-8, losses to 1e-16
+    assert best["parameters"] == pytest.approx(grid[lowest], rel=1e-4)
+    assert best["tokens"] == pytest.approx(tokens[lowest], rel=1e-4)
+    assert best["loss"] <= fit.predict(fit.theta, grid[lowest], tokens[lowest]) + 1e-12
+    spent = 6 * best["parameters"] * best["tokens"] * (1 + k * best["parameters"] ** -h)
+    assert spent == pytest.approx(1e14)
+    # the samples of a bootstrap are solved all at once, as one by one
+    together = np.stack(fit.optimum(fit.samples, 1e14, *fit.conditions), 1)
+    alone = [fit.optimum(theta, 1e14, *fit.conditions) for theta in fit.samples]
+    np.testing.assert_allclose(together, alone, rtol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["minimum", "parabola", "akima"])
@@ -511,6 +548,20 @@ def test_fit_prints_a_table_for_people_and_draws(tmp_path, capsys):
     assert "by akima: a 0." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("low", "high", "expected"), [
+    (3.15, 3.55, ["3.2", "3.3", "3.4", "3.5"]), (1.5e4, 2.5e5, ["2e4", "5e4", "1e5", "2e5"]),
+    (1e18, 1e23, ["10^{18}", "10^{23}"])])  # fmt: skip
+def test_log_axes_of_few_decades_have_plain_labels(low, high, expected):
+    axis = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    axis.plot([low, high], [1, 2])
+    axis.set(xscale="log", xlim=(low, high))
+    for each in (axis.xaxis, axis.yaxis):  # the other is linear
+        scaling.label_plainly(each)
+    axis.figure.draw_without_rendering()
+    labels = " ".join(label.get_text() for which in ("major", "minor") for label in axis.get_xticklabels(which=which))
+    assert all(text in labels for text in expected) and "times" not in labels
+
+
 def test_plan_then_fit_then_target(tmp_path, capsys):
     plan = tmp_path / "plan.json"
     flags = ["--speed", "4e14", "--flops", "6N", "--eval_tokens", "0", "--vocab_size", "2048"]
@@ -558,6 +609,7 @@ CASES = [
     (bad(surface(), loss=-1.0), "loss must be .* above 0, got -1.0 in run 1"),
     (bad(surface(), parameters="many"), "parameters must be .*'many' in run 1"),
     (bad(surface(), loss=None), "loss must be .*None in run 1"),
+    (bad(surface(), tokens=True), "tokens must be .*True in run 1"),
     ([{"size": 1, "loss": 2}], "columns must give loss and two of .* got loss, size; rename"),
     ([{**r, "status": "failed"} for r in surface()], "completed runs, got 0 of 40"),
     (surface(1), "at least 3 compute budgets, got 1"),
@@ -592,6 +644,8 @@ def test_other_bad_input_is_one_line(tmp_path, capsys):
     up = [{**r, "loss": 10 / r["loss"]} for r in surface()]  # rises with N and D
     fails(capsys, ["fit", write(tmp_path / "up.jsonl", up), "--method", "chinchilla", "--starts",
                    "projection"], "must fall with N and D")  # fmt: skip
+    flat = write(tmp_path / "flat.jsonl", [{**r, "loss": 3.0} for r in surface()])  # exponents of 1e-10
+    fails(capsys, ["fit", flat, "--method", "chinchilla", "--starts", "projection"], "must fall with N and D")
     for argv in ([], [table], ["--target_s", "9"], [table, "--budget_s", "9"], ["--budget_s", "9", "--target_s", "9"],
                  ["--budget_s", "9", "--budget_flops", "9"], [table, "--target_s", "9", "--target_flops", "9"]):
         fails(capsys, ["plan", *argv], "plan needs one of --budget_s and --budget_flops, or a run table")
@@ -618,6 +672,9 @@ def test_a_missing_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
     table = write(tmp_path / "runs.jsonl", surface())
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     fails(capsys, ["fit", table, "--bootstrap", "0", "--plot", tmp_path / "x.png"], "matplotlib")
+    with pytest.raises(SystemExit):
+        scaling.main(["fit", str(table), "--bootstrap", "0", "--plot", str(tmp_path / "x.png")])
+    assert "N_opt ~ C^a" in capsys.readouterr().out  # what was asked besides is there
 
 
 def test_runs_of_one_size_at_a_budget_count_by_the_best_of_them():
