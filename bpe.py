@@ -837,8 +837,11 @@ class Tokenizer:
     def from_files(cls, vocab_path, merges_path, special_tokens=None, pattern=GPT2_PATTERN):
         """Returns the tokenizer of GPT-2's pair of files, vocab.json and merges.txt."""
         spelled = read_json(vocab_path)
-        if not isinstance(spelled, dict) or not spelled:
-            raise ValueError(f"{vocab_path} must hold an object token: id, got something else; "
+        foreign = ([f"{index!r:.40} for {token!r:.40}" for token, index in spelled.items()
+                    if type(index) is not int or index < 0]
+                   if isinstance(spelled, dict) and spelled else ["something else"])
+        if foreign:
+            raise ValueError(f"{vocab_path} must hold an object token: id, got {foreign[0]}; "
                              "give a GPT-2 vocab.json")
         lines = read_text(merges_path).replace("\r\n", "\n").split("\n")
         if lines[0].startswith("#version:"):

@@ -678,6 +678,10 @@ def test_missing_and_truncated_tokenizer_files_are_named(tokenizer, tmp_path):
     tokenizer.save_gpt2(tmp_path)
     for name, text, message in (
         ("vocab.json", "[]", "vocab.json"),
+        ("vocab.json", '{"a": 0, "b": [1, 2]}', r"vocab.json must hold .* got \[1, 2\] for 'b'"),
+        ("vocab.json", '{"a": true}', "vocab.json must hold .* got True"),
+        ("vocab.json", '{"a": -1}', "vocab.json must hold .* got -1"),
+        ("vocab.json", whole(tmp_path).read_text("utf-8"), "vocab.json must hold .* got '1.0' for 'version'"),
         ("merges.txt", "a b c\n", "two tokens"),
         ("merges.txt", "q~ q~\n", "merges must give"),
     ):
