@@ -854,8 +854,16 @@ class Tokenizer:
             raise ValueError(f"{vocab_path} and {merges_path}: {error}") from None
 
     def save_gpt2(self, folder):
-        """Writes vocab.json and merges.txt into `folder`, which `from_files` reads."""
-        vocab = {spell(token): index for index, token in sorted(self.vocab.items())}
+        """Writes vocab.json and merges.txt into `folder`, which `from_files` reads.
+
+        raises: ValueError, as `save`, for a special token that is another token too
+        """
+        vocab = {}
+        for index, token in sorted(self.vocab.items()):
+            if (first := vocab.setdefault(spell(token), index)) != index:
+                raise ValueError("tokens, special ones too, must not be spelled alike, got "
+                                 f"{token.decode(errors='replace')!r} as ids {first} and {index}; "
+                                 "rename the special token")
         merges = [f"{spell(left)} {spell(right)}\n" for left, right in self.merges]
         write_atomically(Path(folder, "vocab.json"),
                          json.dumps(vocab, ensure_ascii=False).encode())

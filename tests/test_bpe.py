@@ -484,6 +484,26 @@ def test_the_pair_of_files_of_gpt2_goes_out_and_comes_in(tokenizer, tmp_path):
     assert bpe.spell(b" the\n") == "ĠtheĊ" and bpe.unspell("ĠtheĊ") == b" the\n"
 
 
+@pytest.mark.parametrize("special", ["a", "ab"])
+def test_a_special_token_that_is_another_token_too_is_saved_in_neither_form(tmp_path, special):
+    vocab = {i: bytes([i]) for i in range(256)} | {256: b"ab", 257: special.encode()}
+    tokenizer = Tokenizer(vocab, [(b"a", b"b")], [special])
+    for save in (tokenizer.save, tokenizer.save_gpt2):
+        with pytest.raises(ValueError, match=f"must not be spelled .*, got '{special}'"):
+            save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_token_that_is_declared_special_keeps_its_id_in_both_forms(tmp_path):
+    vocab = {i: bytes([i]) for i in range(256)} | {256: b"ab"}
+    tokenizer = Tokenizer(vocab, [(b"a", b"b")], ["ab"])
+    tokenizer.save(tmp_path)
+    tokenizer.save_gpt2(tmp_path)
+    files = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    assert Tokenizer.load(tmp_path).sha256 == tokenizer.sha256
+    assert Tokenizer.from_files(*files, ["ab"]).sha256 == tokenizer.sha256
+
+
 def test_the_hash_tells_tokenizers_apart(tokenizer):
     fields = tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens
     hashes = {
