@@ -1262,7 +1262,11 @@ def download_rest(requests, url, part):
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=30) as reply:
         tags = [r.headers.get("X-Linked-ETag", "").strip('"') for r in [*reply.history, reply]]
-        if reply.status_code != 416:  # nothing is left to send: the part is whole
+        if have and reply.status_code == 416:  # nothing is left to send
+            if reply.headers.get("Content-Range") != f"bytes */{have}":
+                part.unlink()  # not of this file, for all that the server says
+                return download_rest(requests, url, part)
+        else:
             reply.raise_for_status()
             if reply.status_code != 206:  # a server without ranges starts over
                 have = 0

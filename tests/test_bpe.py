@@ -749,6 +749,55 @@ def test_a_file_of_tokens_must_suit_tokenizer_and_model(tokenizer, tmp_path):
         bpe.write_tokens(tmp_path / "t", tokenizer, tmp_path / "x.txt", 1)
 
 
+# ---------------------------------------------------------------- downloads
+
+
+class Reply:
+    """What requests.get gives: `content`, answered by ranges as a server would."""
+
+    history = ()
+
+    def __init__(self, content, total, asked):
+        start = int(asked[6:-1]) if asked else 0
+        self.status_code = 416 if asked and start >= len(content) else 206 if asked else 200
+        self.body = b"" if self.status_code == 416 else content[start:]
+        self.headers = {"Content-Length": str(len(self.body))}
+        if self.status_code == 416 and total:
+            self.headers["Content-Range"] = f"bytes */{len(content)}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def raise_for_status(self):
+        assert self.status_code < 400
+
+    def iter_content(self, size):
+        return [self.body]
+
+
+@pytest.mark.parametrize(
+    "part, total, requests_made",
+    [(b"a longer file of old", True, 2), (b"of old", False, 2), (b"whole", True, 1), (b"wh", True, 1)],
+)
+def test_a_part_that_is_not_of_the_file_is_fetched_anew(tmp_path, part, total, requests_made, monkeypatch):
+    import requests
+
+    asked = []
+
+    def get(url, headers, **_):
+        asked.append(headers.get("Range"))
+        return Reply(b"whole", total, asked[-1])
+
+    monkeypatch.setattr(requests, "get", get)
+    (tmp_path / "x.part").write_bytes(part)
+    bpe.download("http://127.0.0.1/x", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"whole" and len(asked) == requests_made
+    assert asked[0] == f"bytes={len(part)}-" and asked[1:] == [None] * (requests_made - 1)
+
+
 # ---------------------------------------------------------------- the command line
 
 
