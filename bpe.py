@@ -837,8 +837,11 @@ class Tokenizer:
     def from_files(cls, vocab_path, merges_path, special_tokens=None, pattern=GPT2_PATTERN):
         """Returns the tokenizer of GPT-2's pair of files, vocab.json and merges.txt."""
         spelled = read_json(vocab_path)
-        if not isinstance(spelled, dict) or not spelled:
-            raise ValueError(f"{vocab_path} must hold an object token: id, got something else; "
+        foreign = ([f"{index!r:.40} for {token!r:.40}" for token, index in spelled.items()
+                    if type(index) is not int or index < 0]
+                   if isinstance(spelled, dict) and spelled else ["something else"])
+        if foreign:
+            raise ValueError(f"{vocab_path} must hold an object token: id, got {foreign[0]}; "
                              "give a GPT-2 vocab.json")
         lines = read_text(merges_path).replace("\r\n", "\n").split("\n")
         if lines[0].startswith("#version:"):
@@ -851,8 +854,16 @@ class Tokenizer:
             raise ValueError(f"{vocab_path} and {merges_path}: {error}") from None
 
     def save_gpt2(self, folder):
-        """Writes vocab.json and merges.txt into `folder`, which `from_files` reads."""
-        vocab = {spell(token): index for index, token in sorted(self.vocab.items())}
+        """Writes vocab.json and merges.txt into `folder`, which `from_files` reads.
+
+        raises: ValueError, as `save`, for a special token that is another token too
+        """
+        vocab = {}
+        for index, token in sorted(self.vocab.items()):
+            if (first := vocab.setdefault(spell(token), index)) != index:
+                raise ValueError("tokens, special ones too, must not be spelled alike, got "
+                                 f"{token.decode(errors='replace')!r} as ids {first} and {index}; "
+                                 "rename the special token")
         merges = [f"{spell(left)} {spell(right)}\n" for left, right in self.merges]
         write_atomically(Path(folder, "vocab.json"),
                          json.dumps(vocab, ensure_ascii=False).encode())
@@ -1251,7 +1262,11 @@ def download_rest(requests, url, part):
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=30) as reply:
         tags = [r.headers.get("X-Linked-ETag", "").strip('"') for r in [*reply.history, reply]]
-        if reply.status_code != 416:  # nothing is left to send: the part is whole
+        if have and reply.status_code == 416:  # nothing is left to send
+            if reply.headers.get("Content-Range") != f"bytes */{have}":
+                part.unlink()  # not of this file, for all that the server says
+                return download_rest(requests, url, part)
+        else:
             reply.raise_for_status()
             if reply.status_code != 206:  # a server without ranges starts over
                 have = 0

@@ -1603,6 +1603,10 @@ HF_FIELDS = {  # of ModelConfig: of config.json
     "d_model": "hidden_size", "num_layers": "num_hidden_layers", "d_ff": "intermediate_size",
     "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
     "d_head": "head_dim", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"}
+HF_OPTIONAL = dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6,
+                   tie_word_embeddings=False)
+LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor",
+                 "original_max_position_embeddings")
 
 
 def read_safetensors(path):
@@ -1686,14 +1690,21 @@ def swap_rotary_layout(name, tensor, d_head, to_hf):
 
 
 def config_from_hf(hf, path):
-    """The ModelConfig of a Hugging Face config dict. raises ValueError for what we do not have."""
+    """The ModelConfig of the config.json in `path`, given as a dict. raises ValueError for what we
+    do not have and for what is no size."""
+    file = os.path.join(path, "config.json")
     kind = hf.get("model_type")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5; before
+    if not isinstance(rope, dict):
+        raise ValueError(f"{file} must give rotary settings as an object, got {rope!r}; "
+                         "copy it again")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    turned = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1
     problems = [
         (kind not in ("llama", "qwen2", "qwen3"), f"model_type {kind!r} (llama, qwen2, qwen3)"),
         (hf.get("hidden_act", "silu") != "silu", f"hidden_act {hf.get('hidden_act')!r} (silu)"),
         (rope_type not in ("default", "llama3"), f"rope_type {rope_type!r} (default, llama3)"),
+        (turned != 1, f"partial_rotary_factor {turned!r} (1, whole heads)"),
         (hf.get("mlp_bias"), "mlp_bias (none)"),
         (hf.get("attention_bias"), "attention_bias (a bias on o_proj)"),
         (hf.get("use_sliding_window"), "use_sliding_window (full attention)"),
@@ -1703,14 +1714,39 @@ def config_from_hf(hf, path):
         if found:
             raise ValueError(f"{path} must be a model that we can run, got {what}; "
                              "choose another model")
-    optional = dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6,
-                    tie_word_embeddings=False)
-    return ModelConfig(
-        **{ours: {**optional, **hf}[theirs] for ours, theirs in HF_FIELDS.items()},
-        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0),
-        rope_scaling=rope if rope_type == "llama3" else None,
-        qkv_bias=kind == "qwen2",  # has biases on q, k and v, and no flag for them
-        qk_norm=kind == "qwen3")
+    hf = HF_OPTIONAL | {name: value for name, value in hf.items() if value is not None}
+    hf["rope_theta"] = rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0
+    scaling = rope if rope_type == "llama3" else None
+    check_hf_sizes(hf, scaling, file)
+    try:
+        return ModelConfig(
+            **{ours: hf[theirs] for ours, theirs in HF_FIELDS.items()},
+            rope_theta=float(hf["rope_theta"]), rope_scaling=scaling,
+            qkv_bias=kind == "qwen2",  # has biases on q, k and v, and no flag for them
+            qk_norm=kind == "qwen3")
+    except ValueError as error:  # sizes that contradict each other
+        raise ValueError(f"{file}: {error}") from None
+
+
+def check_hf_sizes(hf, scaling, file):
+    """raises ValueError unless config.json's numbers are sizes that a model can have.
+    scaling: llama3's rotary settings, None without."""
+    whole = {name: hf.get(name) for name in HF_FIELDS.values()
+             if name not in ("rms_norm_eps", "tie_word_embeddings")}
+    real = {name: hf[name] for name in ("rms_norm_eps", "rope_theta")}
+    if scaling is not None:
+        real |= {name: scaling.get(name) for name in LLAMA3_FIELDS}
+    for name, value in (whole | real).items():
+        if name in HF_OPTIONAL and value is None:
+            continue
+        kinds, words = (int, "a whole number") if name in whole else ((int, float), "a number")
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+            raise ValueError(f"{file} must give {name} as {words} above 0, got {value!r}; "
+                             "copy it again")
+    if scaling is not None and real["low_freq_factor"] >= real["high_freq_factor"]:
+        raise ValueError(f"{file} must give a low_freq_factor below its high_freq_factor, got "
+                         f"{real['low_freq_factor']} and {real['high_freq_factor']}; "
+                         "copy it again")
 
 
 def config_to_hf(config, dtype):
@@ -1735,23 +1771,20 @@ def from_pretrained(path, device="cpu", dtype=None, **overrides):
 
     dtype: of the weights, None for that of the file; overrides: ModelConfig fields, such as
     attention="eager" or a shorter context_length. The tokenizer: bpe.Tokenizer.load(path).
-    raises ValueError for another architecture, a missing or misshapen tensor, a damaged file.
+    raises ValueError for another architecture, a damaged file, a tensor that is missing, misshapen
+    or has no place in the model that config.json describes.
     """
     path = os.fspath(path)
     file = os.path.join(path, "config.json")
     if not os.path.isfile(file):
         raise ValueError(f"{path} must be a folder with a config.json, got none; "
                          "give a model folder")
-    with open(file, encoding="utf-8") as f:
-        try:
-            config = config_from_hf(json.load(f), path)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} must be a whole config, got {error!r}; "
-                             "copy it again") from None
-    config = replace(config, **overrides)
+    stored = config_from_hf(read_json_object(file), path)
+    config = replace(stored, **overrides)
     tensors = {}
     for shard in find_shards(path):
         tensors.update(read_safetensors(shard))
+    check_no_tensor_is_left(tensors, stored, path)
     with torch.device("meta"):
         model = TransformerLM(config)
     expected, state = model.state_dict(), {}
@@ -1776,6 +1809,35 @@ def from_pretrained(path, device="cpu", dtype=None, **overrides):
     return model
 
 
+def read_json_object(file):
+    """The dict in a JSON file of a model folder; ValueError for other contents."""
+    try:
+        with open(file, encoding="utf-8") as f:
+            content = json.load(f)
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{file} must be whole JSON, got {error}; copy it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}; "
+                         "copy it again")
+    return content
+
+
+def check_no_tensor_is_left(tensors, config, path):
+    """raises ValueError where the files hold a tensor that `config`, config.json's own, has no
+    place for: without it the model would be another one."""
+    names = hf_names(config)
+    left = {name for name in tensors.keys() - set(names.values())
+            if not name.endswith("rotary_emb.inv_freq")}  # a table, in files of old: made anew
+    head, embeddings = (tensors.get(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
+    if (config.tie_embeddings and head is not None and embeddings is not None
+            and head.dtype == embeddings.dtype and torch.equal(head, embeddings)):
+        left -= {"lm_head.weight"}  # one matrix, stored twice
+    if left:
+        first, more = min(left), f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise ValueError(f"config.json in {path} must account for every tensor, got {first}{more} "
+                         "that it has no place for; use the config that belongs to these weights")
+
+
 def find_shards(path):
     """The safetensors files of a model folder."""
     single, index = (os.path.join(path, f"model.safetensors{end}") for end in ("", ".index.json"))
@@ -1784,11 +1846,16 @@ def find_shards(path):
     if not os.path.exists(index):
         raise ValueError(f"{path} must hold model.safetensors (or an index), got neither; "
                          "convert it")
-    with open(index, encoding="utf-8") as f:
-        files = sorted(set(json.load(f)["weight_map"].values()))
-    if any(os.path.basename(name) != name for name in files):
-        raise ValueError(f"{index} must name files beside it, got {files}; copy the model again")
-    return [os.path.join(path, name) for name in files]
+    where = read_json_object(index).get("weight_map")
+    files = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
+    if not files or any(os.path.basename(name) != name for name in files):
+        raise ValueError(f"{index} must have a weight_map of tensors to files beside it, got "
+                         f"{files or where!r}; copy the model again")
+    files = [os.path.join(path, name) for name in files]
+    for file in files:
+        if not os.path.isfile(file):
+            raise ValueError(f"{file} must exist, got none: {index} names it; copy the model again")
+    return files
 
 
 def save_pretrained(model, tokenizer, path, dtype=None):

@@ -484,6 +484,26 @@ def test_the_pair_of_files_of_gpt2_goes_out_and_comes_in(tokenizer, tmp_path):
     assert bpe.spell(b" the\n") == "ĠtheĊ" and bpe.unspell("ĠtheĊ") == b" the\n"
 
 
+@pytest.mark.parametrize("special", ["a", "ab"])
+def test_a_special_token_that_is_another_token_too_is_saved_in_neither_form(tmp_path, special):
+    vocab = {i: bytes([i]) for i in range(256)} | {256: b"ab", 257: special.encode()}
+    tokenizer = Tokenizer(vocab, [(b"a", b"b")], [special])
+    for save in (tokenizer.save, tokenizer.save_gpt2):
+        with pytest.raises(ValueError, match=f"must not be spelled .*, got '{special}'"):
+            save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_token_that_is_declared_special_keeps_its_id_in_both_forms(tmp_path):
+    vocab = {i: bytes([i]) for i in range(256)} | {256: b"ab"}
+    tokenizer = Tokenizer(vocab, [(b"a", b"b")], ["ab"])
+    tokenizer.save(tmp_path)
+    tokenizer.save_gpt2(tmp_path)
+    files = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    assert Tokenizer.load(tmp_path).sha256 == tokenizer.sha256
+    assert Tokenizer.from_files(*files, ["ab"]).sha256 == tokenizer.sha256
+
+
 def test_the_hash_tells_tokenizers_apart(tokenizer):
     fields = tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens
     hashes = {
@@ -678,6 +698,10 @@ def test_missing_and_truncated_tokenizer_files_are_named(tokenizer, tmp_path):
     tokenizer.save_gpt2(tmp_path)
     for name, text, message in (
         ("vocab.json", "[]", "vocab.json"),
+        ("vocab.json", '{"a": 0, "b": [1, 2]}', r"vocab.json must hold .* got \[1, 2\] for 'b'"),
+        ("vocab.json", '{"a": true}', "vocab.json must hold .* got True"),
+        ("vocab.json", '{"a": -1}', "vocab.json must hold .* got -1"),
+        ("vocab.json", whole(tmp_path).read_text("utf-8"), "vocab.json must hold .* got '1.0' for 'version'"),
         ("merges.txt", "a b c\n", "two tokens"),
         ("merges.txt", "q~ q~\n", "merges must give"),
     ):
@@ -723,6 +747,55 @@ def test_a_file_of_tokens_must_suit_tokenizer_and_model(tokenizer, tmp_path):
         bpe.read_tokens(path, vocab_size=100)
     with pytest.raises(ValueError, match="NAME.bin"):
         bpe.write_tokens(tmp_path / "t", tokenizer, tmp_path / "x.txt", 1)
+
+
+# ---------------------------------------------------------------- downloads
+
+
+class Reply:
+    """What requests.get gives: `content`, answered by ranges as a server would."""
+
+    history = ()
+
+    def __init__(self, content, total, asked):
+        start = int(asked[6:-1]) if asked else 0
+        self.status_code = 416 if asked and start >= len(content) else 206 if asked else 200
+        self.body = b"" if self.status_code == 416 else content[start:]
+        self.headers = {"Content-Length": str(len(self.body))}
+        if self.status_code == 416 and total:
+            self.headers["Content-Range"] = f"bytes */{len(content)}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def raise_for_status(self):
+        assert self.status_code < 400
+
+    def iter_content(self, size):
+        return [self.body]
+
+
+@pytest.mark.parametrize(
+    "part, total, requests_made",
+    [(b"a longer file of old", True, 2), (b"of old", False, 2), (b"whole", True, 1), (b"wh", True, 1)],
+)
+def test_a_part_that_is_not_of_the_file_is_fetched_anew(tmp_path, part, total, requests_made, monkeypatch):
+    import requests
+
+    asked = []
+
+    def get(url, headers, **_):
+        asked.append(headers.get("Range"))
+        return Reply(b"whole", total, asked[-1])
+
+    monkeypatch.setattr(requests, "get", get)
+    (tmp_path / "x.part").write_bytes(part)
+    bpe.download("http://127.0.0.1/x", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"whole" and len(asked) == requests_made
+    assert asked[0] == f"bytes={len(part)}-" and asked[1:] == [None] * (requests_made - 1)
 
 
 # ---------------------------------------------------------------- the command line

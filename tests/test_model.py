@@ -1839,6 +1839,8 @@ def test_configs_from_before_transformers_5_are_read_alike(tmp_path):
     (dict(quantization_config={"bits": 4}), "quantization_config"),
     (dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "yarn"),
     (dict(rope_parameters=None, rope_scaling=dict(type="linear", factor=2.0)), "linear"),
+    (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+    (dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.25)), "partial_rotary_factor 0.25"),
 ])  # fmt: skip
 def test_architectures_that_are_not_ours_are_refused_by_name(tmp_path, change, named):
     M.save_pretrained(M.TransformerLM(tiny()), None, tmp_path)
@@ -1847,6 +1849,75 @@ def test_architectures_that_are_not_ours_are_refused_by_name(tmp_path, change, n
     with pytest.raises(ValueError, match=named) as caught:
         M.from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(num_hidden_layers=1), r"model\.layers\.1\.input_layernorm\.weight and 11 more"),
+    (dict(model_type="llama"), r"model\.layers\.0\.self_attn\.k_proj\.bias and 5 more"),
+    (dict(tie_word_embeddings=True), r"got lm_head\.weight that"),
+])  # fmt: skip
+def test_tensors_that_the_config_does_not_account_for_are_refused_by_name(tmp_path, change, named):
+    M.save_pretrained(M.TransformerLM(tiny(qkv_bias=True)), None, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=named) as caught:
+        M.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_rotary_tables_a_tied_head_stored_twice_and_layers_left_on_purpose_are_no_loss(tmp_path):
+    model = M.TransformerLM(tiny(tie_embeddings=True))
+    M.save_pretrained(model, None, tmp_path)
+    tensors = M.read_safetensors(tmp_path / "model.safetensors")
+    tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"],
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # fmt: skip
+    M.write_safetensors(tensors, tmp_path / "more.safetensors")
+    os.replace(tmp_path / "more.safetensors", tmp_path / "model.safetensors")
+    assert same(M.from_pretrained(tmp_path), model)
+    assert len(M.from_pretrained(tmp_path, num_layers=1).layers) == 1
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(hidden_size=None), "hidden_size as a whole number above 0, got None"),
+    (dict(intermediate_size=None), "intermediate_size as a whole"), (dict(hidden_size="32"), "hidden_size.*'32'"),
+    (dict(num_hidden_layers=True), "num_hidden_layers"), (dict(num_attention_heads=0), "num_attention_heads"),
+    (dict(vocab_size=61.0), "vocab_size"), (dict(rms_norm_eps="small"), "rms_norm_eps as a number"),
+    (dict(num_key_value_heads=3), "divide"), (dict(rope_parameters=dict(rope_theta="x")), "rope_theta as a number"),
+    (dict(rope_parameters="llama3"), "object"),
+    (dict(rope_parameters={k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}), "low_freq_factor"),
+    (dict(rope_parameters={**LLAMA3, "factor": None}), "factor as a number above 0, got None"),
+    (dict(rope_parameters={**LLAMA3, "low_freq_factor": 4.0}), "low_freq_factor below"),
+])  # fmt: skip
+def test_a_config_whose_numbers_are_none_is_refused_by_file_and_field(tmp_path, change, named):
+    M.save_pretrained(M.TransformerLM(tiny()), None, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=named) as caught:
+        M.from_pretrained(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_fields_that_may_be_null_take_their_defaults(tmp_path):
+    M.save_pretrained(M.TransformerLM(tiny()), None, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= dict(head_dim=None, num_key_value_heads=None, tie_word_embeddings=None, rms_norm_eps=None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = M.from_pretrained(tmp_path).config
+    assert (read.d_head, read.num_kv_heads, read.tie_embeddings, read.norm_eps) == (8, 4, False, 1e-6)
+
+
+@pytest.mark.parametrize("text, named", [
+    ("{}", "weight_map"), ('{"weight_map": ', "whole JSON"), ("[1]", "JSON object"),
+    ('{"weight_map": ["a"]}', "weight_map"), ('{"weight_map": {}}', "weight_map"),
+    ('{"weight_map": {"lm_head.weight": 3}}', "must exist"), ('{"weight_map": {"lm_head.weight": "a"}}', "must exist"),
+])  # fmt: skip
+def test_a_damaged_index_of_shards_is_refused_by_file_and_what_must_hold(tmp_path, text, named):
+    M.save_pretrained(M.TransformerLM(tiny()), None, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=named) as caught:
+        M.from_pretrained(tmp_path)
+    assert "model.safetensors.index.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("changes", [dict(norm="post"), dict(norm="none"), dict(pos="none"), dict(ffn="silu"),
