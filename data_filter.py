@@ -1041,7 +1041,8 @@ PINNED_OR_DOI = re.compile(r"\w==$|\b10\.\d{4,9}/\S*$")
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 # Not after the epoch of a package's version (1:2.3.4.5), and no money (12.345.678.901,23).
 IP = re.compile(rf"(?<![A-Za-z0-9_.])(?<![A-Za-z][-_])(?<!(?<![\w:.])\d:)"
-                rf"(?<!\d-)(?:{OCTET}\.){{3}}{OCTET}(?![A-Za-z0-9_]|\.\w|-[A-Za-z]|(?<=(?:\.\d\d\d){{3}}),\d\d(?![\d.,]))")
+                rf"(?<!\d-)(?:{OCTET}\.){{3}}{OCTET}"
+                r"(?![A-Za-z0-9_]|\.\w|-[A-Za-z]|(?<=(?:\.\d\d\d){3}),\d\d(?![\d.,]))")
 PORT, PORT_OR_NET = re.compile(r":\d"), re.compile(r":\d|/\d\d?\b| - - ")
 LISTED = re.compile(r"\d(?:\.\d{1,5}){3}([^\n\d]{0,40})$")
 MAYBE_IP = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
