@@ -95,9 +95,6 @@ def load_runs(path):
     except (ValueError, RecursionError, csv.Error) as problem:
         raise ValueError(f"{path} must be JSON, JSONL or CSV, got {problem}; repair or remove that "
                          "line") from None
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} must hold one object a run, got {'none' if not rows else 'other'}"
-                         "; give a table of runs")
     return rows
 
 
@@ -117,7 +114,7 @@ def run_arrays(runs, rule="exact"):
     row, from 1, when a number is missing, not finite or not above 0.
     """
     if not all(isinstance(row, dict) for row in runs):
-        raise ValueError("runs must be dicts, got others; give one a run")
+        raise ValueError("a run table must hold one object a run, got others; give these")
     rows = [(i, row) for i, row in enumerate(runs, 1)
             if row.get("status", "completed") == "completed"]
     if not rows:
@@ -184,19 +181,14 @@ class Fit:
 def isoflop_profiles(runs):
     """[(flops, log N (n,), loss (n,), log D (n,))] by budget, each sorted by N; of runs of one size
     the best, so that a profile may hold a learning-rate sweep."""
-    order = np.argsort(runs["flops"], kind="stable")
-    cuts, first = [], None
-    for i in order:
-        if first is None or runs["flops"][i] > SAME_BUDGET * runs["flops"][first]:
+    cuts, profiles = [], []
+    for i in np.argsort(runs["flops"], kind="stable"):
+        if not cuts or runs["flops"][i] > SAME_BUDGET * runs["flops"][cuts[-1][0]]:
             cuts.append([])
-            first = i
         cuts[-1].append(i)
-    profiles = []
     for members in cuts:
         flops = float(np.median(runs["flops"][members]))
-        best = {}
-        for i in sorted(members, key=lambda i: -runs["loss"][i]):
-            best[runs["parameters"][i]] = i
+        best = {runs["parameters"][i]: i for i in sorted(members, key=lambda i: -runs["loss"][i])}
         chosen = [best[size] for size in sorted(best)]
         if len(chosen) < 3:
             raise ValueError(f"a profile must have at least 3 model sizes, got {len(chosen)} at "
@@ -553,26 +545,17 @@ class ChinchillaFit(Fit):
         a, b, _, alpha, beta = np.moveaxis(theta, -1, 0)
         log_g = (np.log(alpha / beta) + a - b) / (alpha + beta)
         log_n = log_g + beta / (alpha + beta) * np.log(flops / 6)
-        factor = 1.0
-        if overhead:  # Newton's method from there on d loss / d log N = 0 in logs; else bisection
-            k, h = overhead
-            low, high, move = -300.0, 300.0, math.inf
-            log_n = np.clip(log_n, low, high)
-            for _ in range(100):
-                factor = 1 + k * np.exp(-h * log_n)
-                over = h * (1 - 1 / factor)  # d log(N factor) / d log N is 1 - over
-                left = (alpha + beta) * (log_g - log_n) + beta * np.log(flops / 6 / factor)
-                left -= np.log1p(-over)
-                low, high = np.where(left > 0, log_n, low), np.where(left > 0, high, log_n)
-                step = left / (alpha + beta * (1 - over) + over * (h - over) / (1 - over))
-                done = np.abs(step) < 1e-12 * (1 + np.abs(log_n))
-                if done.all():
-                    break
-                fine = (low < log_n + step) & (log_n + step < high) & (np.abs(step) < move / 2)
-                step = np.where(done, 0, np.where(fine, step, (low + high) / 2 - log_n))
-                log_n, move = log_n + step, np.abs(step)
+        k, h = overhead or (0.0, 0.0)
+        low, high = np.full_like(log_n, -300.0), np.full_like(log_n, 300.0)
+        for _ in range(50 if overhead else 0):  # bisection: the loss falls with N below the best
+            log_n = (low + high) / 2
+            factor = 1 + k * np.exp(-h * log_n)
+            over = h * (1 - 1 / factor)  # d log(N factor) / d log N is 1 - over
+            falls = (alpha + beta) * (log_g - log_n) + beta * np.log(flops / 6 / factor)
+            falls = falls > np.log1p(-over)
+            low, high = np.where(falls, log_n, low), np.where(falls, high, log_n)
         n = np.exp(log_n)
-        d = flops / 6 / n / factor
+        d = flops / 6 / n / (1 + k * n**-h)
         return n, d, cls.predict(theta, n, d)
 
     @staticmethod
@@ -580,17 +563,6 @@ class ChinchillaFit(Fit):
         a, b, e, alpha, beta = np.moveaxis(theta, -1, 0)
         return {"alpha": alpha, "beta": beta, "E": np.exp(e), "A": np.exp(a), "B": np.exp(b),
                 "a": beta / (alpha + beta), "b": alpha / (alpha + beta)}
-
-
-@contextlib.contextmanager
-def one_thread():
-    """Rows of a few hundred numbers: a second thread gains less than it costs others to wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="grid", delta=1e-3,
@@ -641,7 +613,9 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
     def objective(theta, weight=None):
         return huber_objective(theta, log_n, log_d, target, weight, delta)
 
-    with one_thread():
+    with contextlib.ExitStack() as stack:  # of so few numbers threads would wait for each other
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         ends, values = minimise(objective, first)
         best, samples = ends[values.argmin()], None
         if not (best[3:] > LEAST_EXPONENT).all():
@@ -693,10 +667,10 @@ def mup_rules(width, base_width, d_head):
             "embedding_std": 1.0, "output_multiplier": 1 / m, "attention_scale": 1 / d_head}
 
 
-def most_lr(width, at_128=MAX_LR):
+def most_lr(width):
     """The highest learning rate for a width: the Step Law asks 0.4 of width 48 on many tokens, with
-    which real runs are unstable. at_128 from width 128 on, below it more by muP."""
-    return at_128 * max(1.0, mup_rules(width, 128, 64)["hidden_lr"])
+    which real runs are unstable. MAX_LR from width 128 on, below it more by muP."""
+    return MAX_LR * max(1.0, mup_rules(width, 128, 64)["hidden_lr"])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2196,7 +2170,6 @@ class Machine:
     margin: float = 1.3  # a run may take that many times its estimate before it is cut off
     eval_tokens: int = EVAL_TOKENS
     rule: str = "exact"  # how FLOPs are counted, see training_flops
-    max_lr: float = MAX_LR  # see most_lr
     max_tokens: int = MOST_TOKENS  # that the server has, or takes
 
     def seconds(self, shape, tokens, batch, evals):
@@ -2215,7 +2188,7 @@ def plan_run(shape, tokens, machine, evals=1):
     rounded to whole steps; body is for POST /submit."""
     parameters = body_parameters(shape)
     lr, batch_tokens = step_law(parameters, tokens)
-    lr = min(lr, most_lr(shape.d_model, machine.max_lr))
+    lr = min(lr, most_lr(shape.d_model))
     most = int(tokens / SEQUENCE / max(LEAST_STEPS, 20 * evals))
     batch = max(1, min(round(batch_tokens / SEQUENCE), most))  # no power of two: losses stay even
     unit = batch * SEQUENCE * evals
@@ -2614,8 +2587,7 @@ def make_machine(args):
         print("measured: " + "; ".join(f"{speed:.3g} FLOP/s and {1e3 * step_s:.1f} ms a step at "
                                        f"{flops:.3g} FLOPs a token" for flops, speed, step_s in
                                        table), file=sys.stderr)
-    return Machine(tuple(table), args.margin, args.eval_tokens, args.flops, args.max_lr,
-                   args.max_tokens)
+    return Machine(tuple(table), args.margin, args.eval_tokens, args.flops, args.max_tokens)
 
 
 def plan(args):
@@ -2843,8 +2815,6 @@ def build_parser():
     add("--vocab_size", type=whole, default=32_000)
     add("--eval_tokens", type=samples, default=EVAL_TOKENS, help="of one evaluation")
     add("--max_tokens", type=whole, default=MOST_TOKENS, help="of a run: what the server has")
-    add("--max_lr", type=positive, default=Machine.max_lr,
-        help="from width 128 on, more below (default: %(default)s)")
     add("--margin", type=positive, default=1.3, help="time limit over the estimate")
     add("--bootstrap", type=whole, help="samples, of a target's fit (default: 1000)")
     add("--device", help="to measure on (default: auto)")
