@@ -683,11 +683,12 @@ MOST_EVALS = 10_000  # that a law answers: 0.4 s of every user's time
 REQUIRED = object()
 
 
-class Refusal(Exception):
+class Refusal(ValueError):
     """An answer that is no success: HTTP status, JSON body, more headers."""
 
     def __init__(self, status, body, headers=()):
-        super().__init__(f"{status} {body}")
+        super().__init__(f"the server must take the request, got {status} {str(body)[:300]}; "
+                         "correct it")
         self.status, self.body, self.headers = status, body, headers
 
 
@@ -1135,6 +1136,13 @@ BEGIN IMMEDIATE; COMMIT;
 """
 USED = """SELECT COALESCE(SUM(CASE WHEN state IN ('queued', 'running') THEN max_runtime
   ELSE MIN(MAX(1.0, COALESCE(used, 1.0)), max_runtime) END), 0.0) FROM experiments WHERE user = ?"""
+SELECT_FOR_DISPATCH = """
+WITH running AS (SELECT user, COUNT(*) AS runs FROM experiments WHERE state = 'running'
+  GROUP BY user)
+SELECT experiments.* FROM experiments LEFT JOIN running USING (user) WHERE state = 'queued'
+ORDER BY COALESCE(runs, 0) + ROW_NUMBER() OVER (PARTITION BY user ORDER BY queued_at, id),
+  queued_at, id
+LIMIT MAX(0, ? - (SELECT COUNT(*) FROM experiments WHERE state = 'running'))"""
 MAX_ATTEMPTS = 3  # a run that took the server down so often is failed at start, not tried again
 LOCK_WAIT_S = 5
 
@@ -1155,10 +1163,12 @@ class Store:
         self.path, self.budget_s = str(path), budget_s
         if self.path in ("", ":memory:"):
             raise ValueError(f"--db must be a file, got {self.path!r}; give a path")
-        try:  # the guard is held until this process ends, however it ends
+        try:
+            self.connection = self.connect()
+            self.connection.execute("PRAGMA schema_version")  # a file that is no database ends here
+            # The guard is held until this process ends, however it ends
             self.guard = sqlite3.connect(f"{path}.lock", timeout=0, check_same_thread=False)
             self.guard.execute("BEGIN EXCLUSIVE")
-            self.connection = self.connect()
             self.connection.execute("PRAGMA journal_mode=WAL")
             self.connection.execute("PRAGMA synchronous=FULL")
             self.connection.executescript(SCHEMA)
@@ -1241,16 +1251,7 @@ class Store:
     def select_for_dispatch(self, c, workers):
         """The queued experiments that may start now, users with the fewest runs first: the place
         of one is its user's running count plus its rank among that user's, then its age. [1]"""
-        running = collections.Counter(user for (user,) in c.execute(
-            "SELECT user FROM experiments WHERE state = 'running'"))
-        ahead, places = running.copy(), []
-        rows = c.execute("SELECT * FROM experiments WHERE state = 'queued' "
-                         "ORDER BY queued_at, id").fetchall()
-        for row in rows:
-            places.append(ahead[row["user"]])
-            ahead[row["user"]] += 1
-        order = sorted(range(len(rows)), key=places.__getitem__)  # stable: by age
-        return [rows[i] for i in order[: max(0, workers - running.total())]]
+        return c.execute(SELECT_FOR_DISPATCH, (workers,)).fetchall()
 
     def dispatch(self, c, workers, most=None):
         """Marks what may start now as running; returns [(id, run_id, config)]."""
@@ -1565,7 +1566,7 @@ def train_all(link, data, device_name, val_tokens):
     threading.Thread(target=end_with_the_server, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's business
     device = lm.resolve_device(device_name)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # said before
+    with contextlib.redirect_stdout(io.StringIO()):  # said before
         train_ids, valid_ids, tokenizer, _ = bpe.prepare_data(**data)
     known = tokenizer.vocab_size if tokenizer else data["vocab_size"]
     report(kind="ready")
@@ -1895,48 +1896,43 @@ class Client:
         raise ValueError(f"the server at {self.url} must answer, got {problem} {self.attempts} "
                          "times; check --url, or try again later: nothing is submitted twice")
 
-    @contextlib.contextmanager
-    def reading(self, path):
-        """Around what reads an answer: one of another shape is one line."""
+    def get(self, path, read):
+        """read(what the server answers to path)."""
+        status, body, _ = self.call("GET", path)
+        if status != 200:
+            raise ValueError(f"the server must answer {path}, got {status} {json.dumps(body)[:200]}"
+                             "; check --key and --url")
         try:
-            yield
+            return read(body)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the server at {self.url} must speak the training API, got another "
                              f"answer to {path} ({type(error).__name__}: {error}); check --url"
                              ) from None
 
-    def get(self, path):
-        status, body, _ = self.call("GET", path)
-        if status != 200:
-            raise ValueError(f"the server must answer {path}, got {status} {json.dumps(body)[:200]}"
-                             "; check --key and --url")
-        return body
+    def remaining_s(self):
+        return self.get("/budget", lambda budget: float(budget["remaining_seconds"]))
 
     def experiments(self):
-        """{config_id: experiment} of this key; what our checks would refuse is left out."""
-        found, listed = {}, self.get("/experiments")
-        with self.reading("/experiments"):
-            for experiment in listed:
-                if not {"experiment_id", "status"} <= experiment.keys():
-                    raise KeyError("experiment_id or status")
+        """{config_id: experiment, with its state} of this key; what our checks would refuse is
+        left out."""
+        def by_config(listed):
+            found = {}
+            for one in listed:
+                one = {**one, "id": one["experiment_id"], "state": one["status"]["status_type"]}
                 with contextlib.suppress(Refusal):
-                    found[config_id(parse_config(experiment["training_config"]))] = experiment
-        return found
+                    found[config_id(parse_config(one["training_config"]))] = one
+            return found
 
-    def remaining_s(self):
-        budget = self.get("/budget")
-        with self.reading("/budget"):
-            return float(budget["remaining_seconds"])
+        return self.get("/experiments", by_config)
 
     def submit(self, config):
         """(id, whether it is new) of the experiment that has this parsed config from now on.
         raises Refusal with what the server says"""
         status, body, sent = self.call("POST", "/submit", config)
-        if status == 200:
-            with self.reading("/submit"):
-                return body["experiment_id"], True
+        if status == 200 and "experiment_id" in body:
+            return body["experiment_id"], True
         if status == 409 and (found := self.experiments().get(config_id(config))):
-            return found["experiment_id"], sent > 1
+            return found["id"], sent > 1
         raise Refusal(status, body)
 
 
@@ -1989,7 +1985,7 @@ def read_results(path):
     try:
         rows = {config_id(parse_config(row["config"])): row
                 for row in map(json.loads, whole.splitlines())}
-    except (ValueError, TypeError, KeyError, Refusal) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} must hold results of a sweep, got {type(error).__name__}; give "
                          "another --out") from None
     if whole != text:
@@ -2044,8 +2040,7 @@ class Sweep:
             except Refusal as refusal:
                 if refusal.status == 400:  # another client of this key was faster
                     return
-                raise ValueError(f"the server must take the config, got {refusal}; correct the "
-                                 "plan") from None
+                raise
             room -= config["max_runtime_seconds"]
             self.active[number] = self.waiting.pop(number)
 
@@ -2053,12 +2048,11 @@ class Sweep:
         """Writes the line of every active experiment that has ended; returns how many did."""
         ended, self.running = 0, 0
         for number, experiment in self.client.experiments().items() if self.active else ():
-            with self.client.reading("/experiments"):
-                state = experiment["status"]["status_type"]
-            self.running += number in self.active and state == "running"
-            if number in self.active and state in ("completed", "failed"):
-                with self.client.reading("/experiments"):
-                    self.rows[number] = result_row(experiment)
+            if number not in self.active:
+                continue
+            self.running += experiment["state"] == "running"
+            if experiment["state"] in ("completed", "failed"):
+                self.rows[number] = result_row(experiment)
                 with open(self.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(self.rows[number]) + "\n")
                     file.flush()
@@ -2243,12 +2237,10 @@ def plan_sweep(budget, unit, vocab_size, machine):
             if cost <= budget:
                 return runs, cost
             cheapest = min(cheapest, cost)
-    raise ValueError(f"the budget must pay for three profiles of four runs, got {budget:.4g} "
-                     + (f"{unit}; give at least {cheapest:.4g}, or smaller --vocab_size and "
-                        "--eval_tokens, or more --max_tokens" if cheapest < math.inf else
-                        f"{unit}, and no profile has runs within {machine.max_tokens:.3g} tokens "
-                        f"and {MOST_S:.0f} s; give more --max_tokens or --speed, or smaller "
-                        "--margin, --vocab_size or --eval_tokens"))
+    raise ValueError(f"the budget must pay for three profiles of four runs within "
+                     f"{machine.max_tokens:.3g} tokens and {MOST_S:.0f} s a run, got {budget:.4g} "
+                     f"{unit} where the least is {cheapest:.4g}; give that, more --max_tokens or "
+                     "--speed, or smaller --margin, --vocab_size or --eval_tokens")
 
 
 def fit_sweep(arrays, bootstrap):
@@ -2454,6 +2446,25 @@ def plot_fit(fit, budgets, path):
 # the verbs
 
 
+METHOD_FLAGS = {"isoflop": {"profile": "minimum"}, "chinchilla": {"starts": "grid"}}
+BACK_END_FLAGS = {
+    "law": {"law_seed": 0, "law_noise": 0.002, "law_flops": 4e14},
+    "train": {"data": "python", "data_dir": "data", "vocab_size": lm.CPU_MODEL["vocab_size"],
+              "tokenizer": None, "device": "auto", "val_tokens": EVAL_TOKENS}}
+
+
+def fill_in(args, choice, table):
+    """Gives flags their defaults from table, {value of --choice: {flag that it alone takes:
+    default}}, and refuses one that is given with another value."""
+    for value, flags in table.items():
+        for name, default in flags.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+            elif (given := getattr(args, choice)) != value:
+                raise ValueError(f"--{name} must go with --{choice} {value}, got --{choice} "
+                                 f"{given}; leave it out")
+
+
 def drop_highest(runs, count, rule):
     """The runs whose loss lies strictly below the count-th highest one, as [3] drops five."""
     if not count:
@@ -2487,13 +2498,7 @@ def compare_methods(runs, budgets, rule):
 
 def fit_runs(args):
     """The verb fit: one table of runs in, exponents and optima out."""
-    for name, method, default in (("profile", "isoflop", "minimum"), ("starts", "chinchilla",
-                                                                      "grid")):
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-        elif args.method != method:
-            raise ValueError(f"--{name} must go with --method {method}, got --method "
-                             f"{args.method}; leave it out")
+    fill_in(args, "method", METHOD_FLAGS)
     table = load_runs(args.runs)
     runs = drop_highest(table, args.drop_worst, args.flops)
     if args.method == "chinchilla":
@@ -2577,10 +2582,7 @@ def make_machine(args):
     """The Machine of the flags; its speed measured here unless --speed says it."""
     if args.margin < 1:
         raise ValueError(f"--margin must be at least 1, got {args.margin}; runs would be cut off")
-    if args.speed is not None and args.device:
-        raise ValueError(f"--device must go without --speed, got {args.device}: nothing is "
-                         "measured; leave one out")
-    if args.speed is not None:
+    if args.speed:
         table = [(1.0, args.speed, 0.0)]
     else:
         table = measure_speed(args.vocab_size, args.device or "auto", args.flops)
@@ -2592,20 +2594,14 @@ def make_machine(args):
 
 def plan(args):
     """The verb plan: without runs a sweep that the budget pays, with them what to train."""
-    of_sweep, of_target = (args.budget_s, args.budget_flops), (args.target_s, args.target_flops)
-    given, unused = (of_target, of_sweep) if args.runs else (of_sweep, of_target)
-    if sum(v is not None for v in given) != 1 or any(v is not None for v in unused):
-        raise ValueError("plan needs one of --budget_s and --budget_flops, or a run table and one "
-                         f"of --target_s and --target_flops, got {args.runs or 'no table'}, "
-                         f"{of_sweep} and {of_target}; give these")
-    if args.runs is None:
-        if args.bootstrap:
-            raise ValueError(f"--bootstrap must go with a run table, got {args.bootstrap} and "
-                             "none; leave it out")
+    if bool(args.runs) != bool(args.target_s or args.target_flops):
+        raise ValueError("--target_s and --target_flops must come with a run table, --budget_s and "
+                         f"--budget_flops without, got {args.runs or 'no table'}; change that")
+    if not args.runs:
         return plan_new_sweep(args)
     runs = load_runs(args.runs)
     arrays = run_arrays(runs, args.flops)
-    fit = fit_sweep(arrays, args.bootstrap or 1000)
+    fit = fit_sweep(arrays, 1000)
     machine = make_machine(args)
     run = plan_target(fit, args.vocab_size, machine, args.target_flops, args.target_s)
     run |= {"law": "parametric law", "laws": {}}
@@ -2661,12 +2657,6 @@ def plan_new_sweep(args):
           f"{sum(r['seconds'] for r in runs):,.0f} s; written to {args.out or 'plan.json'}")
 
 
-BACK_END_FLAGS = {  # --flag: default, of the back end that alone takes it
-    "law": {"law_seed": 0, "law_noise": 0.002, "law_flops": 4e14},
-    "train": {"data": "python", "data_dir": "data", "vocab_size": lm.CPU_MODEL["vocab_size"],
-              "tokenizer": None, "device": "auto", "val_tokens": EVAL_TOKENS}}
-
-
 def read_users(path):
     """[(sunet_id, api_key)] of a CSV whose first row is sunet_id,api_key."""
     try:
@@ -2684,13 +2674,6 @@ def read_users(path):
 
 def make_back_ends(args, store):
     """The threads that end experiments, not yet started: one for a law, or one a device."""
-    for back_end, flags in BACK_END_FLAGS.items():
-        for name, default in flags.items():
-            if getattr(args, name) is None:
-                setattr(args, name, default)
-            elif args.backend != back_end:
-                raise ValueError(f"--{name} must go with --backend {back_end}, got --backend "
-                                 f"{args.backend}; leave it out")
     if args.backend == "law":
         law = Law(args.law_seed, args.law_noise, args.law_flops)
         print("law: " + ", ".join(f"{k} {v:.5g}" for k, v in ChinchillaFit.constants(law.theta
@@ -2707,6 +2690,7 @@ def make_back_ends(args, store):
 
 def serve(args):
     """The verb serve: until Ctrl-C or SIGTERM."""
+    fill_in(args, "backend", BACK_END_FLAGS)
     users = read_users(args.users) if args.users else None
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Server((args.host, args.port)))  # before there are any files
@@ -2742,20 +2726,14 @@ def submit(args):
     if isinstance(content, dict) and "training_config" in content:
         final = {k: content.get(k) for k in ("training_config", "predicted_final_loss")}
         status, body, _ = client.call("POST", "/final_submission", final)
-        new = True
+        if status != 200:
+            raise Refusal(status, body)
     else:
-        config = checked_config(content, args.config)
-        try:
-            number, new = client.submit(config)
-            status, body = 200, {"experiment_id": number, "budget_summary": client.get("/budget")}
-        except Refusal as refusal:
-            status, body = refusal.status, refusal.body
-    if status != 200:
-        raise ValueError(f"the server must take {args.config}, got {status} "
-                         f"{json.dumps(body)[:300]}; correct it")
-    if not new:
-        raise ValueError(f"the config must be new, got that of experiment {number}; see GET "
-                         f"/experiment/{number}, or change its model_seed")
+        number, new = client.submit(checked_config(content, args.config))
+        if not new:
+            raise ValueError(f"the config must be new, got that of experiment {number}; see GET "
+                             f"/experiment/{number}, or change its model_seed")
+        body = {"experiment_id": number, "budget_summary": client.get("/budget", dict)}
     print(json.dumps(body))
 
 
@@ -2781,14 +2759,14 @@ def build_parser():
     positive, whole = lm.positive(float), lm.positive(int)
     zero_or_more, samples = lm.positive(float, zero=True), lm.positive(int, zero=True)
 
-    def verb(function, name, meaning):
-        p = verbs.add_parser(name, help=meaning)
+    def verb(function, name, meaning, **more):
+        p = verbs.add_parser(name, help=meaning, **more)
         p.set_defaults(function=function)
-        return p.add_argument
+        return p, p.add_argument
 
-    add = verb(fit_runs, "fit", "exponents and optima from a table of runs")
+    _, add = verb(fit_runs, "fit", "exponents and optima from a table of runs")
     add("runs", help=".json, .jsonl or .csv")
-    add("--method", default="isoflop", choices=("isoflop", "chinchilla"))
+    add("--method", default="isoflop", choices=METHOD_FLAGS)
     add("--profile", choices=PROFILE_METHODS,
         help="isoflop: what the best run of a budget is (default: minimum)")
     add("--starts", choices=STARTS,
@@ -2803,24 +2781,25 @@ def build_parser():
     add("--plot", metavar="PNG")
     add("--json", action="store_true", help="one JSON object")
 
-    add = verb(plan, "plan", "a sweep for a budget, or what to train after it")
+    p, add = verb(plan, "plan", "a sweep for a budget, or what to train after it")
     add("runs", nargs="?", help="results of a sweep (default: propose the sweep)")
-    add("--budget_s", type=positive, help="of the sweep, seconds of one device")
-    add("--budget_flops", type=positive)
-    add("--target_s", type=positive, help="of the final run, instead of the next")
-    add("--target_flops", type=positive)
-    add("--speed", type=positive, help="FLOP/s (default: measured here)")
+    one_of = p.add_mutually_exclusive_group(required=True).add_argument
+    one_of("--budget_s", type=positive, help="of the sweep, seconds of one device")
+    one_of("--budget_flops", type=positive)
+    one_of("--target_s", type=positive, help="of the final run, instead of the next")
+    one_of("--target_flops", type=positive)
+    one_of = p.add_mutually_exclusive_group().add_argument
+    one_of("--speed", type=positive, help="FLOP/s (default: measured here)")
+    one_of("--device", help="to measure on (default: auto)")
     add("--flops", default="exact", choices=("exact", "6N"),
         help="FLOPs a token: all matrix products, or 6 N as the handout counts")
     add("--vocab_size", type=whole, default=32_000)
     add("--eval_tokens", type=samples, default=EVAL_TOKENS, help="of one evaluation")
     add("--max_tokens", type=whole, default=MOST_TOKENS, help="of a run: what the server has")
     add("--margin", type=positive, default=1.3, help="time limit over the estimate")
-    add("--bootstrap", type=whole, help="samples, of a target's fit (default: 1000)")
-    add("--device", help="to measure on (default: auto)")
     add("--out", help="file to write (default: plan.json; of a target, final.json)")
 
-    add = verb(serve, "serve", "serve the training API")
+    _, add = verb(serve, "serve", "serve the training API")
     add("--backend", choices=BACK_END_FLAGS, default="law",
         help="real training, or a stated loss law (default: law)")
     add("--host", default="127.0.0.1")
@@ -2838,13 +2817,12 @@ def build_parser():
     add("--device", help="auto (every GPU, else the CPU), or names with commas between")
     add("--val_tokens", type=whole, help="of an evaluation (default: 2^18)")
 
-    for function, name, meaning in ((submit, "submit", "one experiment, or the final submission"),
-                                    (sweep, "sweep", "run a plan, or go on with it")):
-        add = verb(function, name, meaning)
-        add("--url", default=os.environ.get("A3_API_URL", "http://127.0.0.1:8000"))
-        add("--key", default=os.environ.get("A3_API_KEY", API_KEY))
-        if function is submit:
-            add("config", help="JSON: a training config, or what plan wrote for a target")
+    api = argparse.ArgumentParser(add_help=False)
+    api.add_argument("--url", default=os.environ.get("A3_API_URL", "http://127.0.0.1:8000"))
+    api.add_argument("--key", default=os.environ.get("A3_API_KEY", API_KEY))
+    _, add = verb(submit, "submit", "one experiment, or the final submission", parents=[api])
+    add("config", help="JSON: a training config, or what plan wrote for a target")
+    _, add = verb(sweep, "sweep", "run a plan, or go on with it", parents=[api])
     add("--plan", required=True, help="JSON that plan wrote")
     add("--out", default="results.jsonl", help="a line a run (default: %(default)s)")
     add("--poll_s", type=positive, default=5.0, help="longest pause between looks")
