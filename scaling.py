@@ -1136,6 +1136,8 @@ BEGIN IMMEDIATE; COMMIT;
 """
 USED = """SELECT COALESCE(SUM(CASE WHEN state IN ('queued', 'running') THEN max_runtime
   ELSE MIN(MAX(1.0, COALESCE(used, 1.0)), max_runtime) END), 0.0) FROM experiments WHERE user = ?"""
+# The queued experiments that may start now, users with the fewest runs first: the place of one is
+# its user's running count plus its rank among that user's, then its age [1].
 SELECT_FOR_DISPATCH = """
 WITH running AS (SELECT user, COUNT(*) AS runs FROM experiments WHERE state = 'running'
   GROUP BY user)
@@ -1248,15 +1250,10 @@ class Store:
         self.queued.set()
         return {"experiment_id": number, "budget_summary": self.budget(user, c)}
 
-    def select_for_dispatch(self, c, workers):
-        """The queued experiments that may start now, users with the fewest runs first: the place
-        of one is its user's running count plus its rank among that user's, then its age. [1]"""
-        return c.execute(SELECT_FOR_DISPATCH, (workers,)).fetchall()
-
     def dispatch(self, c, workers, most=None):
         """Marks what may start now as running; returns [(id, run_id, config)]."""
         started = []
-        for row in self.select_for_dispatch(c, workers)[:most]:
+        for row in c.execute(SELECT_FOR_DISPATCH, (workers,)).fetchall()[:most]:
             run_id = f"run-{row['id']}-{uuid.uuid4().hex[:12]}"
             c.execute("UPDATE experiments SET state = 'running', dispatched_at = ?, run_id = ?, "
                       "attempts = attempts + 1 WHERE id = ?", (utc_now(), run_id, row["id"]))
@@ -1355,15 +1352,13 @@ class Server(http.server.ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Transport(http.server.BaseHTTPRequestHandler):
+    """What every route shares: bytes, headers, CORS; a subclass has `routes`, {pattern of a path:
+    {method: name of what returns (content type, text)}}."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     timeout = 75  # seconds that a connection may idle
-    routes = {
-        "/submit": {"POST": "submit"}, "/experiments": {"GET": "list_experiments"},
-        "/experiment/([^/]+)": {"GET": "get_experiment"}, "/budget": {"GET": "get_budget"},
-        "/final_submission": {"POST": "save_final", "GET": "get_final"},
-        "/dashboard": {"GET": "dashboard"}}
 
     def answer(self):
         """Every method: reads the body, finds the route, sends what it returns."""
@@ -1476,7 +1471,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(405, {"detail": "Method Not Allowed"}, [("allow", next(iter(methods)))])
         return getattr(self, methods[self.command])(*parts)
 
-    # ---- checks, in the contract's order: JSON, key, schema
+
+class Handler(Transport):
+    """The contract's routes. Checks come in its order: JSON, key, schema."""
+
+    routes = {
+        "/submit": {"POST": "submit"}, "/experiments": {"GET": "list_experiments"},
+        "/experiment/([^/]+)": {"GET": "get_experiment"}, "/budget": {"GET": "get_budget"},
+        "/final_submission": {"POST": "save_final", "GET": "get_final"},
+        "/dashboard": {"GET": "dashboard"}}
 
     def user(self):
         key = self.headers.get("X-API-Key")
@@ -1506,8 +1509,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if errors:
             raise Refusal(422, {"detail": errors})
         return user, value
-
-    # ---- routes
 
     def submit(self):
         store = self.server.store
@@ -1966,11 +1967,9 @@ def read_plan(path):
     budget_s, configs = plan.get("budget_s", math.inf), {}
     if not isinstance(budget_s, (int, float)) or not budget_s > 0:
         raise ValueError(f"budget_s of {path} must be above 0, got {budget_s!r}; correct it")
-    for i, body in enumerate(bodies, 1):
+    for i, body in enumerate(bodies, 1):  # of equal ones, which the server would refuse, one
         config = checked_config(body, f"experiment {i} of {path}")
-        if configs.setdefault(config_id(config), config) is not config:
-            raise ValueError(f"the experiments of {path} must differ, got number {i} as before; "
-                             "change its model_seed or leave it out")
+        configs[config_id(config)] = config
     if sgd := sum("beta1" not in config["optimizer_config"] for config in configs.values()):
         print(f"note: {sgd} of {len(configs)} experiments train with SGD: the contract takes an "
               "optimizer_config with lr_scheduler and no AdamW field, such as weight_decay, so")
@@ -2369,16 +2368,6 @@ def choose_law(run, runs, fit):
 # plots
 
 
-def new_figure(title):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib, got none; pip install matplotlib") from None
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    figure.suptitle(title)
-    return figure, figure.subplots(2, 2).ravel()
-
-
 def draw_law(axis, fit, name, label, flops, points=None):
     """The line of N_opt, D_opt or loss over `flops`, with its 95% band."""
     rows = [fit.at(c) for c in flops]
@@ -2389,27 +2378,21 @@ def draw_law(axis, fit, name, label, flops, points=None):
         axis.legend()
     if points:
         axis.plot(*zip(*((p["flops"], p[name]) for p in points), strict=True), "k.")
-    axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel=label)
-
-
-def label_plainly(axis):
-    """Labels 3.2 or 2e12 on a log axis of under three decades, where 3.2 x 10^0 would crowd."""
-    from matplotlib import ticker
-
-    low, high = axis.get_view_interval()
-    if axis.get_scale() == "log" and high < 1000 * low:
-        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if high > 6 * low else
-                               ticker.MaxNLocator(6))
-        axis.set_major_formatter(lambda x, _: re.sub(r"e\+0*", "e", f"{x:.3g}"))
-        axis.set_minor_formatter(ticker.NullFormatter())
+    scale = "linear" if name == "loss" else "log"  # log labels read 3.2 x 10^0
+    axis.set(xscale="log", yscale=scale, xlabel="FLOPs", ylabel=label)
 
 
 def plot_fit(fit, budgets, path):
     """Four panels: IsoFLOP curves, N_opt, D_opt and loss; of a parametric fit its contours and
     residuals instead of D_opt and curves."""
-    runs, method = fit.runs, fit.details["method"]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib, got none; pip install matplotlib") from None
+    runs, figure = fit.runs, Figure(figsize=(12, 9), layout="constrained")
+    figure.suptitle(f"{fit.details['method']}, {len(runs['loss'])} runs")
+    axes = figure.subplots(2, 2).ravel()
     flops = np.geomspace(runs["flops"].min(), max([runs["flops"].max(), *budgets]), 40)
-    figure, axes = new_figure(f"{method}, {len(runs['loss'])} runs")
     if isinstance(fit, IsoflopFit):
         minima = fit.details["minima"]
         for i, (c, log_n, loss, _) in enumerate(fit.details["profiles"]):
@@ -2436,9 +2419,6 @@ def plot_fit(fit, budgets, path):
         axes[2].set(xscale="log", xlabel="FLOPs", ylabel="log loss, predicted - measured")
     draw_law(axes[1], fit, "parameters", "best parameters", flops, minima)
     draw_law(axes[3], fit, "loss", "loss, nats a token", flops, minima)
-    for axis in axes:
-        label_plainly(axis.xaxis)
-        label_plainly(axis.yaxis)
     figure.savefig(path, dpi=120)
 
 
