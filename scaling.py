@@ -2236,10 +2236,10 @@ def plan_sweep(budget, unit, vocab_size, machine):
             if cost <= budget:
                 return runs, cost
             cheapest = min(cheapest, cost)
-    raise ValueError(f"the budget must pay for three profiles of four runs within "
+    raise ValueError("the budget must pay for three profiles of four runs within "
                      f"{machine.max_tokens:.3g} tokens and {MOST_S:.0f} s a run, got {budget:.4g} "
-                     f"{unit} where the least is {cheapest:.4g}; give that, more --max_tokens or "
-                     "--speed, or smaller --margin, --vocab_size or --eval_tokens")
+                     f"{unit} where the least is {cheapest:.4g}; give more, or more --max_tokens "
+                     "or --speed, or smaller --margin, --vocab_size or --eval_tokens")
 
 
 def fit_sweep(arrays, bootstrap):
@@ -2296,27 +2296,21 @@ def plan_target(fit, vocab_size, machine, flops=None, seconds=None, evals=16):
 # which law predicts
 
 
-def lowest_losses(profiles):
-    """(log C, loss), each (K,), where profiles are lowest: of parabolas, of the runs where one has
-    its vertex outside."""
-    lowest = []
-    for _, log_n, loss, _ in profiles:
-        _, value, inside = lowest_of_parabola(log_n, loss[None])
-        lowest.append(value[0] if inside[0] else loss.min())
-    return np.log([p[0] for p in profiles]), np.array(lowest)
-
-
 def loss_laws(runs, profiles, theta=None):
     """{law: predict(N, D, C) -> loss} of these runs: the parametric law, fitted here unless theta
     is its fit, and a power law C^-gamma through the lowest losses of the two largest budgets, whose
-    slope is the nearest to a target's whichever way the losses bend."""
-    laws = {}
+    slope is the nearest to a target's whichever way the losses bend. A profile's lowest loss is its
+    parabola's, or its best run's where the vertex is outside."""
+    laws, lowest = {}, []
     with contextlib.suppress(ValueError):  # too few runs, or a loss that does not fall
         theta = fit_sweep(runs, 0).theta if theta is None else theta
         laws["parametric law"] = lambda N, D, C: float(ChinchillaFit.predict(theta, N, D))
-    c, loss = lowest_losses(profiles[-2:])
-    (scale,), (slope,) = fit_line(c, np.log(loss)[None])
-    laws["power law"] = lambda N, D, C: math.exp(scale + slope * math.log(C))
+    for flops, log_n, loss, _ in profiles[-2:]:
+        _, value, inside = lowest_of_parabola(log_n, loss[None])
+        lowest.append((flops, value[0] if inside[0] else loss.min()))
+    (C1, loss1), (C2, loss2) = lowest
+    gamma = math.log(loss1 / loss2) / math.log(C2 / C1)
+    laws["power law"] = lambda N, D, C: float(loss2 * (C2 / C) ** gamma)
     return laws
 
 
@@ -2485,17 +2479,14 @@ def fit_runs(args):
         arrays = run_arrays(runs, args.flops)
         fit = fit_chinchilla(arrays["parameters"], arrays["tokens"], arrays["loss"],
                              args.bootstrap, args.seed, args.starts, flops=arrays["flops"])
+        more = {"objective": fit.details["objective"], "flops_over_6n": fit.conditions[0]}
     else:
         fit = fit_isoflop(runs, args.profile, args.bootstrap, args.seed, args.flops)
+        more = {"profile": args.profile, "minima": fit.details["minima"],
+                "methods": compare_methods(runs, args.budget, args.flops)}
     used = len(fit.runs["loss"])
     result = {"method": args.method, "runs": used, "left_out": len(table) - used,
-              **fit.exponents()}
-    if args.method == "isoflop":
-        result["profile"], result["minima"] = args.profile, fit.details["minima"]
-        result["methods"] = compare_methods(runs, args.budget, args.flops)
-    else:
-        result["objective"], result["flops_over_6n"] = fit.details["objective"], fit.conditions[0]
-    result["optima"] = [fit.at(c) for c in args.budget]
+              **fit.exponents(), **more, "optima": [fit.at(c) for c in args.budget]}
     if args.json:
         print(json.dumps(result))
     else:
@@ -2686,7 +2677,6 @@ def serve(args):
             signal.signal(number, signal.default_int_handler)
         for back_end in back_ends:
             back_end.start()
-            stack.callback(back_end.stop)
         print(f"training API on http://{args.host}:{server.server_port}, dashboard at /dashboard, "
               f"{'your users' if users else f'key {API_KEY}'}, {args.backend} back end, {args.db}",
               flush=True)
