@@ -95,9 +95,6 @@ def load_runs(path):
     except (ValueError, RecursionError, csv.Error) as problem:
         raise ValueError(f"{path} must be JSON, JSONL or CSV, got {problem}; repair or remove that "
                          "line") from None
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} must hold one object a run, got {'none' if not rows else 'other'}"
-                         "; give a table of runs")
     return rows
 
 
@@ -117,7 +114,7 @@ def run_arrays(runs, rule="exact"):
     row, from 1, when a number is missing, not finite or not above 0.
     """
     if not all(isinstance(row, dict) for row in runs):
-        raise ValueError("runs must be dicts, got others; give one a run")
+        raise ValueError("a run table must hold one object a run, got others; give these")
     rows = [(i, row) for i, row in enumerate(runs, 1)
             if row.get("status", "completed") == "completed"]
     if not rows:
@@ -184,19 +181,14 @@ class Fit:
 def isoflop_profiles(runs):
     """[(flops, log N (n,), loss (n,), log D (n,))] by budget, each sorted by N; of runs of one size
     the best, so that a profile may hold a learning-rate sweep."""
-    order = np.argsort(runs["flops"], kind="stable")
-    cuts, first = [], None
-    for i in order:
-        if first is None or runs["flops"][i] > SAME_BUDGET * runs["flops"][first]:
+    cuts, profiles = [], []
+    for i in np.argsort(runs["flops"], kind="stable"):
+        if not cuts or runs["flops"][i] > SAME_BUDGET * runs["flops"][cuts[-1][0]]:
             cuts.append([])
-            first = i
         cuts[-1].append(i)
-    profiles = []
     for members in cuts:
         flops = float(np.median(runs["flops"][members]))
-        best = {}
-        for i in sorted(members, key=lambda i: -runs["loss"][i]):
-            best[runs["parameters"][i]] = i
+        best = {runs["parameters"][i]: i for i in sorted(members, key=lambda i: -runs["loss"][i])}
         chosen = [best[size] for size in sorted(best)]
         if len(chosen) < 3:
             raise ValueError(f"a profile must have at least 3 model sizes, got {len(chosen)} at "
@@ -553,26 +545,17 @@ class ChinchillaFit(Fit):
         a, b, _, alpha, beta = np.moveaxis(theta, -1, 0)
         log_g = (np.log(alpha / beta) + a - b) / (alpha + beta)
         log_n = log_g + beta / (alpha + beta) * np.log(flops / 6)
-        factor = 1.0
-        if overhead:  # Newton's method from there on d loss / d log N = 0 in logs; else bisection
-            k, h = overhead
-            low, high, move = -300.0, 300.0, math.inf
-            log_n = np.clip(log_n, low, high)
-            for _ in range(100):
-                factor = 1 + k * np.exp(-h * log_n)
-                over = h * (1 - 1 / factor)  # d log(N factor) / d log N is 1 - over
-                left = (alpha + beta) * (log_g - log_n) + beta * np.log(flops / 6 / factor)
-                left -= np.log1p(-over)
-                low, high = np.where(left > 0, log_n, low), np.where(left > 0, high, log_n)
-                step = left / (alpha + beta * (1 - over) + over * (h - over) / (1 - over))
-                done = np.abs(step) < 1e-12 * (1 + np.abs(log_n))
-                if done.all():
-                    break
-                fine = (low < log_n + step) & (log_n + step < high) & (np.abs(step) < move / 2)
-                step = np.where(done, 0, np.where(fine, step, (low + high) / 2 - log_n))
-                log_n, move = log_n + step, np.abs(step)
+        k, h = overhead or (0.0, 0.0)
+        low, high = np.full_like(log_n, -300.0), np.full_like(log_n, 300.0)
+        for _ in range(50 if overhead else 0):  # bisection: the loss falls with N below the best
+            log_n = (low + high) / 2
+            factor = 1 + k * np.exp(-h * log_n)
+            over = h * (1 - 1 / factor)  # d log(N factor) / d log N is 1 - over
+            falls = (alpha + beta) * (log_g - log_n) + beta * np.log(flops / 6 / factor)
+            falls = falls > np.log1p(-over)
+            low, high = np.where(falls, log_n, low), np.where(falls, high, log_n)
         n = np.exp(log_n)
-        d = flops / 6 / n / factor
+        d = flops / 6 / n / (1 + k * n**-h)
         return n, d, cls.predict(theta, n, d)
 
     @staticmethod
@@ -580,17 +563,6 @@ class ChinchillaFit(Fit):
         a, b, e, alpha, beta = np.moveaxis(theta, -1, 0)
         return {"alpha": alpha, "beta": beta, "E": np.exp(e), "A": np.exp(a), "B": np.exp(b),
                 "a": beta / (alpha + beta), "b": alpha / (alpha + beta)}
-
-
-@contextlib.contextmanager
-def one_thread():
-    """Rows of a few hundred numbers: a second thread gains less than it costs others to wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="grid", delta=1e-3,
@@ -641,7 +613,9 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
     def objective(theta, weight=None):
         return huber_objective(theta, log_n, log_d, target, weight, delta)
 
-    with one_thread():
+    with contextlib.ExitStack() as stack:  # of so few numbers threads would wait for each other
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         ends, values = minimise(objective, first)
         best, samples = ends[values.argmin()], None
         if not (best[3:] > LEAST_EXPONENT).all():
@@ -693,10 +667,10 @@ def mup_rules(width, base_width, d_head):
             "embedding_std": 1.0, "output_multiplier": 1 / m, "attention_scale": 1 / d_head}
 
 
-def most_lr(width, at_128=MAX_LR):
+def most_lr(width):
     """The highest learning rate for a width: the Step Law asks 0.4 of width 48 on many tokens, with
-    which real runs are unstable. at_128 from width 128 on, below it more by muP."""
-    return at_128 * max(1.0, mup_rules(width, 128, 64)["hidden_lr"])
+    which real runs are unstable. MAX_LR from width 128 on, below it more by muP."""
+    return MAX_LR * max(1.0, mup_rules(width, 128, 64)["hidden_lr"])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -709,11 +683,12 @@ MOST_EVALS = 10_000  # that a law answers: 0.4 s of every user's time
 REQUIRED = object()
 
 
-class Refusal(Exception):
+class Refusal(ValueError):
     """An answer that is no success: HTTP status, JSON body, more headers."""
 
     def __init__(self, status, body, headers=()):
-        super().__init__(f"{status} {body}")
+        super().__init__(f"the server must take the request, got {status} {str(body)[:300]}; "
+                         "correct it")
         self.status, self.body, self.headers = status, body, headers
 
 
@@ -1161,6 +1136,15 @@ BEGIN IMMEDIATE; COMMIT;
 """
 USED = """SELECT COALESCE(SUM(CASE WHEN state IN ('queued', 'running') THEN max_runtime
   ELSE MIN(MAX(1.0, COALESCE(used, 1.0)), max_runtime) END), 0.0) FROM experiments WHERE user = ?"""
+# The queued experiments that may start now, users with the fewest runs first: the place of one is
+# its user's running count plus its rank among that user's, then its age [1].
+SELECT_FOR_DISPATCH = """
+WITH running AS (SELECT user, COUNT(*) AS runs FROM experiments WHERE state = 'running'
+  GROUP BY user)
+SELECT experiments.* FROM experiments LEFT JOIN running USING (user) WHERE state = 'queued'
+ORDER BY COALESCE(runs, 0) + ROW_NUMBER() OVER (PARTITION BY user ORDER BY queued_at, id),
+  queued_at, id
+LIMIT MAX(0, ? - (SELECT COUNT(*) FROM experiments WHERE state = 'running'))"""
 MAX_ATTEMPTS = 3  # a run that took the server down so often is failed at start, not tried again
 LOCK_WAIT_S = 5
 
@@ -1181,10 +1165,12 @@ class Store:
         self.path, self.budget_s = str(path), budget_s
         if self.path in ("", ":memory:"):
             raise ValueError(f"--db must be a file, got {self.path!r}; give a path")
-        try:  # the guard is held until this process ends, however it ends
+        try:
+            self.connection = self.connect()
+            self.connection.execute("PRAGMA schema_version")  # a file that is no database ends here
+            # The guard is held until this process ends, however it ends
             self.guard = sqlite3.connect(f"{path}.lock", timeout=0, check_same_thread=False)
             self.guard.execute("BEGIN EXCLUSIVE")
-            self.connection = self.connect()
             self.connection.execute("PRAGMA journal_mode=WAL")
             self.connection.execute("PRAGMA synchronous=FULL")
             self.connection.executescript(SCHEMA)
@@ -1264,24 +1250,10 @@ class Store:
         self.queued.set()
         return {"experiment_id": number, "budget_summary": self.budget(user, c)}
 
-    def select_for_dispatch(self, c, workers):
-        """The queued experiments that may start now, users with the fewest runs first: the place
-        of one is its user's running count plus its rank among that user's, then its age. [1]"""
-        running = collections.Counter(user for (user,) in c.execute(
-            "SELECT user FROM experiments WHERE state = 'running'"))
-        ahead, places = running.copy(), []
-        rows = c.execute("SELECT * FROM experiments WHERE state = 'queued' "
-                         "ORDER BY queued_at, id").fetchall()
-        for row in rows:
-            places.append(ahead[row["user"]])
-            ahead[row["user"]] += 1
-        order = sorted(range(len(rows)), key=places.__getitem__)  # stable: by age
-        return [rows[i] for i in order[: max(0, workers - running.total())]]
-
     def dispatch(self, c, workers, most=None):
         """Marks what may start now as running; returns [(id, run_id, config)]."""
         started = []
-        for row in self.select_for_dispatch(c, workers)[:most]:
+        for row in c.execute(SELECT_FOR_DISPATCH, (workers,)).fetchall()[:most]:
             run_id = f"run-{row['id']}-{uuid.uuid4().hex[:12]}"
             c.execute("UPDATE experiments SET state = 'running', dispatched_at = ?, run_id = ?, "
                       "attempts = attempts + 1 WHERE id = ?", (utc_now(), run_id, row["id"]))
@@ -1380,15 +1352,13 @@ class Server(http.server.ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Transport(http.server.BaseHTTPRequestHandler):
+    """What every route shares: bytes, headers, CORS; a subclass has `routes`, {pattern of a path:
+    {method: name of what returns (content type, text)}}."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     timeout = 75  # seconds that a connection may idle
-    routes = {
-        "/submit": {"POST": "submit"}, "/experiments": {"GET": "list_experiments"},
-        "/experiment/([^/]+)": {"GET": "get_experiment"}, "/budget": {"GET": "get_budget"},
-        "/final_submission": {"POST": "save_final", "GET": "get_final"},
-        "/dashboard": {"GET": "dashboard"}}
 
     def answer(self):
         """Every method: reads the body, finds the route, sends what it returns."""
@@ -1501,7 +1471,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(405, {"detail": "Method Not Allowed"}, [("allow", next(iter(methods)))])
         return getattr(self, methods[self.command])(*parts)
 
-    # ---- checks, in the contract's order: JSON, key, schema
+
+class Handler(Transport):
+    """The contract's routes. Checks come in its order: JSON, key, schema."""
+
+    routes = {
+        "/submit": {"POST": "submit"}, "/experiments": {"GET": "list_experiments"},
+        "/experiment/([^/]+)": {"GET": "get_experiment"}, "/budget": {"GET": "get_budget"},
+        "/final_submission": {"POST": "save_final", "GET": "get_final"},
+        "/dashboard": {"GET": "dashboard"}}
 
     def user(self):
         key = self.headers.get("X-API-Key")
@@ -1531,8 +1509,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if errors:
             raise Refusal(422, {"detail": errors})
         return user, value
-
-    # ---- routes
 
     def submit(self):
         store = self.server.store
@@ -1591,7 +1567,7 @@ def train_all(link, data, device_name, val_tokens):
     threading.Thread(target=end_with_the_server, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's business
     device = lm.resolve_device(device_name)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # said before
+    with contextlib.redirect_stdout(io.StringIO()):  # said before
         train_ids, valid_ids, tokenizer, _ = bpe.prepare_data(**data)
     known = tokenizer.vocab_size if tokenizer else data["vocab_size"]
     report(kind="ready")
@@ -1921,48 +1897,43 @@ class Client:
         raise ValueError(f"the server at {self.url} must answer, got {problem} {self.attempts} "
                          "times; check --url, or try again later: nothing is submitted twice")
 
-    @contextlib.contextmanager
-    def reading(self, path):
-        """Around what reads an answer: one of another shape is one line."""
+    def get(self, path, read):
+        """read(what the server answers to path)."""
+        status, body, _ = self.call("GET", path)
+        if status != 200:
+            raise ValueError(f"the server must answer {path}, got {status} {json.dumps(body)[:200]}"
+                             "; check --key and --url")
         try:
-            yield
+            return read(body)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the server at {self.url} must speak the training API, got another "
                              f"answer to {path} ({type(error).__name__}: {error}); check --url"
                              ) from None
 
-    def get(self, path):
-        status, body, _ = self.call("GET", path)
-        if status != 200:
-            raise ValueError(f"the server must answer {path}, got {status} {json.dumps(body)[:200]}"
-                             "; check --key and --url")
-        return body
+    def remaining_s(self):
+        return self.get("/budget", lambda budget: float(budget["remaining_seconds"]))
 
     def experiments(self):
-        """{config_id: experiment} of this key; what our checks would refuse is left out."""
-        found, listed = {}, self.get("/experiments")
-        with self.reading("/experiments"):
-            for experiment in listed:
-                if not {"experiment_id", "status"} <= experiment.keys():
-                    raise KeyError("experiment_id or status")
+        """{config_id: experiment, with its state} of this key; what our checks would refuse is
+        left out."""
+        def by_config(listed):
+            found = {}
+            for one in listed:
+                one = {**one, "id": one["experiment_id"], "state": one["status"]["status_type"]}
                 with contextlib.suppress(Refusal):
-                    found[config_id(parse_config(experiment["training_config"]))] = experiment
-        return found
+                    found[config_id(parse_config(one["training_config"]))] = one
+            return found
 
-    def remaining_s(self):
-        budget = self.get("/budget")
-        with self.reading("/budget"):
-            return float(budget["remaining_seconds"])
+        return self.get("/experiments", by_config)
 
     def submit(self, config):
         """(id, whether it is new) of the experiment that has this parsed config from now on.
         raises Refusal with what the server says"""
         status, body, sent = self.call("POST", "/submit", config)
-        if status == 200:
-            with self.reading("/submit"):
-                return body["experiment_id"], True
+        if status == 200 and "experiment_id" in body:
+            return body["experiment_id"], True
         if status == 409 and (found := self.experiments().get(config_id(config))):
-            return found["experiment_id"], sent > 1
+            return found["id"], sent > 1
         raise Refusal(status, body)
 
 
@@ -1996,11 +1967,9 @@ def read_plan(path):
     budget_s, configs = plan.get("budget_s", math.inf), {}
     if not isinstance(budget_s, (int, float)) or not budget_s > 0:
         raise ValueError(f"budget_s of {path} must be above 0, got {budget_s!r}; correct it")
-    for i, body in enumerate(bodies, 1):
+    for i, body in enumerate(bodies, 1):  # of equal ones, which the server would refuse, one
         config = checked_config(body, f"experiment {i} of {path}")
-        if configs.setdefault(config_id(config), config) is not config:
-            raise ValueError(f"the experiments of {path} must differ, got number {i} as before; "
-                             "change its model_seed or leave it out")
+        configs[config_id(config)] = config
     if sgd := sum("beta1" not in config["optimizer_config"] for config in configs.values()):
         print(f"note: {sgd} of {len(configs)} experiments train with SGD: the contract takes an "
               "optimizer_config with lr_scheduler and no AdamW field, such as weight_decay, so")
@@ -2015,7 +1984,7 @@ def read_results(path):
     try:
         rows = {config_id(parse_config(row["config"])): row
                 for row in map(json.loads, whole.splitlines())}
-    except (ValueError, TypeError, KeyError, Refusal) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} must hold results of a sweep, got {type(error).__name__}; give "
                          "another --out") from None
     if whole != text:
@@ -2070,8 +2039,7 @@ class Sweep:
             except Refusal as refusal:
                 if refusal.status == 400:  # another client of this key was faster
                     return
-                raise ValueError(f"the server must take the config, got {refusal}; correct the "
-                                 "plan") from None
+                raise
             room -= config["max_runtime_seconds"]
             self.active[number] = self.waiting.pop(number)
 
@@ -2079,12 +2047,11 @@ class Sweep:
         """Writes the line of every active experiment that has ended; returns how many did."""
         ended, self.running = 0, 0
         for number, experiment in self.client.experiments().items() if self.active else ():
-            with self.client.reading("/experiments"):
-                state = experiment["status"]["status_type"]
-            self.running += number in self.active and state == "running"
-            if number in self.active and state in ("completed", "failed"):
-                with self.client.reading("/experiments"):
-                    self.rows[number] = result_row(experiment)
+            if number not in self.active:
+                continue
+            self.running += experiment["state"] == "running"
+            if experiment["state"] in ("completed", "failed"):
+                self.rows[number] = result_row(experiment)
                 with open(self.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(self.rows[number]) + "\n")
                     file.flush()
@@ -2196,7 +2163,6 @@ class Machine:
     margin: float = 1.3  # a run may take that many times its estimate before it is cut off
     eval_tokens: int = EVAL_TOKENS
     rule: str = "exact"  # how FLOPs are counted, see training_flops
-    max_lr: float = MAX_LR  # see most_lr
     max_tokens: int = MOST_TOKENS  # that the server has, or takes
 
     def seconds(self, shape, tokens, batch, evals):
@@ -2215,7 +2181,7 @@ def plan_run(shape, tokens, machine, evals=1):
     rounded to whole steps; body is for POST /submit."""
     parameters = body_parameters(shape)
     lr, batch_tokens = step_law(parameters, tokens)
-    lr = min(lr, most_lr(shape.d_model, machine.max_lr))
+    lr = min(lr, most_lr(shape.d_model))
     most = int(tokens / SEQUENCE / max(LEAST_STEPS, 20 * evals))
     batch = max(1, min(round(batch_tokens / SEQUENCE), most))  # no power of two: losses stay even
     unit = batch * SEQUENCE * evals
@@ -2270,12 +2236,10 @@ def plan_sweep(budget, unit, vocab_size, machine):
             if cost <= budget:
                 return runs, cost
             cheapest = min(cheapest, cost)
-    raise ValueError(f"the budget must pay for three profiles of four runs, got {budget:.4g} "
-                     + (f"{unit}; give at least {cheapest:.4g}, or smaller --vocab_size and "
-                        "--eval_tokens, or more --max_tokens" if cheapest < math.inf else
-                        f"{unit}, and no profile has runs within {machine.max_tokens:.3g} tokens "
-                        f"and {MOST_S:.0f} s; give more --max_tokens or --speed, or smaller "
-                        "--margin, --vocab_size or --eval_tokens"))
+    raise ValueError("the budget must pay for three profiles of four runs within "
+                     f"{machine.max_tokens:.3g} tokens and {MOST_S:.0f} s a run, got {budget:.4g} "
+                     f"{unit} where the least is {cheapest:.4g}; give more, or more --max_tokens "
+                     "or --speed, or smaller --margin, --vocab_size or --eval_tokens")
 
 
 def fit_sweep(arrays, bootstrap):
@@ -2332,27 +2296,21 @@ def plan_target(fit, vocab_size, machine, flops=None, seconds=None, evals=16):
 # which law predicts
 
 
-def lowest_losses(profiles):
-    """(log C, loss), each (K,), where profiles are lowest: of parabolas, of the runs where one has
-    its vertex outside."""
-    lowest = []
-    for _, log_n, loss, _ in profiles:
-        _, value, inside = lowest_of_parabola(log_n, loss[None])
-        lowest.append(value[0] if inside[0] else loss.min())
-    return np.log([p[0] for p in profiles]), np.array(lowest)
-
-
 def loss_laws(runs, profiles, theta=None):
     """{law: predict(N, D, C) -> loss} of these runs: the parametric law, fitted here unless theta
     is its fit, and a power law C^-gamma through the lowest losses of the two largest budgets, whose
-    slope is the nearest to a target's whichever way the losses bend."""
-    laws = {}
+    slope is the nearest to a target's whichever way the losses bend. A profile's lowest loss is its
+    parabola's, or its best run's where the vertex is outside."""
+    laws, lowest = {}, []
     with contextlib.suppress(ValueError):  # too few runs, or a loss that does not fall
         theta = fit_sweep(runs, 0).theta if theta is None else theta
         laws["parametric law"] = lambda N, D, C: float(ChinchillaFit.predict(theta, N, D))
-    c, loss = lowest_losses(profiles[-2:])
-    (scale,), (slope,) = fit_line(c, np.log(loss)[None])
-    laws["power law"] = lambda N, D, C: math.exp(scale + slope * math.log(C))
+    for flops, log_n, loss, _ in profiles[-2:]:
+        _, value, inside = lowest_of_parabola(log_n, loss[None])
+        lowest.append((flops, value[0] if inside[0] else loss.min()))
+    (C1, loss1), (C2, loss2) = lowest
+    gamma = math.log(loss1 / loss2) / math.log(C2 / C1)
+    laws["power law"] = lambda N, D, C: float(loss2 * (C2 / C) ** gamma)
     return laws
 
 
@@ -2404,16 +2362,6 @@ def choose_law(run, runs, fit):
 # plots
 
 
-def new_figure(title):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib, got none; pip install matplotlib") from None
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    figure.suptitle(title)
-    return figure, figure.subplots(2, 2).ravel()
-
-
 def draw_law(axis, fit, name, label, flops, points=None):
     """The line of N_opt, D_opt or loss over `flops`, with its 95% band."""
     rows = [fit.at(c) for c in flops]
@@ -2424,27 +2372,21 @@ def draw_law(axis, fit, name, label, flops, points=None):
         axis.legend()
     if points:
         axis.plot(*zip(*((p["flops"], p[name]) for p in points), strict=True), "k.")
-    axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel=label)
-
-
-def label_plainly(axis):
-    """Labels 3.2 or 2e12 on a log axis of under three decades, where 3.2 x 10^0 would crowd."""
-    from matplotlib import ticker
-
-    low, high = axis.get_view_interval()
-    if axis.get_scale() == "log" and high < 1000 * low:
-        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if high > 6 * low else
-                               ticker.MaxNLocator(6))
-        axis.set_major_formatter(lambda x, _: re.sub(r"e\+0*", "e", f"{x:.3g}"))
-        axis.set_minor_formatter(ticker.NullFormatter())
+    scale = "linear" if name == "loss" else "log"  # log labels read 3.2 x 10^0
+    axis.set(xscale="log", yscale=scale, xlabel="FLOPs", ylabel=label)
 
 
 def plot_fit(fit, budgets, path):
     """Four panels: IsoFLOP curves, N_opt, D_opt and loss; of a parametric fit its contours and
     residuals instead of D_opt and curves."""
-    runs, method = fit.runs, fit.details["method"]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib, got none; pip install matplotlib") from None
+    runs, figure = fit.runs, Figure(figsize=(12, 9), layout="constrained")
+    figure.suptitle(f"{fit.details['method']}, {len(runs['loss'])} runs")
+    axes = figure.subplots(2, 2).ravel()
     flops = np.geomspace(runs["flops"].min(), max([runs["flops"].max(), *budgets]), 40)
-    figure, axes = new_figure(f"{method}, {len(runs['loss'])} runs")
     if isinstance(fit, IsoflopFit):
         minima = fit.details["minima"]
         for i, (c, log_n, loss, _) in enumerate(fit.details["profiles"]):
@@ -2471,14 +2413,30 @@ def plot_fit(fit, budgets, path):
         axes[2].set(xscale="log", xlabel="FLOPs", ylabel="log loss, predicted - measured")
     draw_law(axes[1], fit, "parameters", "best parameters", flops, minima)
     draw_law(axes[3], fit, "loss", "loss, nats a token", flops, minima)
-    for axis in axes:
-        label_plainly(axis.xaxis)
-        label_plainly(axis.yaxis)
     figure.savefig(path, dpi=120)
 
 
 # -------------------------------------------------------------------------------------------------
 # the verbs
+
+
+METHOD_FLAGS = {"isoflop": {"profile": "minimum"}, "chinchilla": {"starts": "grid"}}
+BACK_END_FLAGS = {
+    "law": {"law_seed": 0, "law_noise": 0.002, "law_flops": 4e14},
+    "train": {"data": "python", "data_dir": "data", "vocab_size": lm.CPU_MODEL["vocab_size"],
+              "tokenizer": None, "device": "auto", "val_tokens": EVAL_TOKENS}}
+
+
+def fill_in(args, choice, table):
+    """Gives flags their defaults from table, {value of --choice: {flag that it alone takes:
+    default}}, and refuses one that is given with another value."""
+    for value, flags in table.items():
+        for name, default in flags.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+            elif (given := getattr(args, choice)) != value:
+                raise ValueError(f"--{name} must go with --{choice} {value}, got --{choice} "
+                                 f"{given}; leave it out")
 
 
 def drop_highest(runs, count, rule):
@@ -2514,30 +2472,21 @@ def compare_methods(runs, budgets, rule):
 
 def fit_runs(args):
     """The verb fit: one table of runs in, exponents and optima out."""
-    for name, method, default in (("profile", "isoflop", "minimum"), ("starts", "chinchilla",
-                                                                      "grid")):
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-        elif args.method != method:
-            raise ValueError(f"--{name} must go with --method {method}, got --method "
-                             f"{args.method}; leave it out")
+    fill_in(args, "method", METHOD_FLAGS)
     table = load_runs(args.runs)
     runs = drop_highest(table, args.drop_worst, args.flops)
     if args.method == "chinchilla":
         arrays = run_arrays(runs, args.flops)
         fit = fit_chinchilla(arrays["parameters"], arrays["tokens"], arrays["loss"],
                              args.bootstrap, args.seed, args.starts, flops=arrays["flops"])
+        more = {"objective": fit.details["objective"], "flops_over_6n": fit.conditions[0]}
     else:
         fit = fit_isoflop(runs, args.profile, args.bootstrap, args.seed, args.flops)
+        more = {"profile": args.profile, "minima": fit.details["minima"],
+                "methods": compare_methods(runs, args.budget, args.flops)}
     used = len(fit.runs["loss"])
     result = {"method": args.method, "runs": used, "left_out": len(table) - used,
-              **fit.exponents()}
-    if args.method == "isoflop":
-        result["profile"], result["minima"] = args.profile, fit.details["minima"]
-        result["methods"] = compare_methods(runs, args.budget, args.flops)
-    else:
-        result["objective"], result["flops_over_6n"] = fit.details["objective"], fit.conditions[0]
-    result["optima"] = [fit.at(c) for c in args.budget]
+              **fit.exponents(), **more, "optima": [fit.at(c) for c in args.budget]}
     if args.json:
         print(json.dumps(result))
     else:
@@ -2604,36 +2553,26 @@ def make_machine(args):
     """The Machine of the flags; its speed measured here unless --speed says it."""
     if args.margin < 1:
         raise ValueError(f"--margin must be at least 1, got {args.margin}; runs would be cut off")
-    if args.speed is not None and args.device:
-        raise ValueError(f"--device must go without --speed, got {args.device}: nothing is "
-                         "measured; leave one out")
-    if args.speed is not None:
+    if args.speed:
         table = [(1.0, args.speed, 0.0)]
     else:
         table = measure_speed(args.vocab_size, args.device or "auto", args.flops)
         print("measured: " + "; ".join(f"{speed:.3g} FLOP/s and {1e3 * step_s:.1f} ms a step at "
                                        f"{flops:.3g} FLOPs a token" for flops, speed, step_s in
                                        table), file=sys.stderr)
-    return Machine(tuple(table), args.margin, args.eval_tokens, args.flops, args.max_lr,
-                   args.max_tokens)
+    return Machine(tuple(table), args.margin, args.eval_tokens, args.flops, args.max_tokens)
 
 
 def plan(args):
     """The verb plan: without runs a sweep that the budget pays, with them what to train."""
-    of_sweep, of_target = (args.budget_s, args.budget_flops), (args.target_s, args.target_flops)
-    given, unused = (of_target, of_sweep) if args.runs else (of_sweep, of_target)
-    if sum(v is not None for v in given) != 1 or any(v is not None for v in unused):
-        raise ValueError("plan needs one of --budget_s and --budget_flops, or a run table and one "
-                         f"of --target_s and --target_flops, got {args.runs or 'no table'}, "
-                         f"{of_sweep} and {of_target}; give these")
-    if args.runs is None:
-        if args.bootstrap:
-            raise ValueError(f"--bootstrap must go with a run table, got {args.bootstrap} and "
-                             "none; leave it out")
+    if bool(args.runs) != bool(args.target_s or args.target_flops):
+        raise ValueError("--target_s and --target_flops must come with a run table, --budget_s and "
+                         f"--budget_flops without, got {args.runs or 'no table'}; change that")
+    if not args.runs:
         return plan_new_sweep(args)
     runs = load_runs(args.runs)
     arrays = run_arrays(runs, args.flops)
-    fit = fit_sweep(arrays, args.bootstrap or 1000)
+    fit = fit_sweep(arrays, 1000)
     machine = make_machine(args)
     run = plan_target(fit, args.vocab_size, machine, args.target_flops, args.target_s)
     run |= {"law": "parametric law", "laws": {}}
@@ -2689,12 +2628,6 @@ def plan_new_sweep(args):
           f"{sum(r['seconds'] for r in runs):,.0f} s; written to {args.out or 'plan.json'}")
 
 
-BACK_END_FLAGS = {  # --flag: default, of the back end that alone takes it
-    "law": {"law_seed": 0, "law_noise": 0.002, "law_flops": 4e14},
-    "train": {"data": "python", "data_dir": "data", "vocab_size": lm.CPU_MODEL["vocab_size"],
-              "tokenizer": None, "device": "auto", "val_tokens": EVAL_TOKENS}}
-
-
 def read_users(path):
     """[(sunet_id, api_key)] of a CSV whose first row is sunet_id,api_key."""
     try:
@@ -2712,13 +2645,6 @@ def read_users(path):
 
 def make_back_ends(args, store):
     """The threads that end experiments, not yet started: one for a law, or one a device."""
-    for back_end, flags in BACK_END_FLAGS.items():
-        for name, default in flags.items():
-            if getattr(args, name) is None:
-                setattr(args, name, default)
-            elif args.backend != back_end:
-                raise ValueError(f"--{name} must go with --backend {back_end}, got --backend "
-                                 f"{args.backend}; leave it out")
     if args.backend == "law":
         law = Law(args.law_seed, args.law_noise, args.law_flops)
         print("law: " + ", ".join(f"{k} {v:.5g}" for k, v in ChinchillaFit.constants(law.theta
@@ -2735,6 +2661,7 @@ def make_back_ends(args, store):
 
 def serve(args):
     """The verb serve: until Ctrl-C or SIGTERM."""
+    fill_in(args, "backend", BACK_END_FLAGS)
     users = read_users(args.users) if args.users else None
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Server((args.host, args.port)))  # before there are any files
@@ -2750,7 +2677,6 @@ def serve(args):
             signal.signal(number, signal.default_int_handler)
         for back_end in back_ends:
             back_end.start()
-            stack.callback(back_end.stop)
         print(f"training API on http://{args.host}:{server.server_port}, dashboard at /dashboard, "
               f"{'your users' if users else f'key {API_KEY}'}, {args.backend} back end, {args.db}",
               flush=True)
@@ -2770,20 +2696,14 @@ def submit(args):
     if isinstance(content, dict) and "training_config" in content:
         final = {k: content.get(k) for k in ("training_config", "predicted_final_loss")}
         status, body, _ = client.call("POST", "/final_submission", final)
-        new = True
+        if status != 200:
+            raise Refusal(status, body)
     else:
-        config = checked_config(content, args.config)
-        try:
-            number, new = client.submit(config)
-            status, body = 200, {"experiment_id": number, "budget_summary": client.get("/budget")}
-        except Refusal as refusal:
-            status, body = refusal.status, refusal.body
-    if status != 200:
-        raise ValueError(f"the server must take {args.config}, got {status} "
-                         f"{json.dumps(body)[:300]}; correct it")
-    if not new:
-        raise ValueError(f"the config must be new, got that of experiment {number}; see GET "
-                         f"/experiment/{number}, or change its model_seed")
+        number, new = client.submit(checked_config(content, args.config))
+        if not new:
+            raise ValueError(f"the config must be new, got that of experiment {number}; see GET "
+                             f"/experiment/{number}, or change its model_seed")
+        body = {"experiment_id": number, "budget_summary": client.get("/budget", dict)}
     print(json.dumps(body))
 
 
@@ -2809,14 +2729,14 @@ def build_parser():
     positive, whole = lm.positive(float), lm.positive(int)
     zero_or_more, samples = lm.positive(float, zero=True), lm.positive(int, zero=True)
 
-    def verb(function, name, meaning):
-        p = verbs.add_parser(name, help=meaning)
+    def verb(function, name, meaning, **more):
+        p = verbs.add_parser(name, help=meaning, **more)
         p.set_defaults(function=function)
-        return p.add_argument
+        return p, p.add_argument
 
-    add = verb(fit_runs, "fit", "exponents and optima from a table of runs")
+    _, add = verb(fit_runs, "fit", "exponents and optima from a table of runs")
     add("runs", help=".json, .jsonl or .csv")
-    add("--method", default="isoflop", choices=("isoflop", "chinchilla"))
+    add("--method", default="isoflop", choices=METHOD_FLAGS)
     add("--profile", choices=PROFILE_METHODS,
         help="isoflop: what the best run of a budget is (default: minimum)")
     add("--starts", choices=STARTS,
@@ -2831,26 +2751,25 @@ def build_parser():
     add("--plot", metavar="PNG")
     add("--json", action="store_true", help="one JSON object")
 
-    add = verb(plan, "plan", "a sweep for a budget, or what to train after it")
+    p, add = verb(plan, "plan", "a sweep for a budget, or what to train after it")
     add("runs", nargs="?", help="results of a sweep (default: propose the sweep)")
-    add("--budget_s", type=positive, help="of the sweep, seconds of one device")
-    add("--budget_flops", type=positive)
-    add("--target_s", type=positive, help="of the final run, instead of the next")
-    add("--target_flops", type=positive)
-    add("--speed", type=positive, help="FLOP/s (default: measured here)")
+    one_of = p.add_mutually_exclusive_group(required=True).add_argument
+    one_of("--budget_s", type=positive, help="of the sweep, seconds of one device")
+    one_of("--budget_flops", type=positive)
+    one_of("--target_s", type=positive, help="of the final run, instead of the next")
+    one_of("--target_flops", type=positive)
+    one_of = p.add_mutually_exclusive_group().add_argument
+    one_of("--speed", type=positive, help="FLOP/s (default: measured here)")
+    one_of("--device", help="to measure on (default: auto)")
     add("--flops", default="exact", choices=("exact", "6N"),
         help="FLOPs a token: all matrix products, or 6 N as the handout counts")
     add("--vocab_size", type=whole, default=32_000)
     add("--eval_tokens", type=samples, default=EVAL_TOKENS, help="of one evaluation")
     add("--max_tokens", type=whole, default=MOST_TOKENS, help="of a run: what the server has")
-    add("--max_lr", type=positive, default=Machine.max_lr,
-        help="from width 128 on, more below (default: %(default)s)")
     add("--margin", type=positive, default=1.3, help="time limit over the estimate")
-    add("--bootstrap", type=whole, help="samples, of a target's fit (default: 1000)")
-    add("--device", help="to measure on (default: auto)")
     add("--out", help="file to write (default: plan.json; of a target, final.json)")
 
-    add = verb(serve, "serve", "serve the training API")
+    _, add = verb(serve, "serve", "serve the training API")
     add("--backend", choices=BACK_END_FLAGS, default="law",
         help="real training, or a stated loss law (default: law)")
     add("--host", default="127.0.0.1")
@@ -2868,13 +2787,12 @@ def build_parser():
     add("--device", help="auto (every GPU, else the CPU), or names with commas between")
     add("--val_tokens", type=whole, help="of an evaluation (default: 2^18)")
 
-    for function, name, meaning in ((submit, "submit", "one experiment, or the final submission"),
-                                    (sweep, "sweep", "run a plan, or go on with it")):
-        add = verb(function, name, meaning)
-        add("--url", default=os.environ.get("A3_API_URL", "http://127.0.0.1:8000"))
-        add("--key", default=os.environ.get("A3_API_KEY", API_KEY))
-        if function is submit:
-            add("config", help="JSON: a training config, or what plan wrote for a target")
+    api = argparse.ArgumentParser(add_help=False)
+    api.add_argument("--url", default=os.environ.get("A3_API_URL", "http://127.0.0.1:8000"))
+    api.add_argument("--key", default=os.environ.get("A3_API_KEY", API_KEY))
+    _, add = verb(submit, "submit", "one experiment, or the final submission", parents=[api])
+    add("config", help="JSON: a training config, or what plan wrote for a target")
+    _, add = verb(sweep, "sweep", "run a plan, or go on with it", parents=[api])
     add("--plan", required=True, help="JSON that plan wrote")
     add("--out", default="results.jsonl", help="a line a run (default: %(default)s)")
     add("--poll_s", type=positive, default=5.0, help="longest pause between looks")

@@ -371,9 +371,9 @@ def test_a_sweep_spends_at_most_its_budget_and_keeps_the_apis_rules(budget_s, sp
 def test_a_budget_in_flops_is_kept_and_one_too_small_is_refused_with_the_least():
     runs, cost = scaling.plan_sweep(1e18, "FLOPs", 2048, machine())
     assert cost == pytest.approx(sum(r["flops"] for r in runs)) and cost <= 1e18
-    with pytest.raises(ValueError, match="must pay for three profiles.*got 10 s; give at least"):
+    with pytest.raises(ValueError, match="must pay for three profiles.*got 10 s where the least is [1-9].*; give more"):
         scaling.plan_sweep(10, "s", 2048, machine("exact", 1e10))
-    with pytest.raises(ValueError, match="no profile has runs within 1 tokens and 43200 s; give more --max_tokens"):
+    with pytest.raises(ValueError, match="within 1 tokens and 43200 s a run.*the least is inf; give .* --max_tokens"):
         scaling.plan_sweep(1e4, "s", 2048, machine("exact", max_tokens=1))
 
 
@@ -548,20 +548,6 @@ def test_fit_prints_a_table_for_people_and_draws(tmp_path, capsys):
     assert "by akima: a 0." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("low", "high", "expected"), [
-    (3.15, 3.55, ["3.2", "3.3", "3.4", "3.5"]), (1.5e4, 2.5e5, ["2e4", "5e4", "1e5", "2e5"]),
-    (1e18, 1e23, ["10^{18}", "10^{23}"])])  # fmt: skip
-def test_log_axes_of_few_decades_have_plain_labels(low, high, expected):
-    axis = pytest.importorskip("matplotlib.figure").Figure().subplots()
-    axis.plot([low, high], [1, 2])
-    axis.set(xscale="log", xlim=(low, high))
-    for each in (axis.xaxis, axis.yaxis):  # the other is linear
-        scaling.label_plainly(each)
-    axis.figure.draw_without_rendering()
-    labels = " ".join(label.get_text() for which in ("major", "minor") for label in axis.get_xticklabels(which=which))
-    assert all(text in labels for text in expected) and "times" not in labels
-
-
 def test_plan_then_fit_then_target(tmp_path, capsys):
     plan = tmp_path / "plan.json"
     flags = ["--speed", "4e14", "--flops", "6N", "--eval_tokens", "0", "--vocab_size", "2048"]
@@ -603,8 +589,8 @@ def bad(runs, **changes):
 
 
 CASES = [
-    ([], "one object a run, got none"),
-    ([1, 2], "one object a run, got other"),
+    ([], "completed runs, got 0 of 0"),
+    ([1, 2], "one object a run, got others"),
     (bad(surface(), loss=float("nan")), "loss must be a finite number above 0, got nan in run 1"),
     (bad(surface(), loss=-1.0), "loss must be .* above 0, got -1.0 in run 1"),
     (bad(surface(), parameters="many"), "parameters must be .*'many' in run 1"),
@@ -646,13 +632,16 @@ def test_other_bad_input_is_one_line(tmp_path, capsys):
                    "projection"], "must fall with N and D")  # fmt: skip
     flat = write(tmp_path / "flat.jsonl", [{**r, "loss": 3.0} for r in surface()])  # exponents of 1e-10
     fails(capsys, ["fit", flat, "--method", "chinchilla", "--starts", "projection"], "must fall with N and D")
-    for argv in ([], [table], ["--target_s", "9"], [table, "--budget_s", "9"], ["--budget_s", "9", "--target_s", "9"],
-                 ["--budget_s", "9", "--budget_flops", "9"], [table, "--target_s", "9", "--target_flops", "9"]):
-        fails(capsys, ["plan", *argv], "plan needs one of --budget_s and --budget_flops, or a run table")
+    for argv in ([], [table]):
+        fails(capsys, ["plan", *argv], "one of the arguments --budget_s --budget_flops --target_s --target_flops is")
+    for argv in (["--target_s", "9"], [table, "--budget_s", "9"]):
+        fails(capsys, ["plan", *argv], "--target_flops must come with a run table, --budget_s and --budget_flops with")
+    for argv in (["--budget_s", "9", "--target_s", "9"], ["--budget_s", "9", "--budget_flops", "9"],
+                 [table, "--target_s", "9", "--target_flops", "9"],
+                 ["--budget_s", "9", "--speed", "9", "--device", "cpu"]):  # fmt: skip
+        fails(capsys, ["plan", *argv], "argument --.*: not allowed with argument")
     for argv, flag in ((["fit", table, "--starts", "projection"], "--starts must go with --method chinchilla"),
                        (["fit", table, "--method", "chinchilla", "--profile", "akima"], "--profile must go with"),
-                       (["plan", "--budget_s", "9", "--speed", "9", "--device", "foo"], "--device must go without"),
-                       (["plan", "--budget_s", "9", "--bootstrap", "5"], "--bootstrap must go with a run table"),
                        (["fit", table, "--seed", "-1"], "at least 0, got -1")):  # fmt: skip
         fails(capsys, argv, flag)
     fails(capsys, ["plan", "--budget_s", "9", "--margin", "0.5"], "--margin must be at least 1")
@@ -664,7 +653,7 @@ def test_other_bad_input_is_one_line(tmp_path, capsys):
         scaling.fit_chinchilla(*columns(surface()), starts="one")
     with pytest.raises(ValueError, match="must have one length, got 2, 2 and 1"):
         scaling.fit_chinchilla([1, 2], [1, 2], [1])
-    with pytest.raises(ValueError, match="runs must be dicts"):
+    with pytest.raises(ValueError, match="one object a run, got others"):
         scaling.fit_isoflop([1])
 
 
@@ -1175,9 +1164,9 @@ def test_dispatch_is_fair_between_users(api):
         c.executemany("INSERT INTO experiments (user, state, queued_at, unique_id, config, max_runtime) VALUES "
                       "(?, ?, ?, ?, ?, 30)", [(user, state, f"2026-01-01T00:{minute:02d}:00Z", str(i), config)
                                               for i, (user, state, minute) in enumerate(rows)])  # fmt: skip
-        chosen = api.store.select_for_dispatch(c, 9)
+        chosen = c.execute(scaling.SELECT_FOR_DISPATCH, (9,)).fetchall()
         assert [(row["id"], row["user"]) for row in chosen] == [(5, 1), (8, 1), (7, 3), (11, 1), (6, 2)]
-        assert api.store.select_for_dispatch(c, 4) == []
+        assert api.store.dispatch(c, 4) == []
 
     api.store.write(fill)
 
@@ -1653,6 +1642,7 @@ def test_a_port_or_database_in_use_is_one_line(tmp_path, api, capsys, monkeypatc
     c.close()
     (tmp_path / "text.db").write_text("no database at all, but long enough to be one " * 100)
     fails(capsys, ["serve", "--db", str(tmp_path / "text.db"), "--port", "0"], "not a database")
+    assert not (tmp_path / "text.db.lock").exists()
 
 
 @pytest.mark.parametrize("text, pattern", [
@@ -1683,6 +1673,7 @@ def test_other_users_than_the_database_has_are_refused(tmp_path, capsys):
 ])  # fmt: skip
 def test_bad_flags_are_one_line(tmp_path, capsys, more, pattern):
     fails(capsys, ["serve", "--db", str(tmp_path / "a.db"), "--port", "0", *more], pattern)
+    assert not (tmp_path / "a.db").exists() or "no/such" in pattern
 
 
 def test_bad_plans_are_one_line(tmp_path, api, capsys):
@@ -1691,7 +1682,6 @@ def test_bad_plans_are_one_line(tmp_path, api, capsys):
             ("", "must hold JSON"), ("[]", "experiments"), ('{"experiments": []}', "one at least"),
             ('{"experiments": [{}]}', "experiment 1 of .* architecture_config: Field required"),
             (json.dumps({"experiments": [body(), body(n_evals=3)]}), "experiment 2 .*divisible by n_evals"),
-            (json.dumps({"experiments": [body(), body()]}), "must differ, got number 2"),
             (json.dumps({"experiments": [body()], "budget_s": -1}), "budget_s"),
             (json.dumps({"experiments": [body()], "budget_s": float("nan")}), "budget_s")):  # fmt: skip
         (tmp_path / "plan.json").write_text(text)
