@@ -113,8 +113,10 @@ def run_arrays(runs, rule="exact"):
     flops_exact, which counts head and attention. raises ValueError that names the
     row, from 1, when a number is missing, not finite or not above 0.
     """
-    if not all(isinstance(row, dict) for row in runs):
-        raise ValueError("a run table must hold one object a run, got others; give these")
+    for i, row in enumerate(runs, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"each run must be an object with a loss and two of parameters, tokens "
+                             f"and FLOPs, got {row!r:.40} as run {i}; write one object a run")
     rows = [(i, row) for i, row in enumerate(runs, 1)
             if row.get("status", "completed") == "completed"]
     if not rows:

@@ -590,7 +590,7 @@ def bad(runs, **changes):
 
 CASES = [
     ([], "completed runs, got 0 of 0"),
-    ([1, 2], "one object a run, got others"),
+    ([1, 2], "each run must be an object .* got 1 as run 1"),
     (bad(surface(), loss=float("nan")), "loss must be a finite number above 0, got nan in run 1"),
     (bad(surface(), loss=-1.0), "loss must be .* above 0, got -1.0 in run 1"),
     (bad(surface(), parameters="many"), "parameters must be .*'many' in run 1"),
@@ -653,7 +653,7 @@ def test_other_bad_input_is_one_line(tmp_path, capsys):
         scaling.fit_chinchilla(*columns(surface()), starts="one")
     with pytest.raises(ValueError, match="must have one length, got 2, 2 and 1"):
         scaling.fit_chinchilla([1, 2], [1, 2], [1])
-    with pytest.raises(ValueError, match="one object a run, got others"):
+    with pytest.raises(ValueError, match="each run must be an object"):
         scaling.fit_isoflop([1])
 
 
