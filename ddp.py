@@ -61,7 +61,8 @@ import model as lm
 STRATEGIES = ("naive", "flat", "overlap", "zero1", "fsdp", "torch_ddp", "torch_fsdp")
 TAKEN_BY = {"bucket_mb": ("overlap", "zero1", "torch_ddp"), "reduce_dtype": ("fsdp", "torch_fsdp")}
 MiB = 2**20
-TOKENS, D_FF = 2**20, 10_240  # that comm --limits speaks of: B and F
+TOKENS, D_FF = 2**20, 10_240  # B and F of which comm --limits speaks
+BUCKET_MB = 25.0
 SECOND_BACKWARD = ("a gradient changed after its synchronisation began: run all but the last "
                    "backward pass of an update (torch.autograd.grad is one) under no_sync(), call "
                    "finish_gradient_synchronization() after the last, and checkpoint what is used "
@@ -476,7 +477,7 @@ class DDP(Replicated):
 
     in_flight_bytes = 512 * MiB  # of gradients for other ranks, which are kept until they are sent
 
-    def __init__(self, module, bucket_mb=25.0, owner=None):
+    def __init__(self, module, bucket_mb=BUCKET_MB, owner=None):
         super().__init__(module)
         self.owner = owner
         foreign = [name for name, p in module.named_parameters()
@@ -1192,7 +1193,7 @@ class FSDP(Wrapper):
 class TorchDDP(Wrapper):
     """torch.nn.parallel.DistributedDataParallel."""
 
-    def __init__(self, module, bucket_mb=25.0):
+    def __init__(self, module, bucket_mb=BUCKET_MB):
         super().__init__(module)
         self.engine = nn.parallel.DistributedDataParallel(
             module, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True)
@@ -1263,7 +1264,7 @@ class Engine:
     on it. precision: keywords of AdamW, as lm.optimizer_precision gives them"""
 
     def __init__(self, strategy, model, dtype, weight_decay, lr, betas, compiled=False, *,
-                 bucket_mb=25.0, reduce_dtype=torch.float32, device=None, precision=None):
+                 bucket_mb=BUCKET_MB, reduce_dtype=torch.float32, device=None, precision=None):
         self.device = torch.device(device or next(model.parameters()).device)
         if strategy != "fsdp":
             model.to(self.device)
@@ -1345,35 +1346,25 @@ class Engine:
 
     def whole_optimizer(self, ranks):
         """On rank 0 what optimizer.state_dict() would be on one device, tensors on the CPU."""
-        mine = {i: layout_of(self.optimizer.state[p])
-                for i, p, _ in self.state_parameters() if p in self.optimizer.state}
-        layout = ranks.collect(mine)
-        state = {}
+        part = self.optimizer.state_dict()  # this rank's
+        layouts = ranks.collect({i: layout_of(state) for i, state in part["state"].items()})
+        layout = ranks.share(lambda: {i: state for each in layouts for i, state in each.items()})
+        whole = {}
         for i, p, name in self.state_parameters():
-            owner = self.owner[p] if self.owner else 0
-            theirs = layout[owner].get(str(i)) if this_rank() == 0 else mine.get(i)
-            if theirs is None:  # not of this rank, or never updated
-                continue
-            state[i] = {}
-            for key, value in theirs.items():
-                if isinstance(value, list):
-                    tensor = self.optimizer.state.get(p, {}).get(key)
-                    value = self.fetch(tensor, *value, owner, name)
-                state[i][key] = value
-        groups, start = [], 0
-        for group in self.optimizer.param_groups:
-            end = start + len(group["params"])
-            groups.append({**group, "params": list(range(start, end))})
-            start = end
-        return {"state": state, "param_groups": groups}
+            if str(i) in layout:  # not one that was never updated
+                mine = part["state"].get(i, {})
+                whole[i] = {key: value if not isinstance(value, list) else
+                            self.fetch(mine.get(key), *value, name, self.owner and self.owner[p])
+                            for key, value in layout[str(i)].items()}
+        return {"state": whole, "param_groups": part["param_groups"]}
 
-    def fetch(self, tensor, shape, dtype, owner, name):
+    def fetch(self, tensor, shape, dtype, name, owner):
         """A tensor of the optimizer's state, whole and on the CPU, for rank 0."""
         if name in self.rows:
             tensor = gather_rows(tensor, self.rows[name])
-        elif owner != 0 and this_rank() == owner:
+        elif owner and this_rank() == owner:
             dist.send(tensor.contiguous(), 0)
-        elif owner != 0:
+        elif owner and this_rank() == 0:
             tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
             dist.recv(tensor, owner)
         return tensor.cpu() if this_rank() == 0 else None
@@ -1390,12 +1381,9 @@ class Engine:
             for key, value in layout[str(i)].items():
                 if isinstance(value, list):
                     shape, dtype = value
-                    value = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-                    if this_rank() == 0:
-                        value.copy_(saved["state"][i][key])
-                    if num_ranks() > 1:
-                        dist.broadcast(value, 0)
-                    if name in self.rows and tuple(shape) != tuple(p.shape):
+                    value = receive(saved["state"][i][key] if this_rank() == 0 else torch.empty(
+                        shape, dtype=getattr(torch, dtype), device="meta"), self.device)
+                    if name in self.rows:
                         value = my_rows(value, self.rows[name]).clone()
                 state[key] = value
             if not self.owner or self.owner[p] == this_rank():
@@ -1412,6 +1400,7 @@ def layout_of(state):
 # ranks: who is there, what they agree on, and who stopped answering
 
 
+WEEK_S = 7 * 86_400  # data may be prepared for hours
 TOLD = "told"  # the store's count of ranks that wanted to tell why the run ends: the first does
 SAME = {"flags": "start them with one command",
         "data": "share data_dir, or prepare the same text with the same Python on every host"}
@@ -1465,7 +1454,7 @@ class Ranks:
         self.count += 1
         return f"lmzero/{self.count}"
 
-    def wait(self, key, limit_s=7 * 86_400):  # data may be prepared for hours
+    def wait(self, key, limit_s=WEEK_S):
         self.store.wait([key], timedelta(seconds=limit_s))
         return json.loads(self.store.get(key))
 
@@ -1488,31 +1477,40 @@ class Ranks:
             raise Agreed(answer["error"])
         return answer["value"]
 
-    def collect(self, value, *limit_s):
+    def collect(self, value, limit_s=WEEK_S):
         """On rank 0 the values of all ranks, JSON; None on the others."""
         key = self.key()
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
         if self.rank == 0:
-            return [self.wait(f"{key}/{r}", *limit_s) for r in range(self.world_size)]
+            return [self.wait(f"{key}/{r}", limit_s) for r in range(self.world_size)]
         return None
+
+    def agree(self, function, limit_s=None):
+        """What function() returns on this rank; the ValueError or OSError that it has on one is
+        raised on all as a ValueError, which names that rank."""
+        result = problem = None
+        try:
+            result = function()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        problems = self.collect(problem, limit_s or self.init_timeout)
+
+        def verdict():
+            for rank, problem in enumerate(problems):
+                if problem:
+                    raise ValueError(f"rank {rank}: {problem}" if rank else problem)
+
+        self.share(verdict)
+        return result
 
     def in_turns(self, function):
         """function() on rank 0, then on the first rank of each other host, then on all others: the
         first finds or makes what the next ones find."""
         turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
-        result = None
-        for number in range(3):
-            error = None
-            if turn == number:
-                try:
-                    result = function()
-                except (ValueError, OSError) as problem:
-                    error = str(problem)
-            errors = self.collect(error)
-            self.share(functools.partial(raise_first, errors))
-        return result
+        return [self.agree(function if turn == number else lambda: None, WEEK_S)
+                for number in range(3)][turn]
 
-    def same(self, what, values, limit_s=7 * 86_400):
+    def same(self, what, values, limit_s=WEEK_S):
         """ValueError on every rank, naming the first that differs, unless `values` (JSON, a dict)
         are the same on all."""
         found = self.collect(values, limit_s)
@@ -1528,18 +1526,10 @@ class Ranks:
 
         self.share(verdict)
 
-    def agree(self, check):
-        """Raises on every rank the ValueError that check() has on one, and names that."""
-        problem = None
-        try:
-            check()
-        except ValueError as error:
-            problem = str(error)
-        problems = self.collect(problem, self.init_timeout)
-        self.share(functools.partial(raise_first, problems))
-
     def start_group(self, device, backend, timeout):
         """The process group, proven by a first collective that has a short time limit."""
+        if backend == "auto":
+            backend = "nccl" if device.type == "cuda" else "gloo"
         self.watch = Watchdog(self, timeout)
         self.watch("the first collective", limit_s=self.init_timeout, hint="see that the hosts "
                    "reach each other: NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names the network "
@@ -1571,12 +1561,6 @@ class Ranks:
             return self.store.add(TOLD, 1) == 1
         except RuntimeError:
             return without_store and not (self.watch is not None and self.watch.told)
-
-
-def raise_first(errors):
-    for rank, error in enumerate(errors):
-        if error:
-            raise ValueError(f"rank {rank}: {error}" if rank else error)
 
 
 class Watchdog:
@@ -1684,10 +1668,6 @@ def device_of_rank(args, ranks):
     return device
 
 
-def backend_for(args, device):
-    return args.backend if args.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
-
-
 # -------------------------------------------------------------------------------------------------
 # train: train.py's run, in the same order
 
@@ -1728,9 +1708,8 @@ class Trainer:
         self.model.checkpoint_every = args.checkpoint_every
         self.model.recompute(self.levels)
         self.generator = torch.Generator().manual_seed(args.seed)  # the place in the data
-        self.step, self.saved, content = 0, None, None
-        if args.resume:
-            content = self.load()
+        self.step, self.saved = 0, None
+        content = self.load() if args.resume else None
         self.engine = Engine(
             args.strategy, self.model, self.dtype, args.weight_decay, args.lr,
             (args.beta1, args.beta2), self.compiled, **strategy_settings(args), device=self.device,
@@ -1739,14 +1718,15 @@ class Trainer:
         if self.step:
             self.engine.load_optimizer(content and content["optimizer"], ranks)
         del content
-        if args.overwrite and ranks.rank == 0:
-            for old in self.out_dir.glob("checkpoint.pt*"):
+        self.log = None
+        if ranks.rank == 0:
+            for old in [*self.out_dir.glob("checkpoint.pt*")] if args.overwrite else ():
                 old.unlink()
-        if self.tokenizer and ranks.rank == 0:  # of this run, whatever becomes of data_dir
-            self.tokenizer.save(self.out_dir / "tokenizer.json")
-        self.log = self.open_log() if ranks.rank == 0 else None
-        if ranks.rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ:
-            marker_of(args).write_text(os.environ["TORCHELASTIC_RUN_ID"])
+            if self.tokenizer:  # of this run, whatever becomes of data_dir
+                self.tokenizer.save(self.out_dir / "tokenizer.json")
+            self.log = self.open_log()
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                marker_of(args).write_text(os.environ["TORCHELASTIC_RUN_ID"])
         self.pending = None  # the newest step: its numbers are read while the next one runs
         self.eta_from = None  # (step, time) of the first step: it may compile, and is not counted
         self.signals, self.stopping = [], False
@@ -1839,17 +1819,13 @@ class Trainer:
                                  f"another; give the same text, or --tokenizer {self.out_dir}"
                                  "/tokenizer.json")
             lm.restore(content, self.model)
-            try:
-                return [content["iteration"], bytes(content["generator"].tolist()).hex(),
-                        content["micro_batch_size"], content["elapsed_s"]]
-            except KeyError as missing:
-                raise ValueError(f"{self.checkpoint} must be of train.py or ddp.py, got one without"
-                                 f" {missing}; start anew with --overwrite") from None
+            return [content["iteration"], content["generator"].tolist(),
+                    content["micro_batch_size"], content["elapsed_s"]]
 
         if (found := self.ranks.share(read)) is None:
             return None
         self.step, state, micro_batch_size, elapsed_s = found
-        self.generator.set_state(torch.tensor([*bytes.fromhex(state)], dtype=torch.uint8))
+        self.generator.set_state(torch.tensor(state, dtype=torch.uint8))
         self.micro_batch_size = min(self.micro_batch_size, micro_batch_size)
         self.saved = self.step
         self.started -= elapsed_s
@@ -1997,7 +1973,7 @@ def bytes_of_step(strategy, N, accumulates, *of_flags, compiled=False):
     else:
         blocks += parts.pop("weights cast to bfloat16")  # freed with them
         copies = grads if strategy in ("flat", "torch_ddp") else 0
-        parts["in flight"] = min(grads, DDP.in_flight_bytes + 8 * 25 * MiB)  # and a bucket
+        parts["in flight"] = min(grads, DDP.in_flight_bytes + 8 * BUCKET_MB * MiB)  # and a bucket
     rest = sum(value / (N if part in sharded else 1) for part, value in parts.items())
     if strategy == "torch_ddp":  # its buckets are there from the start
         rest, copies = rest + grads, 0
@@ -2026,17 +2002,17 @@ def check_strategy_flags(args, chosen):
 def train(args, ranks):
     """train.py's run, on the ranks that torchrun started."""
     def check():
-        device_of_rank(args, ranks)
+        device = device_of_rank(args, ranks)
         sequences = args.batch_size * args.grad_accum
         if sequences % ranks.world_size:
             raise ValueError(f"batch_size * grad_accum must be a multiple of the number of ranks, "
                              f"got {args.batch_size} * {args.grad_accum} and {ranks.world_size}; "
                              "change one of them")
         check_strategy_flags(args, [args.strategy])
+        return device
 
-    ranks.agree(check)
-    device = device_of_rank(args, ranks)
-    ranks.start_group(device, backend_for(args, device), args.timeout)
+    device = ranks.agree(check)
+    ranks.start_group(device, args.backend, args.timeout)
     trainer = Trainer(args, ranks, device)
     with lm.stop_politely(trainer.signals):
         return trainer.run()
@@ -2045,53 +2021,67 @@ def train(args, ranks):
 # -------------------------------------------------------------------------------------------------
 # bench: step time, communication that is not hidden, memory
 
+COLUMNS = {  # of the table, after those of the time: {title: (key of a row, width, format)}
+    "tok/s": ("tokens_per_s", 10, ",.0f"), "mfu": ("mfu", 6, ".1%"),
+    "communicating": ("communicating_ms", 14, ".2f"), "exposed": ("exposed_ms", 8, ".2f"),
+    "hidden": ("hidden", 7, ".1%"), "init": ("init_gib", 7, ".2f"),
+    "before": ("before_gib", 7, ".2f"), "step": ("step_gib", 7, ".2f"),
+    "state": ("state_gib", 7, ".2f")}
+
 
 def bench(args, ranks):
     """Times training steps on random ids under each strategy, rivals in the same processes; prints
     a table, then JSON. source: [1] the benchmarking problems of data parallelism"""
-    ranks.agree(functools.partial(check_bench, args, ranks))
-    device = device_of_rank(args, ranks)
-    ranks.start_group(device, backend_for(args, device), args.timeout)
+    device = ranks.agree(functools.partial(check_bench, args, ranks))
+    ranks.start_group(device, args.backend, args.timeout)
     narrow = args.param_dtype == "bfloat16"  # then all is computed in it
     dtype, reason = lm.resolve_dtype("bfloat16" if narrow else args.dtype, device)
     config = lm.config_from_flags(args)
     cuda = device.type == "cuda"
     compiled = lm.compile_problem(device) is None if args.compile is None else args.compile
     card = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
-    print(f"{config}\n{parameters_of(config):,} parameters, {ranks.world_size} x {device.type} "
-          f"({card}), batch {args.batch_size} a rank, {str(dtype)[6:]}, torch {torch.__version__}, "
-          f"compile {compiled}, checkpoint_every {args.checkpoint_every}, "
-          f"recompute {args.recompute}, weights in {args.param_dtype}"
-          + "".join(f", {name} {value}" for name, value in strategy_settings(args).items())
+    conditions = {
+        "preset": args.preset, "ranks": ranks.world_size, "device": card,
+        "torch": torch.__version__, "batch_size": args.batch_size, "grad_accum": args.grad_accum,
+        "context_length": config.context_length, "attention": config.attention,
+        "dtype": str(dtype)[6:], "param_dtype": args.param_dtype,
+        "moment_dtype": args.moment_dtype or args.param_dtype,
+        "reduce_dtype": args.reduce_dtype or "float32", "bucket_mb": args.bucket_mb or BUCKET_MB,
+        "compile": compiled, "checkpoint_every": args.checkpoint_every,
+        "recompute": args.recompute}
+    print(f"{config}\n{parameters_of(config):,} parameters; batch_size of a rank"
+          + "".join(f"; {name} {value}" for name, value in conditions.items())
           + (f"; {reason}" if reason else ""))
     print("ms: median of turns (lowest to highest), the slowest rank's. communicating, exposed: in "
           + ("NCCL's kernels, and those of no other kernel beside them, by torch.profiler" if cuda
              else "not known on CPUs, and waiting for collectives of ours")
           + "; hidden: the rest.\nGiB of rank 0: allocated after init, highest before the "
           "optimizer's step, highest in it, optimizer state", flush=True)
-    print(f"{'strategy':<11}|{'ms a step':>26} |{'tok/s':>10} |{'mfu':>6} |{'communicating':>14} |"
-          f"{'exposed':>8} |{'hidden':>7} |{'init':>7} |{'before':>7} |{'step':>7} |{'state':>7}")
+    print(f"{'strategy':<11}|{'ms a step':>26} |"
+          + " |".join(f"{title:>{width}}" for title, (_, width, _) in COLUMNS.items()))
     rows, checks = {}, {}
     for strategy in args.strategies:
         row = bench_strategy(strategy, args, ranks, config, device, dtype, compiled, checks)
         rows[strategy] = row
-        print(f"{strategy:<11}|{row['ms']:>10.2f} ({row['low_ms']:.2f}-{row['high_ms']:.2f}) |"
-              f"{row['tokens_per_s']:>10,.0f} |{shown(row['mfu'], '.1%'):>6} |"
-              f"{shown(row['communicating_ms'], '.2f'):>14} |{shown(row['exposed_ms'], '.2f'):>8} |"
-              f"{shown(row['hidden'], '.1%'):>7} |" + " |".join(
-                  f"{shown(row[k], '.2f'):>7}" for k in ("init_gib", "before_gib", "step_gib",
-                                                        "state_gib")), flush=True)
+        cells = [f"{'n/a' if row[key] is None else format(row[key], form):>{width}}"
+                 for key, width, form in COLUMNS.values()]
+        print(f"{strategy:<11}|{spread(row)} |" + " |".join(cells), flush=True)
         if row.get("shares"):
             print("  of a step: " + ", ".join(f"{part} {share:.1%}" for part, share
                                               in row["shares"].items()), flush=True)
-    print(json.dumps({"preset": args.preset, "ranks": ranks.world_size, "device": card,
-                      "batch_size": args.batch_size, "context_length": config.context_length,
-                      "grad_accum": args.grad_accum, "attention": config.attention,
-                      "dtype": str(dtype)[6:], "param_dtype": args.param_dtype,
-                      "moment_dtype": args.moment_dtype or args.param_dtype,
-                      "reduce_dtype": args.reduce_dtype or "float32", "compile": compiled,
-                      "checkpoint_every": args.checkpoint_every, "strategies": rows}))
+    print(json.dumps({**conditions, "strategies": rows}))
     return 0
+
+
+def in_ms(seconds):
+    return {"ms": 1e3 * statistics.median(seconds), "low_ms": 1e3 * min(seconds),
+            "high_ms": 1e3 * max(seconds)}
+
+
+def spread(row, digits=2):
+    """A cell: the median (lowest to highest) of `in_ms`."""
+    ms, low, high = (f"{row[k]:.{digits}f}" for k in ("ms", "low_ms", "high_ms"))
+    return f"{f'{ms} ({low}-{high})':>26}"
 
 
 def check_path(path):
@@ -2107,6 +2097,7 @@ STEP_8B = dict(batch_size=1, strategies=["fsdp"], attention="flash", param_dtype
 
 
 def check_bench(args, ranks):
+    """The device of this rank. raises ValueError before any work"""
     device = device_of_rank(args, ranks)
     check_path(args.trace)
     check_strategy_flags(args, args.strategies)
@@ -2119,10 +2110,7 @@ def check_bench(args, ranks):
     if args.batch_size % args.grad_accum:
         raise ValueError(f"batch_size must be a multiple of grad_accum, got {args.batch_size} and "
                          f"{args.grad_accum}; change one of them")
-
-
-def shown(value, form):
-    return "n/a" if value is None else format(value, form)
+    return device
 
 
 def check_agree(checks, bound):
@@ -2205,8 +2193,7 @@ def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, check
     step(measure=True)
     rate = ranks.world_size * x.numel() / statistics.median(seconds)
     peak = lm.peak_flops(device)
-    row.update(ms=1e3 * statistics.median(seconds), low_ms=1e3 * min(seconds),
-               high_ms=1e3 * max(seconds), tokens_per_s=rate,
+    row.update(in_ms(seconds), tokens_per_s=rate,
                mfu=peak and rate * lm.flops_per_token(config) / ranks.world_size / peak)
     row["state_gib"] = sum(v.nbytes for state in engine.optimizer.state.values()
                            for v in state.values() if torch.is_tensor(v)) / 2**30
@@ -2353,19 +2340,15 @@ def comm(args, ranks):
     """Times collectives of many sizes; prints a table, with --limits what it means, then JSON.
     source: [1] distributed_communication_single_node"""
     def check():
-        device_of_rank(args, ranks)
+        device = device_of_rank(args, ranks)
         check_path(args.plot)
         if args.plot and find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib, got none; pip install matplotlib")
-        for name in ("tokens", "d_ff"):
-            if getattr(args, name) is not None and not args.limits:
-                raise ValueError(f"--{name} must come with --limits, got it without; add that")
+        return device
 
-    ranks.agree(check)
-    device = device_of_rank(args, ranks)
-    backend = backend_for(args, device)
-    ranks.start_group(device, backend, args.timeout)
-    N, rows = ranks.world_size, []
+    device = ranks.agree(check)
+    ranks.start_group(device, args.backend, args.timeout)
+    N, backend, rows = num_ranks(), dist.get_backend(), []
     print(f"{N} ranks, {backend}, {device.type}, torch {torch.__version__}, float32; median of "
           f"{args.repeats} (lowest to highest), the slowest rank's; GB = 1e9 bytes")
     print(f"{'operation':<15}|{'MB':>7} |{'ms':>26} |{'GB/s':>8} |{'bus GB/s':>9}")
@@ -2373,15 +2356,12 @@ def comm(args, ranks):
         for size in args.sizes_mb:
             ranks.watch(f"{operation} of {size:g} MB")
             seconds = time_collective(operation, int(size * 1e6), device, args.repeats)
-            rate = size * 1e6 / statistics.median(seconds)
-            rows.append({"operation": operation, "mb": size, "ms": 1e3 * statistics.median(seconds),
-                         "low_ms": 1e3 * min(seconds), "high_ms": 1e3 * max(seconds),
-                         "gb_per_s": rate / 1e9, "bus_gb_per_s":
-                         rate / 1e9 * bus_factor(operation, N)})
-            row = rows[-1]
-            print(f"{operation:<15}|{size:>7g} |{row['ms']:>10.3f} ({row['low_ms']:.3f}-"
-                  f"{row['high_ms']:.3f}) |{row['gb_per_s']:>8.2f} |{row['bus_gb_per_s']:>9.2f}",
-                  flush=True)
+            rate = size * 1e-3 / statistics.median(seconds)
+            row = {"operation": operation, "mb": size, **in_ms(seconds), "gb_per_s": rate,
+                   "bus_gb_per_s": rate * bus_factor(operation, N)}
+            rows.append(row)
+            print(f"{operation:<15}|{size:>7g} |{spread(row, 3)} |{rate:>8.2f} |"
+                  f"{row['bus_gb_per_s']:>9.2f}", flush=True)
     answer = {"ranks": N, "backend": backend, "torch": torch.__version__, "rows": rows}
     if args.limits:
         answer["limits"] = show_limits(args, rows, device)
@@ -2485,28 +2465,24 @@ def show_limits(args, rows, device):
         print(f"limits need 2 ranks and an operation other than broadcast, got {N} and "
               f"{', '.join(args.operations)}")
         return None
-    B, F, size = args.tokens or TOKENS, args.d_ff or D_FF, 1e9
-    both, (X, Y) = fsdp_tensor_parallel_limit(B, F, C, W)
+    B, F = TOKENS, D_FF
+    own, (X, Y) = fsdp_tensor_parallel_limit(B, F, C, W)
     shared, (X1, Y1) = fsdp_tensor_parallel_limit(B, F, C, W, overlapped=False)
-    limits = {
-        "C_flop_per_s": C, "W_bytes_per_s": W, "tokens_a_rank": C / W,
-        "data_parallel_ranks": data_parallel_limit(B, C, W), "fsdp_ranks": fsdp_limit(B, C, W),
-        "tensor_parallel_ranks": tensor_parallel_limit(F, C, W),
-        "fsdp_tensor_parallel_ranks": both, "fsdp_tensor_parallel_ranks_shared_links": shared,
-        "ring_all_reduce_s": ring_all_reduce_seconds(size, N, W),
-        "alternate_ring_all_reduce_s": alternate_ring_all_reduce_seconds(size, N, W)}
+    limits = {  # {name: (number, how it came about)}
+        "data_parallel_ranks": (data_parallel_limit(B, C, W), "1 + B W / C"),
+        "fsdp_ranks": (fsdp_limit(B, C, W), "1 + B W / C"),
+        "tensor_parallel_ranks": (tensor_parallel_limit(F, C, W), "1 + 3 F W / 2 C"),
+        "fsdp_tensor_parallel_ranks": (own, f"{X:,.1f} by {Y:,.1f}, over links of their own"),
+        "fsdp_tensor_parallel_ranks_shared_links": (shared, f"{X1:,.1f} by {Y1:,.1f}"),
+        "ring_all_reduce_s": (ring_all_reduce_seconds(1e9, N, W), f"1 GB on {N} ranks"),
+        "alternate_ring_all_reduce_s": (alternate_ring_all_reduce_seconds(1e9, N, W), "the same")}
     print(f"C {C / 1e12:.1f} TFLOP/s ({str(dtype)[6:]} matrices of {n}), W {W / 1e9:.2f} GB/s (the "
           f"best bus bandwidth of a ring above): C / W = {C / W:,.0f}\n"
-          f"bound by computation, for B {B:,} tokens and d_ff {F:,}, up to\n"
-          f"  {limits['data_parallel_ranks']:,.1f} ranks, data parallel (1 + B W / C)\n"
-          f"  {limits['fsdp_ranks']:,.1f} ranks, FSDP (1 + B W / C)\n"
-          f"  {limits['tensor_parallel_ranks']:,.1f} ranks, tensor parallel (1 + 3 F W / 2 C)\n"
-          f"  {both:,.1f} ranks, FSDP over {X:,.1f} and tensor parallel over {Y:,.1f}, links of "
-          f"their own\n  {shared:,.1f} ranks, FSDP over {X1:,.1f} and tensor parallel over "
-          f"{Y1:,.1f}, over the same links\n"
-          f"an all-reduce of 1 GB on {N} ranks takes {limits['ring_all_reduce_s'] * 1e3:.2f} ms in "
-          f"a ring, {limits['alternate_ring_all_reduce_s'] * 1e3:.2f} ms in the alternate ring")
-    return limits
+          f"bound by computation up to so many ranks, for B {B:,} tokens and d_ff F {F:,}:")
+    for name, (value, how) in limits.items():
+        print(f"  {name} {value:,.{4 if name.endswith('_s') else 1}f} ({how})")
+    return {"C_flop_per_s": C, "W_bytes_per_s": W, "tokens_a_rank": C / W,
+            **{name: value for name, (value, _) in limits.items()}}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2527,7 +2503,7 @@ def build_parser():
         return verb
 
     def add_strategy_flags(add):
-        add("--bucket_mb", type=rate, help="gradients of a bucket (default 25)")
+        add("--bucket_mb", type=rate, help=f"gradients of a bucket (default {BUCKET_MB:g})")
         add("--reduce_dtype", choices=("float32", "bfloat16"), help="in which gradients are added "
             "(default float32)")
 
@@ -2564,8 +2540,6 @@ def build_parser():
     add("--device", default="auto")
     add("--plot", metavar="FILE", help="draw the bus bandwidths")
     add("--limits", action="store_true", help="measure C too; print how far each way scales")
-    add("--tokens", type=counting, help=f"B, for --limits (default {TOKENS:,})")
-    add("--d_ff", type=counting, help=f"F, for --limits (default {D_FF:,})")
     return parser
 
 
