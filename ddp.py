@@ -110,18 +110,21 @@ def wait_for(works):
     COUNT["waited_s"] += time.perf_counter() - started
 
 
-def start_mean(tensor):
-    """Starts the all-reduce of `tensor` to its mean over the ranks; the function that it returns
-    waits for it."""
-    COUNT["issued"] += 1
-    work = dist.all_reduce(tensor, mean_op(), async_op=True)
-
+def mean_after(works, tensor):
+    """The function that waits for `works`, which reduce `tensor` by mean_op(), and ends it."""
     def finish():
-        wait_for([work])
+        wait_for(works)
         if not averages():
             tensor.div_(num_ranks())
 
     return finish
+
+
+def start_mean(tensor):
+    """Starts the all-reduce of `tensor` to its mean over the ranks; the function that it returns
+    waits for it."""
+    COUNT["issued"] += 1
+    return mean_after([dist.all_reduce(tensor, mean_op(), async_op=True)], tensor)
 
 
 def start_mean_to_owners(chunks):
@@ -135,13 +138,7 @@ def start_mean_to_owners(chunks):
     else:  # gloo takes equal parts only, nobody empty ones
         works = [dist.reduce(chunk, r, mean_op(), async_op=True) for r, chunk in enumerate(chunks)
                  if len(chunk)]
-
-    def finish():
-        wait_for(works)
-        if not averages():
-            mine.div_(num_ranks())
-
-    return mine, finish
+    return mine, mean_after(works, mine)
 
 
 @torch.no_grad()
@@ -168,6 +165,15 @@ def send_from_owners(tensors, owners, at_once_bytes=256 * MiB):
         for r, (ts, chunk) in enumerate(zip(of_rank, chunks, strict=True)):
             if r != this_rank():
                 torch._foreach_copy_(ts, split_like(chunk, ts))
+
+
+def over_ranks(number, device, op=dist.ReduceOp.SUM):
+    """The sum of a number, or what else `op` says, over the ranks."""
+    if num_ranks() == 1:
+        return number
+    tensor = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op)
+    return tensor.item()
 
 
 def start_each(collective, pairs, group=None, **options):
@@ -286,6 +292,13 @@ def my_rows(tensor, rows):
     """This rank's rows of a whole tensor: see `gather_rows`."""
     n = -(-rows // num_ranks())
     return tensor[this_rank() * n : (this_rank() + 1) * n]
+
+
+def first_names(module):
+    """{name: name}: to each of a module's parameters the first of those that it is tied under."""
+    first = {}
+    return {name: first.setdefault(id(p), name)
+            for name, p in module.named_parameters(remove_duplicate=False)}
 
 
 def weakly(method, *first):
@@ -823,9 +836,7 @@ class FSDP(Wrapper):
                         for k in ("gather", "reduce")}
         # of its own, so that a reduction which comes early on one rank cannot meet another's gather
         self.reduce_group = dist.new_group() if num_ranks() > 1 else None
-        first = {}
-        self.first_name = {name: first.setdefault(id(p), name) for name, p in
-                           module.named_parameters(remove_duplicate=False)}
+        self.first_name = first_names(module)
         self.units = self.make_units((lm.Linear, lm.Embedding, nn.Linear, nn.Embedding,
                                       *(shard_types or ())))
         self.rows = {s.name: s.shape[0] for unit in self.units for s in unit.params}
@@ -1268,10 +1279,7 @@ class Engine:
         self.device = torch.device(device or next(model.parameters()).device)
         if strategy != "fsdp":
             model.to(self.device)
-        first = {p: name for name, p in model.named_parameters()}
-        self.first_name = {name: first[p] for name, p in
-                           model.named_parameters(remove_duplicate=False)}
-        del first
+        self.first_name = first_names(model)
         if compiled:  # block by block: a whole model's gradients would all be ready at the end
             for block in model.layers:
                 block.forward = torch.compile(block.forward)
@@ -1611,8 +1619,8 @@ class Watchdog:
     def tell(self):
         self.beat += 1
         self.told = self.told or self.all.check([TOLD])
-        state = [self.beat, self.step, COUNT["issued"], self.what]
-        self.store.set(str(self.ranks.rank), json.dumps(state))
+        state = json.dumps([self.beat, self.step, COUNT["issued"]])
+        self.store.set(str(self.ranks.rank), state)
 
     def states(self):
         ranks = map(str, range(self.ranks.world_size))
@@ -1635,7 +1643,7 @@ class Watchdog:
 
     def blame(self, before, now):
         silent = [r for r, (a, b) in enumerate(zip(before, now, strict=True)) if a == b]
-        place = {r: (state[1], state[2]) for r, state in enumerate(now) if state}
+        place = {r: state[1:] for r, state in enumerate(now) if state}
         behind = silent or [r for r, at in place.items() if at == min(place.values())]
         names = f"rank{'s' * (len(behind) > 1)} {', '.join(map(str, behind))}"
         how = ("stopped answering" if silent else "fell behind" if len(behind) < len(place)
@@ -1761,11 +1769,9 @@ class Trainer:
             if need <= free or size % 2:
                 break
             size //= 2
-        least = torch.tensor(size, device=device)
-        if N > 1:
-            dist.all_reduce(least, dist.ReduceOp.MIN)
-        if least.item() < min(self.micro_batch_size, self.sequences // N):
-            self.micro_batch_size = least.item()
+        least = int(over_ranks(size, device, dist.ReduceOp.MIN))
+        if least < min(self.micro_batch_size, self.sequences // N):
+            self.micro_batch_size = least
             print(f"not enough memory: micro-batches of {self.micro_batch_size}, the same update")
 
     def open_log(self):
@@ -1854,10 +1860,8 @@ class Trainer:
         mean_s = (now - self.eta_from[1]) / max(1, step - self.eta_from[0]) or seconds
         entry.update(step_ms=seconds * 1e3, tokens_per_s=rate)
         if self.device.type == "cuda":  # of the rank that used most
-            used = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device=self.device)
-            if self.ranks.world_size > 1:
-                dist.all_reduce(used, dist.ReduceOp.MAX)
-            entry["memory_gib"] = used.item()
+            entry["memory_gib"] = over_ranks(torch.cuda.max_memory_allocated() / 2**30,
+                                             self.device, dist.ReduceOp.MAX)
         print(lm.log_line(entry, args.max_steps, mfu, mean_s * (args.max_steps - step)), flush=True)
         self.record(**entry)
 
@@ -1870,11 +1874,7 @@ class Trainer:
         total, tokens = lm.evaluation_sum(
             loss_sum, self.valid_ids, T, num_tokens, self.micro_batch_size,
             self.device, self.ranks.rank, self.ranks.world_size)
-        if self.ranks.world_size > 1:
-            total = torch.tensor(total, dtype=torch.float64, device=self.device)
-            dist.all_reduce(total)
-            total = total.item()
-        loss = total / tokens
+        loss = over_ranks(total, self.device) / tokens
         bits, perplexity = loss / math.log(2) * self.tokens_per_byte, math.exp(min(loss, 700))
         print(f"step {self.step}/{self.args.max_steps} | validation loss {loss:.4f} | perplexity "
               f"{perplexity:.2f} | bits per byte {bits:.4f}", flush=True)
@@ -2173,9 +2173,7 @@ def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, check
         ranks.watch(f"warming up {strategy}", i)
         stats = step()
         if i < 2:
-            if ranks.world_size > 1:
-                dist.all_reduce(stats[0])
-            check += stats.tolist()
+            check += [over_ranks(stats[0].item(), device), stats[1].item()]
     row["check"] = checks[strategy] = check[:3]
     narrow = "bfloat16" in (args.dtype, args.param_dtype, args.reduce_dtype) or dtype.itemsize == 2
     check_agree(checks, 2e-2 if narrow else 1e-4)  # before any time is taken
@@ -2185,11 +2183,9 @@ def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, check
         began, waited_before = lm.synchronised_time(device), COUNT["waited_s"]
         for _ in range(args.steps):
             step()
-        took = torch.tensor(lm.synchronised_time(device) - began, device=device)
+        took = lm.synchronised_time(device) - began
         waited.append((COUNT["waited_s"] - waited_before) / args.steps)
-        if ranks.world_size > 1:
-            dist.all_reduce(took, dist.ReduceOp.MAX)
-        seconds.append(took.item() / args.steps)
+        seconds.append(over_ranks(took, device, dist.ReduceOp.MAX) / args.steps)
     step(measure=True)
     rate = ranks.world_size * x.numel() / statistics.median(seconds)
     peak = lm.peak_flops(device)
@@ -2324,16 +2320,14 @@ def time_collective(operation, size, device, repeats):
         raise ValueError(f"{operation} must give {want.flatten().tolist()}, got "
                          f"{result[::n].tolist()}; this is a bug")
     seconds = []
-    for i in range(5 + repeats):
+    for _ in range(5 + repeats):
         whole.fill_(1.0)
         dist.all_reduce(torch.ones((), device=device))  # all begin together
         began = lm.synchronised_time(device)
         run()
-        took = torch.tensor(lm.synchronised_time(device) - began, device=device)
-        dist.all_reduce(took, dist.ReduceOp.MAX)
-        if i >= 5:
-            seconds.append(took.item())
-    return seconds
+        took = lm.synchronised_time(device) - began
+        seconds.append(over_ranks(took, device, dist.ReduceOp.MAX))
+    return seconds[5:]
 
 
 def comm(args, ranks):
