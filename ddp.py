@@ -839,7 +839,8 @@ class FSDP(Wrapper):
         self.first_name = first_names(module)
         self.units = self.make_units((lm.Linear, lm.Embedding, nn.Linear, nn.Embedding,
                                       *(shard_types or ())))
-        self.rows = {s.name: s.shape[0] for unit in self.units for s in unit.params}
+        self.sharded = [s for unit in self.units for s in unit.params]
+        self.rows = {s.name: s.shape[0] for s in self.sharded}
         self.local = dict(module.named_parameters())
         self.replicated = {n: p for n, p in self.local.items() if n not in self.rows}
         self.watch_frozen()
@@ -960,9 +961,8 @@ class FSDP(Wrapper):
         self.clear()
 
     def drop_accumulated(self):
-        for unit in self.units:
-            for s in unit.params:
-                s.full.grad = s.accumulated = None
+        for s in self.sharded:
+            s.full.grad = s.accumulated = None
 
     def zero_grad(self, set_to_none=True):
         """Drops what passes under no_sync have accumulated, too; an optimizer's zero_grad, which
@@ -972,9 +972,8 @@ class FSDP(Wrapper):
 
     @contextlib.contextmanager
     def showing_shards(self):
-        for unit in self.units:
-            for s in unit.params:
-                s.show(s.shard)
+        for s in self.sharded:
+            s.show(s.shard)
         try:
             yield
         finally:
@@ -2151,24 +2150,21 @@ def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, check
     engine = Engine(strategy, model, dtype, 0.1, 1e-4, (0.9, 0.95), compiled,
                     **strategy_settings(args), precision=lm.optimizer_precision(args))
     gc.collect()
-    row, check = {"init_gib": allocated(cuda), "recompute": lm.count_levels(levels)}, []
+    row = {"init_gib": torch.cuda.memory_allocated() / 2**30 if cuda else None,
+           "recompute": lm.count_levels(levels)}
     generator = torch.Generator().manual_seed(ranks.rank)
     x, y = torch.randint(config.vocab_size, (2, args.batch_size, config.context_length),
                          generator=generator).to(device)
 
-    def step(measure=False):
-        if measure and cuda:
-            torch.cuda.reset_peak_memory_stats()
-        stats = engine.loss_and_gradient(x, y, args.batch_size // args.grad_accum, 1.0)
-        if measure:
-            row["before_gib"] = allocated(cuda, "max_memory_allocated")
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
+    def gradient():
+        return engine.loss_and_gradient(x, y, args.batch_size // args.grad_accum, 1.0)
+
+    def step():
+        stats = gradient()
         engine.optimizer.step()
-        if measure:
-            row["step_gib"] = allocated(cuda, "max_memory_allocated")
         return stats
 
+    check = []
     for i in range(args.warmup_steps):
         ranks.watch(f"warming up {strategy}", i)
         stats = step()
@@ -2186,7 +2182,8 @@ def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, check
         took = lm.synchronised_time(device) - began
         waited.append((COUNT["waited_s"] - waited_before) / args.steps)
         seconds.append(over_ranks(took, device, dist.ReduceOp.MAX) / args.steps)
-    step(measure=True)
+    row["before_gib"] = peak_gib(gradient, cuda)
+    row["step_gib"] = peak_gib(engine.optimizer.step, cuda)
     rate = ranks.world_size * x.numel() / statistics.median(seconds)
     peak = lm.peak_flops(device)
     row.update(in_ms(seconds), tokens_per_s=rate,
@@ -2194,22 +2191,26 @@ def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, check
     row["state_gib"] = sum(v.nbytes for state in engine.optimizer.state.values()
                            for v in state.values() if torch.is_tensor(v)) / 2**30
     row.update(communicating_ms=None, exposed_ms=None, hidden=None)
-    if cuda:
+    if cuda or args.trace:
         steps = 3
-        kernels = kernels_by_part(profile_steps(step, args, strategy, ranks, device, steps))
+        events = profile_steps(step, args, strategy, ranks, device, steps)
+    if cuda:
+        kernels = kernels_by_part(events)
         together, exposed = (1e-3 * us / steps for us in exposed_us(kernels))
         row.update(communicating_ms=together, exposed_ms=exposed,
                    hidden=1 - exposed / together if together else None,
                    shares=shares_of_parts(kernels))
     elif not strategy.startswith("torch"):
         row["exposed_ms"] = 1e3 * statistics.median(waited)
-        if args.trace:
-            profile_steps(step, args, strategy, ranks, device, 3)
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
 
 
-def allocated(cuda, which="memory_allocated"):
-    return getattr(torch.cuda, which)() / 2**30 if cuda else None
+def peak_gib(run, cuda):
+    """The most GPU memory that was allocated at a time while run() ran; None without."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() / 2**30 if cuda else None
 
 
 def profile_steps(step, args, strategy, ranks, device, steps):
@@ -2293,6 +2294,9 @@ def exposed_us(kernels):
 # comm: what the links can do, and where training becomes bound by them
 
 
+OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
+
+
 def bus_factor(operation, N):
     """Bus bandwidth is size / time times this: the bytes that each link must carry, whatever the
     algorithm, for a whole tensor of that size. source: [6]"""
@@ -2346,7 +2350,7 @@ def comm(args, ranks):
     print(f"{N} ranks, {backend}, {device.type}, torch {torch.__version__}, float32; median of "
           f"{args.repeats} (lowest to highest), the slowest rank's; GB = 1e9 bytes")
     print(f"{'operation':<15}|{'MB':>7} |{'ms':>26} |{'GB/s':>8} |{'bus GB/s':>9}")
-    for operation in args.operations:
+    for operation in OPERATIONS:
         for size in args.sizes_mb:
             ranks.watch(f"{operation} of {size:g} MB")
             seconds = time_collective(operation, int(size * 1e6), device, args.repeats)
@@ -2358,7 +2362,7 @@ def comm(args, ranks):
                   f"{row['bus_gb_per_s']:>9.2f}", flush=True)
     answer = {"ranks": N, "backend": backend, "torch": torch.__version__, "rows": rows}
     if args.limits:
-        answer["limits"] = show_limits(args, rows, device)
+        answer["limits"] = show_limits(rows, device)
     print(json.dumps(answer), flush=True)
     if args.plot and ranks.rank == 0:
         plot_comm(rows, args.plot)
@@ -2442,7 +2446,7 @@ def fsdp_tensor_parallel_limit(B, F, C, W, overlapped=True):
     return X * Y, (X, Y)
 
 
-def show_limits(args, rows, device):
+def show_limits(rows, device):
     """Prints the limits for the measured C and W, and returns them."""
     dtype, n = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 1024)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
@@ -2453,11 +2457,9 @@ def show_limits(args, rows, device):
             a @ b
         seconds.append((lm.synchronised_time(device) - began) / 3)
     C, N = 2 * n**3 / statistics.median(seconds[3:]), num_ranks()
-    W = 1e9 * max((row["bus_gb_per_s"] for row in rows if row["operation"] != "broadcast"),
-                  default=0)
-    if N == 1 or not W:
-        print(f"limits need 2 ranks and an operation other than broadcast, got {N} and "
-              f"{', '.join(args.operations)}")
+    W = 1e9 * max(row["bus_gb_per_s"] for row in rows if row["operation"] != "broadcast")
+    if N == 1:
+        print("limits need 2 ranks, got 1")
         return None
     B, F = TOKENS, D_FF
     own, (X, Y) = fsdp_tensor_parallel_limit(B, F, C, W)
@@ -2527,8 +2529,6 @@ def build_parser():
 
     p = add_verb("comm", comm, "bandwidth of collectives, and what it allows")
     add = p.add_argument
-    operations = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
-    add("--operations", nargs="+", default=operations, choices=operations)
     add("--sizes_mb", type=rate, nargs="+", default=[1, 10, 100, 1000])
     add("--repeats", type=counting, default=10)
     add("--device", default="auto")
@@ -2561,11 +2561,6 @@ def went_on(args, ranks):
         return marker_of(args).exists() and marker_of(args).read_text() == mine
     marker_of(args).unlink(missing_ok=True)  # of a torchrun before
     return False
-
-
-def flags_of(args):
-    return {f"--{name}": str(value) for name, value in vars(args).items()
-            if name not in ("run", "model_defaults")}
 
 
 def with_defaults(parser, argv, verb, **defaults):
@@ -2616,7 +2611,8 @@ def main(argv=None):
                     raise
             ranks = Ranks(args.init_timeout if args else 60)
             ranks.agree(functools.partial(raise_last_line, refused.getvalue()))
-            ranks.same("flags", flags_of(args), args.init_timeout)
+            ranks.same("flags", {f"--{name}": str(value) for name, value in vars(args).items()
+                                 if name not in ("run", "model_defaults")}, args.init_timeout)
             if args.verb == "train" and (args.resume or ranks.share(lambda: went_on(args, ranks))):
                 args = resumed_flags(parser, argv, args, ranks)
             return args.run(args, ranks)
