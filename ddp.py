@@ -1934,9 +1934,12 @@ class Trainer:
         """Last validation, Hugging Face folder, sample, times."""
         self.validate(4 * self.args.eval_tokens)
         weights = self.engine.whole_model() if self.engine.rows else {}
-        if self.ranks.rank:
-            return
         self.watch("writing the model", limit_s=math.inf)
+        self.ranks.share(lambda: self.export(weights))  # a rank that is gone ends the run
+        print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
+
+    def export(self, weights):
+        """Of rank 0, which has the weights that are not in the model."""
         model = self.model
         if weights:  # a whole model, which the sharded one is not
             model = lm.TransformerLM(self.config)
@@ -1948,7 +1951,6 @@ class Trainer:
         lm.export_and_sample(model, self.tokenizer, self.out_dir, self.args.prompt,
                              self.args.sample_tokens, self.args.seed)
         marker_of(self.args).unlink(missing_ok=True)
-        print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
 
 
 def bytes_of_step(strategy, N, accumulates, *of_flags, compiled=False):
