@@ -1422,13 +1422,12 @@ class Ranks:
     and beside the process group."""
 
     def __init__(self, init_timeout):
-        environment = os.environ
-        self.rank = int(environment.get("RANK", 0))
-        self.world_size = int(environment.get("WORLD_SIZE", 1))
-        self.local_rank = int(environment.get("LOCAL_RANK", self.rank))
-        self.restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         self.count, self.init_timeout, self.watch = 0, init_timeout, None
-        if "MASTER_ADDR" in environment:
+        if "MASTER_ADDR" in os.environ:
             self.store = self.connect()
         elif self.rank or self.world_size > 1:
             raise ValueError("MASTER_ADDR must be set where RANK or WORLD_SIZE are, got rank "
@@ -1942,7 +1941,7 @@ class Trainer:
         """Of rank 0, which has the weights that are not in the model."""
         model = self.model
         if weights:  # a whole model, which the sharded one is not
-            model = lm.TransformerLM(self.config)
+            model = lm.TransformerLM(self.config).to(getattr(torch, self.args.param_dtype))
             model.load_state_dict(weights)
             if 4 * parameters_of(self.config) < lm.free_memory(self.device) / 2:
                 model = model.to(self.device)
@@ -2598,7 +2597,6 @@ def main(argv=None):
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     rank = int(os.environ.get("RANK", 0))
     with contextlib.ExitStack() as stack:
-        quiet = sys.stderr
         if rank:  # rank 0 speaks for all
             quiet = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(quiet))
