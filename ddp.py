@@ -1952,13 +1952,13 @@ class Trainer:
         marker_of(self.args).unlink(missing_ok=True)
 
 
-def bytes_of_step(strategy, N, accumulates, *of_flags, compiled=False):
-    """Bytes that a rank of N needs for a step; of_flags: of lm.memory_of_flags."""
-    args, config, _, dtype, _, levels = of_flags
+def bytes_of_step(strategy, N, accumulates, args, config, batch_size, dtype, device, levels,
+                  compiled=False):
+    """Bytes that a rank of N needs for a step of micro-batches of batch_size sequences."""
     if compiled and not args.checkpoint_every and strategy != "torch_ddp":  # measured: not there
         # torch.compile's backward passes, too, compute again what is no product
         levels = ["cheap" if level == "none" else level for level in levels]
-    parts = lm.memory_of_flags(*of_flags[:-1], levels)
+    parts = lm.memory_of_flags(args, config, batch_size, dtype, device, levels)
     grads, blocks = parts.pop("gradients"), parts.pop("activations of the blocks")
     sharded, copies = (), 0
     if strategy == "zero1":
@@ -2310,13 +2310,11 @@ def time_collective(operation, size, device, repeats):
     rank's; checked against what it must give first."""
     N, r = num_ranks(), this_rank()
     n = max(1, size // 4 // N)  # elements of a part
-    whole, part = torch.full((n * N,), 1.0, device=device), torch.full((n,), 1.0, device=device)
+    whole, part = (torch.full((k,), r + 1.0, device=device) for k in (n * N, n))
     run = {"all_reduce": lambda: dist.all_reduce(whole),
            "reduce_scatter": lambda: _reduce_scatter(part, whole),
            "all_gather": lambda: _all_gather(whole, part),
            "broadcast": lambda: dist.broadcast(whole, 0)}[operation]
-    whole.fill_(r + 1.0)
-    part.fill_(r + 1.0)
     run()
     result = part if operation == "reduce_scatter" else whole
     each = torch.arange(1.0, N + 1, device=device)  # what the ranks brought
