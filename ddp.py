@@ -1754,12 +1754,14 @@ class Trainer:
         free = lm.free_memory(device)
         if device.type == "cpu":  # the ranks of a host share it
             free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        size = min(self.micro_batch_size, self.sequences // N)
+        share = self.sequences // N
+        size = min(self.micro_batch_size, share)
+
+        def bytes_with(levels):
+            return bytes_of_step(args.strategy, N, size < share, args, self.config, size,
+                                 self.dtype, device, levels, self.compiled)
+
         while True:
-            accumulates = size < self.sequences // N
-            bytes_with = functools.partial(bytes_of_step, args.strategy, N, accumulates, args,
-                                           self.config, size, self.dtype, device,
-                                           compiled=self.compiled)
             self.levels = lm.choose_recomputation(args, self.config.num_layers, bytes_with, free)
             need = bytes_with(self.levels)
             print(f"memory: about {need / 2**30:.2f} of {free / 2**30:.1f} GiB free on {device}"
@@ -1768,7 +1770,7 @@ class Trainer:
                 break
             size //= 2
         least = int(over_ranks(size, device, dist.ReduceOp.MIN))
-        if least < min(self.micro_batch_size, self.sequences // N):
+        if least < min(self.micro_batch_size, share):
             self.micro_batch_size = least
             print(f"not enough memory: micro-batches of {self.micro_batch_size}, the same update")
 
@@ -2127,30 +2129,39 @@ def check_agree(checks, bound):
                                  f"loss, norm and next loss, got {checks}; this is a bug")
 
 
-def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, checks):
-    """A row of bench's table. checks: check_agree's, to which this strategy's are added"""
-    cuda = device.type == "cuda"
+def bench_engine(strategy, args, config, device, dtype, compiled):
+    """(Engine around a model of random weights, what its blocks compute again)."""
     gc.collect()
-    if cuda:
+    if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     torch.compiler.reset()
-    ranks.watch(f"preparing {strategy}")
     free = 0.95 * lm.free_memory(device)
     torch.manual_seed(0)
     with device:
         model = lm.TransformerLM(config)
     model.to(getattr(torch, args.param_dtype))
     model.checkpoint_every = args.checkpoint_every
-    levels = lm.choose_recomputation(args, config.num_layers, functools.partial(
-        bytes_of_step, strategy, ranks.world_size, args.grad_accum > 1, args, config,
-        args.batch_size // args.grad_accum, dtype, device, compiled=compiled), free)
+
+    def bytes_with(levels):
+        return bytes_of_step(strategy, num_ranks(), args.grad_accum > 1, args, config,
+                             args.batch_size // args.grad_accum, dtype, device, levels, compiled)
+
+    levels = lm.choose_recomputation(args, config.num_layers, bytes_with, free)
     model.recompute(levels)
     if args.recompute == "auto":
         print(f"{strategy}{lm.levels_in_words(levels) or '; recompute: none'}")
     engine = Engine(strategy, model, dtype, 0.1, 1e-4, (0.9, 0.95), compiled,
                     **strategy_settings(args), precision=lm.optimizer_precision(args))
     gc.collect()
+    return engine, levels
+
+
+def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, checks):
+    """A row of bench's table. checks: check_agree's, to which this strategy's are added"""
+    cuda = device.type == "cuda"
+    ranks.watch(f"preparing {strategy}")
+    engine, levels = bench_engine(strategy, args, config, device, dtype, compiled)
     row = {"init_gib": torch.cuda.memory_allocated() / 2**30 if cuda else None,
            "recompute": lm.count_levels(levels)}
     generator = torch.Generator().manual_seed(ranks.rank)
