@@ -1937,6 +1937,7 @@ class Trainer:
         weights = self.engine.whole_model() if self.engine.rows else {}
         self.watch("writing the model", limit_s=math.inf)
         self.ranks.share(lambda: self.export(weights))  # a rank that is gone ends the run
+        self.ranks.collect("heard")  # the store may end with rank 0
         print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
 
     def export(self, weights):
