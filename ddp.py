@@ -61,7 +61,8 @@ import model as lm
 STRATEGIES = ("naive", "flat", "overlap", "zero1", "fsdp", "torch_ddp", "torch_fsdp")
 TAKEN_BY = {"bucket_mb": ("overlap", "zero1", "torch_ddp"), "reduce_dtype": ("fsdp", "torch_fsdp")}
 MiB = 2**20
-TOKENS, D_FF = 2**20, 10_240  # that comm --limits speaks of: B and F
+TOKENS, D_FF = 2**20, 10_240  # B and F of which comm --limits speaks
+BUCKET_MB = 25.0
 SECOND_BACKWARD = ("a gradient changed after its synchronisation began: run all but the last "
                    "backward pass of an update (torch.autograd.grad is one) under no_sync(), call "
                    "finish_gradient_synchronization() after the last, and checkpoint what is used "
@@ -109,18 +110,21 @@ def wait_for(works):
     COUNT["waited_s"] += time.perf_counter() - started
 
 
-def start_mean(tensor):
-    """Starts the all-reduce of `tensor` to its mean over the ranks; the function that it returns
-    waits for it."""
-    COUNT["issued"] += 1
-    work = dist.all_reduce(tensor, mean_op(), async_op=True)
-
+def mean_after(works, tensor):
+    """The function that waits for `works`, which reduce `tensor` by mean_op(), and ends it."""
     def finish():
-        wait_for([work])
+        wait_for(works)
         if not averages():
             tensor.div_(num_ranks())
 
     return finish
+
+
+def start_mean(tensor):
+    """Starts the all-reduce of `tensor` to its mean over the ranks; the function that it returns
+    waits for it."""
+    COUNT["issued"] += 1
+    return mean_after([dist.all_reduce(tensor, mean_op(), async_op=True)], tensor)
 
 
 def start_mean_to_owners(chunks):
@@ -134,13 +138,7 @@ def start_mean_to_owners(chunks):
     else:  # gloo takes equal parts only, nobody empty ones
         works = [dist.reduce(chunk, r, mean_op(), async_op=True) for r, chunk in enumerate(chunks)
                  if len(chunk)]
-
-    def finish():
-        wait_for(works)
-        if not averages():
-            mine.div_(num_ranks())
-
-    return mine, finish
+    return mine, mean_after(works, mine)
 
 
 @torch.no_grad()
@@ -167,6 +165,15 @@ def send_from_owners(tensors, owners, at_once_bytes=256 * MiB):
         for r, (ts, chunk) in enumerate(zip(of_rank, chunks, strict=True)):
             if r != this_rank():
                 torch._foreach_copy_(ts, split_like(chunk, ts))
+
+
+def over_ranks(number, device, op=dist.ReduceOp.SUM):
+    """The sum of a number, or what else `op` says, over the ranks."""
+    if num_ranks() == 1:
+        return number
+    tensor = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op)
+    return tensor.item()
 
 
 def start_each(collective, pairs, group=None, **options):
@@ -285,6 +292,13 @@ def my_rows(tensor, rows):
     """This rank's rows of a whole tensor: see `gather_rows`."""
     n = -(-rows // num_ranks())
     return tensor[this_rank() * n : (this_rank() + 1) * n]
+
+
+def first_names(module):
+    """{name: name}: to each of a module's parameters the first of those that it is tied under."""
+    first = {}
+    return {name: first.setdefault(id(p), name)
+            for name, p in module.named_parameters(remove_duplicate=False)}
 
 
 def weakly(method, *first):
@@ -476,7 +490,7 @@ class DDP(Replicated):
 
     in_flight_bytes = 512 * MiB  # of gradients for other ranks, which are kept until they are sent
 
-    def __init__(self, module, bucket_mb=25.0, owner=None):
+    def __init__(self, module, bucket_mb=BUCKET_MB, owner=None):
         super().__init__(module)
         self.owner = owner
         foreign = [name for name, p in module.named_parameters()
@@ -822,12 +836,11 @@ class FSDP(Wrapper):
                         for k in ("gather", "reduce")}
         # of its own, so that a reduction which comes early on one rank cannot meet another's gather
         self.reduce_group = dist.new_group() if num_ranks() > 1 else None
-        first = {}
-        self.first_name = {name: first.setdefault(id(p), name) for name, p in
-                           module.named_parameters(remove_duplicate=False)}
+        self.first_name = first_names(module)
         self.units = self.make_units((lm.Linear, lm.Embedding, nn.Linear, nn.Embedding,
                                       *(shard_types or ())))
-        self.rows = {s.name: s.shape[0] for unit in self.units for s in unit.params}
+        self.sharded = [s for unit in self.units for s in unit.params]
+        self.rows = {s.name: s.shape[0] for s in self.sharded}
         self.local = dict(module.named_parameters())
         self.replicated = {n: p for n, p in self.local.items() if n not in self.rows}
         self.watch_frozen()
@@ -948,9 +961,8 @@ class FSDP(Wrapper):
         self.clear()
 
     def drop_accumulated(self):
-        for unit in self.units:
-            for s in unit.params:
-                s.full.grad = s.accumulated = None
+        for s in self.sharded:
+            s.full.grad = s.accumulated = None
 
     def zero_grad(self, set_to_none=True):
         """Drops what passes under no_sync have accumulated, too; an optimizer's zero_grad, which
@@ -960,9 +972,8 @@ class FSDP(Wrapper):
 
     @contextlib.contextmanager
     def showing_shards(self):
-        for unit in self.units:
-            for s in unit.params:
-                s.show(s.shard)
+        for s in self.sharded:
+            s.show(s.shard)
         try:
             yield
         finally:
@@ -1192,7 +1203,7 @@ class FSDP(Wrapper):
 class TorchDDP(Wrapper):
     """torch.nn.parallel.DistributedDataParallel."""
 
-    def __init__(self, module, bucket_mb=25.0):
+    def __init__(self, module, bucket_mb=BUCKET_MB):
         super().__init__(module)
         self.engine = nn.parallel.DistributedDataParallel(
             module, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True)
@@ -1263,14 +1274,11 @@ class Engine:
     on it. precision: keywords of AdamW, as lm.optimizer_precision gives them"""
 
     def __init__(self, strategy, model, dtype, weight_decay, lr, betas, compiled=False, *,
-                 bucket_mb=25.0, reduce_dtype=torch.float32, device=None, precision=None):
+                 bucket_mb=BUCKET_MB, reduce_dtype=torch.float32, device=None, precision=None):
         self.device = torch.device(device or next(model.parameters()).device)
         if strategy != "fsdp":
             model.to(self.device)
-        first = {p: name for name, p in model.named_parameters()}
-        self.first_name = {name: first[p] for name, p in
-                           model.named_parameters(remove_duplicate=False)}
-        del first
+        self.first_name = first_names(model)
         if compiled:  # block by block: a whole model's gradients would all be ready at the end
             for block in model.layers:
                 block.forward = torch.compile(block.forward)
@@ -1345,35 +1353,25 @@ class Engine:
 
     def whole_optimizer(self, ranks):
         """On rank 0 what optimizer.state_dict() would be on one device, tensors on the CPU."""
-        mine = {i: layout_of(self.optimizer.state[p])
-                for i, p, _ in self.state_parameters() if p in self.optimizer.state}
-        layout = ranks.collect(mine)
-        state = {}
+        part = self.optimizer.state_dict()  # this rank's
+        layouts = ranks.collect({i: layout_of(state) for i, state in part["state"].items()})
+        layout = ranks.share(lambda: {i: state for each in layouts for i, state in each.items()})
+        whole = {}
         for i, p, name in self.state_parameters():
-            owner = self.owner[p] if self.owner else 0
-            theirs = layout[owner].get(str(i)) if this_rank() == 0 else mine.get(i)
-            if theirs is None:  # not of this rank, or never updated
-                continue
-            state[i] = {}
-            for key, value in theirs.items():
-                if isinstance(value, list):
-                    tensor = self.optimizer.state.get(p, {}).get(key)
-                    value = self.fetch(tensor, *value, owner, name)
-                state[i][key] = value
-        groups, start = [], 0
-        for group in self.optimizer.param_groups:
-            end = start + len(group["params"])
-            groups.append({**group, "params": list(range(start, end))})
-            start = end
-        return {"state": state, "param_groups": groups}
+            if str(i) in layout:  # not one that was never updated
+                mine = part["state"].get(i, {})
+                whole[i] = {key: value if not isinstance(value, list) else
+                            self.fetch(mine.get(key), *value, name, self.owner and self.owner[p])
+                            for key, value in layout[str(i)].items()}
+        return {"state": whole, "param_groups": part["param_groups"]}
 
-    def fetch(self, tensor, shape, dtype, owner, name):
+    def fetch(self, tensor, shape, dtype, name, owner):
         """A tensor of the optimizer's state, whole and on the CPU, for rank 0."""
         if name in self.rows:
             tensor = gather_rows(tensor, self.rows[name])
-        elif owner != 0 and this_rank() == owner:
+        elif owner and this_rank() == owner:
             dist.send(tensor.contiguous(), 0)
-        elif owner != 0:
+        elif owner and this_rank() == 0:
             tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
             dist.recv(tensor, owner)
         return tensor.cpu() if this_rank() == 0 else None
@@ -1390,12 +1388,9 @@ class Engine:
             for key, value in layout[str(i)].items():
                 if isinstance(value, list):
                     shape, dtype = value
-                    value = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-                    if this_rank() == 0:
-                        value.copy_(saved["state"][i][key])
-                    if num_ranks() > 1:
-                        dist.broadcast(value, 0)
-                    if name in self.rows and tuple(shape) != tuple(p.shape):
+                    value = receive(saved["state"][i][key] if this_rank() == 0 else torch.empty(
+                        shape, dtype=getattr(torch, dtype), device="meta"), self.device)
+                    if name in self.rows:
                         value = my_rows(value, self.rows[name]).clone()
                 state[key] = value
             if not self.owner or self.owner[p] == this_rank():
@@ -1412,6 +1407,7 @@ def layout_of(state):
 # ranks: who is there, what they agree on, and who stopped answering
 
 
+WEEK_S = 7 * 86_400  # data may be prepared for hours
 TOLD = "told"  # the store's count of ranks that wanted to tell why the run ends: the first does
 SAME = {"flags": "start them with one command",
         "data": "share data_dir, or prepare the same text with the same Python on every host"}
@@ -1426,13 +1422,12 @@ class Ranks:
     and beside the process group."""
 
     def __init__(self, init_timeout):
-        environment = os.environ
-        self.rank = int(environment.get("RANK", 0))
-        self.world_size = int(environment.get("WORLD_SIZE", 1))
-        self.local_rank = int(environment.get("LOCAL_RANK", self.rank))
-        self.restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         self.count, self.init_timeout, self.watch = 0, init_timeout, None
-        if "MASTER_ADDR" in environment:
+        if "MASTER_ADDR" in os.environ:
             self.store = self.connect()
         elif self.rank or self.world_size > 1:
             raise ValueError("MASTER_ADDR must be set where RANK or WORLD_SIZE are, got rank "
@@ -1465,7 +1460,7 @@ class Ranks:
         self.count += 1
         return f"lmzero/{self.count}"
 
-    def wait(self, key, limit_s=7 * 86_400):  # data may be prepared for hours
+    def wait(self, key, limit_s=WEEK_S):
         self.store.wait([key], timedelta(seconds=limit_s))
         return json.loads(self.store.get(key))
 
@@ -1488,31 +1483,40 @@ class Ranks:
             raise Agreed(answer["error"])
         return answer["value"]
 
-    def collect(self, value, *limit_s):
+    def collect(self, value, limit_s=WEEK_S):
         """On rank 0 the values of all ranks, JSON; None on the others."""
         key = self.key()
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
         if self.rank == 0:
-            return [self.wait(f"{key}/{r}", *limit_s) for r in range(self.world_size)]
+            return [self.wait(f"{key}/{r}", limit_s) for r in range(self.world_size)]
         return None
+
+    def agree(self, function, limit_s=None):
+        """What function() returns on this rank; the ValueError or OSError that it has on one is
+        raised on all as a ValueError, which names that rank."""
+        result = problem = None
+        try:
+            result = function()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        problems = self.collect(problem, limit_s or self.init_timeout)
+
+        def verdict():
+            for rank, problem in enumerate(problems):
+                if problem:
+                    raise ValueError(f"rank {rank}: {problem}" if rank else problem)
+
+        self.share(verdict)
+        return result
 
     def in_turns(self, function):
         """function() on rank 0, then on the first rank of each other host, then on all others: the
         first finds or makes what the next ones find."""
         turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
-        result = None
-        for number in range(3):
-            error = None
-            if turn == number:
-                try:
-                    result = function()
-                except (ValueError, OSError) as problem:
-                    error = str(problem)
-            errors = self.collect(error)
-            self.share(functools.partial(raise_first, errors))
-        return result
+        return [self.agree(function if turn == number else lambda: None, WEEK_S)
+                for number in range(3)][turn]
 
-    def same(self, what, values, limit_s=7 * 86_400):
+    def same(self, what, values, limit_s=WEEK_S):
         """ValueError on every rank, naming the first that differs, unless `values` (JSON, a dict)
         are the same on all."""
         found = self.collect(values, limit_s)
@@ -1528,18 +1532,10 @@ class Ranks:
 
         self.share(verdict)
 
-    def agree(self, check):
-        """Raises on every rank the ValueError that check() has on one, and names that."""
-        problem = None
-        try:
-            check()
-        except ValueError as error:
-            problem = str(error)
-        problems = self.collect(problem, self.init_timeout)
-        self.share(functools.partial(raise_first, problems))
-
     def start_group(self, device, backend, timeout):
         """The process group, proven by a first collective that has a short time limit."""
+        if backend == "auto":
+            backend = "nccl" if device.type == "cuda" else "gloo"
         self.watch = Watchdog(self, timeout)
         self.watch("the first collective", limit_s=self.init_timeout, hint="see that the hosts "
                    "reach each other: NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names the network "
@@ -1571,12 +1567,6 @@ class Ranks:
             return self.store.add(TOLD, 1) == 1
         except RuntimeError:
             return without_store and not (self.watch is not None and self.watch.told)
-
-
-def raise_first(errors):
-    for rank, error in enumerate(errors):
-        if error:
-            raise ValueError(f"rank {rank}: {error}" if rank else error)
 
 
 class Watchdog:
@@ -1627,8 +1617,8 @@ class Watchdog:
     def tell(self):
         self.beat += 1
         self.told = self.told or self.all.check([TOLD])
-        state = [self.beat, self.step, COUNT["issued"], self.what]
-        self.store.set(str(self.ranks.rank), json.dumps(state))
+        state = json.dumps([self.beat, self.step, COUNT["issued"]])
+        self.store.set(str(self.ranks.rank), state)
 
     def states(self):
         ranks = map(str, range(self.ranks.world_size))
@@ -1651,7 +1641,7 @@ class Watchdog:
 
     def blame(self, before, now):
         silent = [r for r, (a, b) in enumerate(zip(before, now, strict=True)) if a == b]
-        place = {r: (state[1], state[2]) for r, state in enumerate(now) if state}
+        place = {r: state[1:] for r, state in enumerate(now) if state}
         behind = silent or [r for r, at in place.items() if at == min(place.values())]
         names = f"rank{'s' * (len(behind) > 1)} {', '.join(map(str, behind))}"
         how = ("stopped answering" if silent else "fell behind" if len(behind) < len(place)
@@ -1682,10 +1672,6 @@ def device_of_rank(args, ranks):
         raise ValueError(f"backend=nccl needs an NVIDIA GPU for each rank, got device {device}; "
                          "give --backend gloo")
     return device
-
-
-def backend_for(args, device):
-    return args.backend if args.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1728,9 +1714,8 @@ class Trainer:
         self.model.checkpoint_every = args.checkpoint_every
         self.model.recompute(self.levels)
         self.generator = torch.Generator().manual_seed(args.seed)  # the place in the data
-        self.step, self.saved, content = 0, None, None
-        if args.resume:
-            content = self.load()
+        self.step, self.saved = 0, None
+        content = self.load() if args.resume else None
         self.engine = Engine(
             args.strategy, self.model, self.dtype, args.weight_decay, args.lr,
             (args.beta1, args.beta2), self.compiled, **strategy_settings(args), device=self.device,
@@ -1739,14 +1724,15 @@ class Trainer:
         if self.step:
             self.engine.load_optimizer(content and content["optimizer"], ranks)
         del content
-        if args.overwrite and ranks.rank == 0:
-            for old in self.out_dir.glob("checkpoint.pt*"):
+        self.log = None
+        if ranks.rank == 0:
+            for old in [*self.out_dir.glob("checkpoint.pt*")] if args.overwrite else ():
                 old.unlink()
-        if self.tokenizer and ranks.rank == 0:  # of this run, whatever becomes of data_dir
-            self.tokenizer.save(self.out_dir / "tokenizer.json")
-        self.log = self.open_log() if ranks.rank == 0 else None
-        if ranks.rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ:
-            marker_of(args).write_text(os.environ["TORCHELASTIC_RUN_ID"])
+            if self.tokenizer:  # of this run, whatever becomes of data_dir
+                self.tokenizer.save(self.out_dir / "tokenizer.json")
+            self.log = self.open_log()
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                marker_of(args).write_text(os.environ["TORCHELASTIC_RUN_ID"])
         self.pending = None  # the newest step: its numbers are read while the next one runs
         self.eta_from = None  # (step, time) of the first step: it may compile, and is not counted
         self.signals, self.stopping = [], False
@@ -1768,12 +1754,14 @@ class Trainer:
         free = lm.free_memory(device)
         if device.type == "cpu":  # the ranks of a host share it
             free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        size = min(self.micro_batch_size, self.sequences // N)
+        share = self.sequences // N
+        size = min(self.micro_batch_size, share)
+
+        def bytes_with(levels):
+            return bytes_of_step(args.strategy, N, size < share, args, self.config, size,
+                                 self.dtype, device, levels, self.compiled)
+
         while True:
-            accumulates = size < self.sequences // N
-            bytes_with = functools.partial(bytes_of_step, args.strategy, N, accumulates, args,
-                                           self.config, size, self.dtype, device,
-                                           compiled=self.compiled)
             self.levels = lm.choose_recomputation(args, self.config.num_layers, bytes_with, free)
             need = bytes_with(self.levels)
             print(f"memory: about {need / 2**30:.2f} of {free / 2**30:.1f} GiB free on {device}"
@@ -1781,11 +1769,9 @@ class Trainer:
             if need <= free or size % 2:
                 break
             size //= 2
-        least = torch.tensor(size, device=device)
-        if N > 1:
-            dist.all_reduce(least, dist.ReduceOp.MIN)
-        if least.item() < min(self.micro_batch_size, self.sequences // N):
-            self.micro_batch_size = least.item()
+        least = int(over_ranks(size, device, dist.ReduceOp.MIN))
+        if least < min(self.micro_batch_size, share):
+            self.micro_batch_size = least
             print(f"not enough memory: micro-batches of {self.micro_batch_size}, the same update")
 
     def open_log(self):
@@ -1839,17 +1825,13 @@ class Trainer:
                                  f"another; give the same text, or --tokenizer {self.out_dir}"
                                  "/tokenizer.json")
             lm.restore(content, self.model)
-            try:
-                return [content["iteration"], bytes(content["generator"].tolist()).hex(),
-                        content["micro_batch_size"], content["elapsed_s"]]
-            except KeyError as missing:
-                raise ValueError(f"{self.checkpoint} must be of train.py or ddp.py, got one without"
-                                 f" {missing}; start anew with --overwrite") from None
+            return [content["iteration"], content["generator"].tolist(),
+                    content["micro_batch_size"], content["elapsed_s"]]
 
         if (found := self.ranks.share(read)) is None:
             return None
         self.step, state, micro_batch_size, elapsed_s = found
-        self.generator.set_state(torch.tensor([*bytes.fromhex(state)], dtype=torch.uint8))
+        self.generator.set_state(torch.tensor(state, dtype=torch.uint8))
         self.micro_batch_size = min(self.micro_batch_size, micro_batch_size)
         self.saved = self.step
         self.started -= elapsed_s
@@ -1878,10 +1860,8 @@ class Trainer:
         mean_s = (now - self.eta_from[1]) / max(1, step - self.eta_from[0]) or seconds
         entry.update(step_ms=seconds * 1e3, tokens_per_s=rate)
         if self.device.type == "cuda":  # of the rank that used most
-            used = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device=self.device)
-            if self.ranks.world_size > 1:
-                dist.all_reduce(used, dist.ReduceOp.MAX)
-            entry["memory_gib"] = used.item()
+            entry["memory_gib"] = over_ranks(torch.cuda.max_memory_allocated() / 2**30,
+                                             self.device, dist.ReduceOp.MAX)
         print(lm.log_line(entry, args.max_steps, mfu, mean_s * (args.max_steps - step)), flush=True)
         self.record(**entry)
 
@@ -1894,11 +1874,7 @@ class Trainer:
         total, tokens = lm.evaluation_sum(
             loss_sum, self.valid_ids, T, num_tokens, self.micro_batch_size,
             self.device, self.ranks.rank, self.ranks.world_size)
-        if self.ranks.world_size > 1:
-            total = torch.tensor(total, dtype=torch.float64, device=self.device)
-            dist.all_reduce(total)
-            total = total.item()
-        loss = total / tokens
+        loss = over_ranks(total, self.device) / tokens
         bits, perplexity = loss / math.log(2) * self.tokens_per_byte, math.exp(min(loss, 700))
         print(f"step {self.step}/{self.args.max_steps} | validation loss {loss:.4f} | perplexity "
               f"{perplexity:.2f} | bits per byte {bits:.4f}", flush=True)
@@ -1959,12 +1935,16 @@ class Trainer:
         """Last validation, Hugging Face folder, sample, times."""
         self.validate(4 * self.args.eval_tokens)
         weights = self.engine.whole_model() if self.engine.rows else {}
-        if self.ranks.rank:
-            return
         self.watch("writing the model", limit_s=math.inf)
+        self.ranks.share(lambda: self.export(weights))  # a rank that is gone ends the run
+        self.ranks.collect("heard")  # the store may end with rank 0
+        print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
+
+    def export(self, weights):
+        """Of rank 0, which has the weights that are not in the model."""
         model = self.model
         if weights:  # a whole model, which the sharded one is not
-            model = lm.TransformerLM(self.config)
+            model = lm.TransformerLM(self.config).to(getattr(torch, self.args.param_dtype))
             model.load_state_dict(weights)
             if 4 * parameters_of(self.config) < lm.free_memory(self.device) / 2:
                 model = model.to(self.device)
@@ -1973,16 +1953,15 @@ class Trainer:
         lm.export_and_sample(model, self.tokenizer, self.out_dir, self.args.prompt,
                              self.args.sample_tokens, self.args.seed)
         marker_of(self.args).unlink(missing_ok=True)
-        print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
 
 
-def bytes_of_step(strategy, N, accumulates, *of_flags, compiled=False):
-    """Bytes that a rank of N needs for a step; of_flags: of lm.memory_of_flags."""
-    args, config, _, dtype, _, levels = of_flags
+def bytes_of_step(strategy, N, accumulates, args, config, batch_size, dtype, device, levels,
+                  compiled=False):
+    """Bytes that a rank of N needs for a step of micro-batches of batch_size sequences."""
     if compiled and not args.checkpoint_every and strategy != "torch_ddp":  # measured: not there
         # torch.compile's backward passes, too, compute again what is no product
         levels = ["cheap" if level == "none" else level for level in levels]
-    parts = lm.memory_of_flags(*of_flags[:-1], levels)
+    parts = lm.memory_of_flags(args, config, batch_size, dtype, device, levels)
     grads, blocks = parts.pop("gradients"), parts.pop("activations of the blocks")
     sharded, copies = (), 0
     if strategy == "zero1":
@@ -1997,7 +1976,7 @@ def bytes_of_step(strategy, N, accumulates, *of_flags, compiled=False):
     else:
         blocks += parts.pop("weights cast to bfloat16")  # freed with them
         copies = grads if strategy in ("flat", "torch_ddp") else 0
-        parts["in flight"] = min(grads, DDP.in_flight_bytes + 8 * 25 * MiB)  # and a bucket
+        parts["in flight"] = min(grads, DDP.in_flight_bytes + 8 * BUCKET_MB * MiB)  # and a bucket
     rest = sum(value / (N if part in sharded else 1) for part, value in parts.items())
     if strategy == "torch_ddp":  # its buckets are there from the start
         rest, copies = rest + grads, 0
@@ -2026,17 +2005,17 @@ def check_strategy_flags(args, chosen):
 def train(args, ranks):
     """train.py's run, on the ranks that torchrun started."""
     def check():
-        device_of_rank(args, ranks)
+        device = device_of_rank(args, ranks)
         sequences = args.batch_size * args.grad_accum
         if sequences % ranks.world_size:
             raise ValueError(f"batch_size * grad_accum must be a multiple of the number of ranks, "
                              f"got {args.batch_size} * {args.grad_accum} and {ranks.world_size}; "
                              "change one of them")
         check_strategy_flags(args, [args.strategy])
+        return device
 
-    ranks.agree(check)
-    device = device_of_rank(args, ranks)
-    ranks.start_group(device, backend_for(args, device), args.timeout)
+    device = ranks.agree(check)
+    ranks.start_group(device, args.backend, args.timeout)
     trainer = Trainer(args, ranks, device)
     with lm.stop_politely(trainer.signals):
         return trainer.run()
@@ -2045,53 +2024,67 @@ def train(args, ranks):
 # -------------------------------------------------------------------------------------------------
 # bench: step time, communication that is not hidden, memory
 
+COLUMNS = {  # of the table, after those of the time: {title: (key of a row, width, format)}
+    "tok/s": ("tokens_per_s", 10, ",.0f"), "mfu": ("mfu", 6, ".1%"),
+    "communicating": ("communicating_ms", 14, ".2f"), "exposed": ("exposed_ms", 8, ".2f"),
+    "hidden": ("hidden", 7, ".1%"), "init": ("init_gib", 7, ".2f"),
+    "before": ("before_gib", 7, ".2f"), "step": ("step_gib", 7, ".2f"),
+    "state": ("state_gib", 7, ".2f")}
+
 
 def bench(args, ranks):
     """Times training steps on random ids under each strategy, rivals in the same processes; prints
     a table, then JSON. source: [1] the benchmarking problems of data parallelism"""
-    ranks.agree(functools.partial(check_bench, args, ranks))
-    device = device_of_rank(args, ranks)
-    ranks.start_group(device, backend_for(args, device), args.timeout)
+    device = ranks.agree(functools.partial(check_bench, args, ranks))
+    ranks.start_group(device, args.backend, args.timeout)
     narrow = args.param_dtype == "bfloat16"  # then all is computed in it
     dtype, reason = lm.resolve_dtype("bfloat16" if narrow else args.dtype, device)
     config = lm.config_from_flags(args)
     cuda = device.type == "cuda"
     compiled = lm.compile_problem(device) is None if args.compile is None else args.compile
     card = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
-    print(f"{config}\n{parameters_of(config):,} parameters, {ranks.world_size} x {device.type} "
-          f"({card}), batch {args.batch_size} a rank, {str(dtype)[6:]}, torch {torch.__version__}, "
-          f"compile {compiled}, checkpoint_every {args.checkpoint_every}, "
-          f"recompute {args.recompute}, weights in {args.param_dtype}"
-          + "".join(f", {name} {value}" for name, value in strategy_settings(args).items())
+    conditions = {
+        "preset": args.preset, "ranks": ranks.world_size, "device": card,
+        "torch": torch.__version__, "batch_size": args.batch_size, "grad_accum": args.grad_accum,
+        "context_length": config.context_length, "attention": config.attention,
+        "dtype": str(dtype)[6:], "param_dtype": args.param_dtype,
+        "moment_dtype": args.moment_dtype or args.param_dtype,
+        "reduce_dtype": args.reduce_dtype or "float32", "bucket_mb": args.bucket_mb or BUCKET_MB,
+        "compile": compiled, "checkpoint_every": args.checkpoint_every,
+        "recompute": args.recompute}
+    print(f"{config}\n{parameters_of(config):,} parameters; batch_size of a rank"
+          + "".join(f"; {name} {value}" for name, value in conditions.items())
           + (f"; {reason}" if reason else ""))
     print("ms: median of turns (lowest to highest), the slowest rank's. communicating, exposed: in "
           + ("NCCL's kernels, and those of no other kernel beside them, by torch.profiler" if cuda
              else "not known on CPUs, and waiting for collectives of ours")
           + "; hidden: the rest.\nGiB of rank 0: allocated after init, highest before the "
           "optimizer's step, highest in it, optimizer state", flush=True)
-    print(f"{'strategy':<11}|{'ms a step':>26} |{'tok/s':>10} |{'mfu':>6} |{'communicating':>14} |"
-          f"{'exposed':>8} |{'hidden':>7} |{'init':>7} |{'before':>7} |{'step':>7} |{'state':>7}")
+    print(f"{'strategy':<11}|{'ms a step':>26} |"
+          + " |".join(f"{title:>{width}}" for title, (_, width, _) in COLUMNS.items()))
     rows, checks = {}, {}
     for strategy in args.strategies:
         row = bench_strategy(strategy, args, ranks, config, device, dtype, compiled, checks)
         rows[strategy] = row
-        print(f"{strategy:<11}|{row['ms']:>10.2f} ({row['low_ms']:.2f}-{row['high_ms']:.2f}) |"
-              f"{row['tokens_per_s']:>10,.0f} |{shown(row['mfu'], '.1%'):>6} |"
-              f"{shown(row['communicating_ms'], '.2f'):>14} |{shown(row['exposed_ms'], '.2f'):>8} |"
-              f"{shown(row['hidden'], '.1%'):>7} |" + " |".join(
-                  f"{shown(row[k], '.2f'):>7}" for k in ("init_gib", "before_gib", "step_gib",
-                                                        "state_gib")), flush=True)
+        cells = [f"{'n/a' if row[key] is None else format(row[key], form):>{width}}"
+                 for key, width, form in COLUMNS.values()]
+        print(f"{strategy:<11}|{spread(row)} |" + " |".join(cells), flush=True)
         if row.get("shares"):
             print("  of a step: " + ", ".join(f"{part} {share:.1%}" for part, share
                                               in row["shares"].items()), flush=True)
-    print(json.dumps({"preset": args.preset, "ranks": ranks.world_size, "device": card,
-                      "batch_size": args.batch_size, "context_length": config.context_length,
-                      "grad_accum": args.grad_accum, "attention": config.attention,
-                      "dtype": str(dtype)[6:], "param_dtype": args.param_dtype,
-                      "moment_dtype": args.moment_dtype or args.param_dtype,
-                      "reduce_dtype": args.reduce_dtype or "float32", "compile": compiled,
-                      "checkpoint_every": args.checkpoint_every, "strategies": rows}))
+    print(json.dumps({**conditions, "strategies": rows}))
     return 0
+
+
+def in_ms(seconds):
+    return {"ms": 1e3 * statistics.median(seconds), "low_ms": 1e3 * min(seconds),
+            "high_ms": 1e3 * max(seconds)}
+
+
+def spread(row, digits=2):
+    """A cell: the median (lowest to highest) of `in_ms`."""
+    ms, low, high = (f"{row[k]:.{digits}f}" for k in ("ms", "low_ms", "high_ms"))
+    return f"{f'{ms} ({low}-{high})':>26}"
 
 
 def check_path(path):
@@ -2107,6 +2100,7 @@ STEP_8B = dict(batch_size=1, strategies=["fsdp"], attention="flash", param_dtype
 
 
 def check_bench(args, ranks):
+    """The device of this rank. raises ValueError before any work"""
     device = device_of_rank(args, ranks)
     check_path(args.trace)
     check_strategy_flags(args, args.strategies)
@@ -2119,10 +2113,7 @@ def check_bench(args, ranks):
     if args.batch_size % args.grad_accum:
         raise ValueError(f"batch_size must be a multiple of grad_accum, got {args.batch_size} and "
                          f"{args.grad_accum}; change one of them")
-
-
-def shown(value, form):
-    return "n/a" if value is None else format(value, form)
+    return device
 
 
 def check_agree(checks, bound):
@@ -2139,55 +2130,59 @@ def check_agree(checks, bound):
                                  f"loss, norm and next loss, got {checks}; this is a bug")
 
 
-def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, checks):
-    """A row of bench's table. checks: check_agree's, to which this strategy's are added"""
-    cuda = device.type == "cuda"
+def bench_engine(strategy, args, config, device, dtype, compiled):
+    """(Engine around a model of random weights, what its blocks compute again)."""
     gc.collect()
-    if cuda:
+    if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     torch.compiler.reset()
-    ranks.watch(f"preparing {strategy}")
     free = 0.95 * lm.free_memory(device)
     torch.manual_seed(0)
     with device:
         model = lm.TransformerLM(config)
     model.to(getattr(torch, args.param_dtype))
     model.checkpoint_every = args.checkpoint_every
-    levels = lm.choose_recomputation(args, config.num_layers, functools.partial(
-        bytes_of_step, strategy, ranks.world_size, args.grad_accum > 1, args, config,
-        args.batch_size // args.grad_accum, dtype, device, compiled=compiled), free)
+
+    def bytes_with(levels):
+        return bytes_of_step(strategy, num_ranks(), args.grad_accum > 1, args, config,
+                             args.batch_size // args.grad_accum, dtype, device, levels, compiled)
+
+    levels = lm.choose_recomputation(args, config.num_layers, bytes_with, free)
     model.recompute(levels)
     if args.recompute == "auto":
         print(f"{strategy}{lm.levels_in_words(levels) or '; recompute: none'}")
     engine = Engine(strategy, model, dtype, 0.1, 1e-4, (0.9, 0.95), compiled,
                     **strategy_settings(args), precision=lm.optimizer_precision(args))
     gc.collect()
-    row, check = {"init_gib": allocated(cuda), "recompute": lm.count_levels(levels)}, []
+    return engine, levels
+
+
+def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, checks):
+    """A row of bench's table. checks: check_agree's, to which this strategy's are added"""
+    cuda = device.type == "cuda"
+    ranks.watch(f"preparing {strategy}")
+    engine, levels = bench_engine(strategy, args, config, device, dtype, compiled)
+    row = {"init_gib": torch.cuda.memory_allocated() / 2**30 if cuda else None,
+           "recompute": lm.count_levels(levels)}
     generator = torch.Generator().manual_seed(ranks.rank)
     x, y = torch.randint(config.vocab_size, (2, args.batch_size, config.context_length),
                          generator=generator).to(device)
 
-    def step(measure=False):
-        if measure and cuda:
-            torch.cuda.reset_peak_memory_stats()
-        stats = engine.loss_and_gradient(x, y, args.batch_size // args.grad_accum, 1.0)
-        if measure:
-            row["before_gib"] = allocated(cuda, "max_memory_allocated")
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
+    def gradient():
+        return engine.loss_and_gradient(x, y, args.batch_size // args.grad_accum, 1.0)
+
+    def step():
+        stats = gradient()
         engine.optimizer.step()
-        if measure:
-            row["step_gib"] = allocated(cuda, "max_memory_allocated")
         return stats
 
+    check = []
     for i in range(args.warmup_steps):
         ranks.watch(f"warming up {strategy}", i)
         stats = step()
         if i < 2:
-            if ranks.world_size > 1:
-                dist.all_reduce(stats[0])
-            check += stats.tolist()
+            check += [over_ranks(stats[0].item(), device), stats[1].item()]
     row["check"] = checks[strategy] = check[:3]
     narrow = "bfloat16" in (args.dtype, args.param_dtype, args.reduce_dtype) or dtype.itemsize == 2
     check_agree(checks, 2e-2 if narrow else 1e-4)  # before any time is taken
@@ -2197,36 +2192,38 @@ def bench_strategy(strategy, args, ranks, config, device, dtype, compiled, check
         began, waited_before = lm.synchronised_time(device), COUNT["waited_s"]
         for _ in range(args.steps):
             step()
-        took = torch.tensor(lm.synchronised_time(device) - began, device=device)
+        took = lm.synchronised_time(device) - began
         waited.append((COUNT["waited_s"] - waited_before) / args.steps)
-        if ranks.world_size > 1:
-            dist.all_reduce(took, dist.ReduceOp.MAX)
-        seconds.append(took.item() / args.steps)
-    step(measure=True)
+        seconds.append(over_ranks(took, device, dist.ReduceOp.MAX) / args.steps)
+    row["before_gib"] = peak_gib(gradient, cuda)
+    row["step_gib"] = peak_gib(engine.optimizer.step, cuda)
     rate = ranks.world_size * x.numel() / statistics.median(seconds)
     peak = lm.peak_flops(device)
-    row.update(ms=1e3 * statistics.median(seconds), low_ms=1e3 * min(seconds),
-               high_ms=1e3 * max(seconds), tokens_per_s=rate,
+    row.update(in_ms(seconds), tokens_per_s=rate,
                mfu=peak and rate * lm.flops_per_token(config) / ranks.world_size / peak)
     row["state_gib"] = sum(v.nbytes for state in engine.optimizer.state.values()
                            for v in state.values() if torch.is_tensor(v)) / 2**30
     row.update(communicating_ms=None, exposed_ms=None, hidden=None)
-    if cuda:
+    if cuda or args.trace:
         steps = 3
-        kernels = kernels_by_part(profile_steps(step, args, strategy, ranks, device, steps))
+        events = profile_steps(step, args, strategy, ranks, device, steps)
+    if cuda:
+        kernels = kernels_by_part(events)
         together, exposed = (1e-3 * us / steps for us in exposed_us(kernels))
         row.update(communicating_ms=together, exposed_ms=exposed,
                    hidden=1 - exposed / together if together else None,
                    shares=shares_of_parts(kernels))
     elif not strategy.startswith("torch"):
         row["exposed_ms"] = 1e3 * statistics.median(waited)
-        if args.trace:
-            profile_steps(step, args, strategy, ranks, device, 3)
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
 
 
-def allocated(cuda, which="memory_allocated"):
-    return getattr(torch.cuda, which)() / 2**30 if cuda else None
+def peak_gib(run, cuda):
+    """The most GPU memory that was allocated at a time while run() ran; None without."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() / 2**30 if cuda else None
 
 
 def profile_steps(step, args, strategy, ranks, device, steps):
@@ -2310,6 +2307,9 @@ def exposed_us(kernels):
 # comm: what the links can do, and where training becomes bound by them
 
 
+OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
+
+
 def bus_factor(operation, N):
     """Bus bandwidth is size / time times this: the bytes that each link must carry, whatever the
     algorithm, for a whole tensor of that size. source: [6]"""
@@ -2322,13 +2322,11 @@ def time_collective(operation, size, device, repeats):
     rank's; checked against what it must give first."""
     N, r = num_ranks(), this_rank()
     n = max(1, size // 4 // N)  # elements of a part
-    whole, part = torch.full((n * N,), 1.0, device=device), torch.full((n,), 1.0, device=device)
+    whole, part = (torch.full((k,), r + 1.0, device=device) for k in (n * N, n))
     run = {"all_reduce": lambda: dist.all_reduce(whole),
            "reduce_scatter": lambda: _reduce_scatter(part, whole),
            "all_gather": lambda: _all_gather(whole, part),
            "broadcast": lambda: dist.broadcast(whole, 0)}[operation]
-    whole.fill_(r + 1.0)
-    part.fill_(r + 1.0)
     run()
     result = part if operation == "reduce_scatter" else whole
     each = torch.arange(1.0, N + 1, device=device)  # what the ranks brought
@@ -2337,54 +2335,45 @@ def time_collective(operation, size, device, repeats):
         raise ValueError(f"{operation} must give {want.flatten().tolist()}, got "
                          f"{result[::n].tolist()}; this is a bug")
     seconds = []
-    for i in range(5 + repeats):
+    for _ in range(5 + repeats):
         whole.fill_(1.0)
         dist.all_reduce(torch.ones((), device=device))  # all begin together
         began = lm.synchronised_time(device)
         run()
-        took = torch.tensor(lm.synchronised_time(device) - began, device=device)
-        dist.all_reduce(took, dist.ReduceOp.MAX)
-        if i >= 5:
-            seconds.append(took.item())
-    return seconds
+        took = lm.synchronised_time(device) - began
+        seconds.append(over_ranks(took, device, dist.ReduceOp.MAX))
+    return seconds[5:]
 
 
 def comm(args, ranks):
     """Times collectives of many sizes; prints a table, with --limits what it means, then JSON.
     source: [1] distributed_communication_single_node"""
     def check():
-        device_of_rank(args, ranks)
+        device = device_of_rank(args, ranks)
         check_path(args.plot)
         if args.plot and find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib, got none; pip install matplotlib")
-        for name in ("tokens", "d_ff"):
-            if getattr(args, name) is not None and not args.limits:
-                raise ValueError(f"--{name} must come with --limits, got it without; add that")
+        return device
 
-    ranks.agree(check)
-    device = device_of_rank(args, ranks)
-    backend = backend_for(args, device)
-    ranks.start_group(device, backend, args.timeout)
-    N, rows = ranks.world_size, []
+    device = ranks.agree(check)
+    ranks.start_group(device, args.backend, args.timeout)
+    N, backend, rows = num_ranks(), dist.get_backend(), []
     print(f"{N} ranks, {backend}, {device.type}, torch {torch.__version__}, float32; median of "
           f"{args.repeats} (lowest to highest), the slowest rank's; GB = 1e9 bytes")
     print(f"{'operation':<15}|{'MB':>7} |{'ms':>26} |{'GB/s':>8} |{'bus GB/s':>9}")
-    for operation in args.operations:
+    for operation in OPERATIONS:
         for size in args.sizes_mb:
             ranks.watch(f"{operation} of {size:g} MB")
             seconds = time_collective(operation, int(size * 1e6), device, args.repeats)
-            rate = size * 1e6 / statistics.median(seconds)
-            rows.append({"operation": operation, "mb": size, "ms": 1e3 * statistics.median(seconds),
-                         "low_ms": 1e3 * min(seconds), "high_ms": 1e3 * max(seconds),
-                         "gb_per_s": rate / 1e9, "bus_gb_per_s":
-                         rate / 1e9 * bus_factor(operation, N)})
-            row = rows[-1]
-            print(f"{operation:<15}|{size:>7g} |{row['ms']:>10.3f} ({row['low_ms']:.3f}-"
-                  f"{row['high_ms']:.3f}) |{row['gb_per_s']:>8.2f} |{row['bus_gb_per_s']:>9.2f}",
-                  flush=True)
+            rate = size * 1e-3 / statistics.median(seconds)
+            row = {"operation": operation, "mb": size, **in_ms(seconds), "gb_per_s": rate,
+                   "bus_gb_per_s": rate * bus_factor(operation, N)}
+            rows.append(row)
+            print(f"{operation:<15}|{size:>7g} |{spread(row, 3)} |{rate:>8.2f} |"
+                  f"{row['bus_gb_per_s']:>9.2f}", flush=True)
     answer = {"ranks": N, "backend": backend, "torch": torch.__version__, "rows": rows}
     if args.limits:
-        answer["limits"] = show_limits(args, rows, device)
+        answer["limits"] = show_limits(rows, device)
     print(json.dumps(answer), flush=True)
     if args.plot and ranks.rank == 0:
         plot_comm(rows, args.plot)
@@ -2468,7 +2457,7 @@ def fsdp_tensor_parallel_limit(B, F, C, W, overlapped=True):
     return X * Y, (X, Y)
 
 
-def show_limits(args, rows, device):
+def show_limits(rows, device):
     """Prints the limits for the measured C and W, and returns them."""
     dtype, n = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 1024)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
@@ -2479,34 +2468,28 @@ def show_limits(args, rows, device):
             a @ b
         seconds.append((lm.synchronised_time(device) - began) / 3)
     C, N = 2 * n**3 / statistics.median(seconds[3:]), num_ranks()
-    W = 1e9 * max((row["bus_gb_per_s"] for row in rows if row["operation"] != "broadcast"),
-                  default=0)
-    if N == 1 or not W:
-        print(f"limits need 2 ranks and an operation other than broadcast, got {N} and "
-              f"{', '.join(args.operations)}")
+    W = 1e9 * max(row["bus_gb_per_s"] for row in rows if row["operation"] != "broadcast")
+    if N == 1:
+        print("limits need 2 ranks, got 1")
         return None
-    B, F, size = args.tokens or TOKENS, args.d_ff or D_FF, 1e9
-    both, (X, Y) = fsdp_tensor_parallel_limit(B, F, C, W)
+    B, F = TOKENS, D_FF
+    own, (X, Y) = fsdp_tensor_parallel_limit(B, F, C, W)
     shared, (X1, Y1) = fsdp_tensor_parallel_limit(B, F, C, W, overlapped=False)
-    limits = {
-        "C_flop_per_s": C, "W_bytes_per_s": W, "tokens_a_rank": C / W,
-        "data_parallel_ranks": data_parallel_limit(B, C, W), "fsdp_ranks": fsdp_limit(B, C, W),
-        "tensor_parallel_ranks": tensor_parallel_limit(F, C, W),
-        "fsdp_tensor_parallel_ranks": both, "fsdp_tensor_parallel_ranks_shared_links": shared,
-        "ring_all_reduce_s": ring_all_reduce_seconds(size, N, W),
-        "alternate_ring_all_reduce_s": alternate_ring_all_reduce_seconds(size, N, W)}
+    limits = {  # {name: (number, how it came about)}
+        "data_parallel_ranks": (data_parallel_limit(B, C, W), "1 + B W / C"),
+        "fsdp_ranks": (fsdp_limit(B, C, W), "1 + B W / C"),
+        "tensor_parallel_ranks": (tensor_parallel_limit(F, C, W), "1 + 3 F W / 2 C"),
+        "fsdp_tensor_parallel_ranks": (own, f"{X:,.1f} by {Y:,.1f}, over links of their own"),
+        "fsdp_tensor_parallel_ranks_shared_links": (shared, f"{X1:,.1f} by {Y1:,.1f}"),
+        "ring_all_reduce_s": (ring_all_reduce_seconds(1e9, N, W), f"1 GB on {N} ranks"),
+        "alternate_ring_all_reduce_s": (alternate_ring_all_reduce_seconds(1e9, N, W), "the same")}
     print(f"C {C / 1e12:.1f} TFLOP/s ({str(dtype)[6:]} matrices of {n}), W {W / 1e9:.2f} GB/s (the "
           f"best bus bandwidth of a ring above): C / W = {C / W:,.0f}\n"
-          f"bound by computation, for B {B:,} tokens and d_ff {F:,}, up to\n"
-          f"  {limits['data_parallel_ranks']:,.1f} ranks, data parallel (1 + B W / C)\n"
-          f"  {limits['fsdp_ranks']:,.1f} ranks, FSDP (1 + B W / C)\n"
-          f"  {limits['tensor_parallel_ranks']:,.1f} ranks, tensor parallel (1 + 3 F W / 2 C)\n"
-          f"  {both:,.1f} ranks, FSDP over {X:,.1f} and tensor parallel over {Y:,.1f}, links of "
-          f"their own\n  {shared:,.1f} ranks, FSDP over {X1:,.1f} and tensor parallel over "
-          f"{Y1:,.1f}, over the same links\n"
-          f"an all-reduce of 1 GB on {N} ranks takes {limits['ring_all_reduce_s'] * 1e3:.2f} ms in "
-          f"a ring, {limits['alternate_ring_all_reduce_s'] * 1e3:.2f} ms in the alternate ring")
-    return limits
+          f"bound by computation up to so many ranks, for B {B:,} tokens and d_ff F {F:,}:")
+    for name, (value, how) in limits.items():
+        print(f"  {name} {value:,.{4 if name.endswith('_s') else 1}f} ({how})")
+    return {"C_flop_per_s": C, "W_bytes_per_s": W, "tokens_a_rank": C / W,
+            **{name: value for name, (value, _) in limits.items()}}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2527,7 +2510,7 @@ def build_parser():
         return verb
 
     def add_strategy_flags(add):
-        add("--bucket_mb", type=rate, help="gradients of a bucket (default 25)")
+        add("--bucket_mb", type=rate, help=f"gradients of a bucket (default {BUCKET_MB:g})")
         add("--reduce_dtype", choices=("float32", "bfloat16"), help="in which gradients are added "
             "(default float32)")
 
@@ -2557,15 +2540,11 @@ def build_parser():
 
     p = add_verb("comm", comm, "bandwidth of collectives, and what it allows")
     add = p.add_argument
-    operations = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
-    add("--operations", nargs="+", default=operations, choices=operations)
     add("--sizes_mb", type=rate, nargs="+", default=[1, 10, 100, 1000])
     add("--repeats", type=counting, default=10)
     add("--device", default="auto")
     add("--plot", metavar="FILE", help="draw the bus bandwidths")
     add("--limits", action="store_true", help="measure C too; print how far each way scales")
-    add("--tokens", type=counting, help=f"B, for --limits (default {TOKENS:,})")
-    add("--d_ff", type=counting, help=f"F, for --limits (default {D_FF:,})")
     return parser
 
 
@@ -2593,11 +2572,6 @@ def went_on(args, ranks):
         return marker_of(args).exists() and marker_of(args).read_text() == mine
     marker_of(args).unlink(missing_ok=True)  # of a torchrun before
     return False
-
-
-def flags_of(args):
-    return {f"--{name}": str(value) for name, value in vars(args).items()
-            if name not in ("run", "model_defaults")}
 
 
 def with_defaults(parser, argv, verb, **defaults):
@@ -2633,7 +2607,6 @@ def main(argv=None):
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     rank = int(os.environ.get("RANK", 0))
     with contextlib.ExitStack() as stack:
-        quiet = sys.stderr
         if rank:  # rank 0 speaks for all
             quiet = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(quiet))
@@ -2648,7 +2621,8 @@ def main(argv=None):
                     raise
             ranks = Ranks(args.init_timeout if args else 60)
             ranks.agree(functools.partial(raise_last_line, refused.getvalue()))
-            ranks.same("flags", flags_of(args), args.init_timeout)
+            ranks.same("flags", {f"--{name}": str(value) for name, value in vars(args).items()
+                                 if name not in ("run", "model_defaults")}, args.init_timeout)
             if args.verb == "train" and (args.resume or ranks.share(lambda: went_on(args, ranks))):
                 args = resumed_flags(parser, argv, args, ranks)
             return args.run(args, ranks)

@@ -24,6 +24,7 @@ import traceback
 import weakref
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +43,7 @@ F32 = dict(rtol=0, atol=1e-5)  # the contract's bound; sums over ranks come in a
 DEVICE = "cpu"  # of the checks on ranks; run_checks sets it
 CPU = dict(env={**os.environ, "OMP_NUM_THREADS": "1"})
 CHECKS = {}
+WRAPPERS = ("NaiveDDP", "FlatDDP", "DDP", "zero1", "FSDP")
 
 
 def on_ranks(function):
@@ -114,13 +116,29 @@ def loss_of(module, x, y):
     return lm.cross_entropy(module(x), y)
 
 
+def assert_gradients(wrapper, plain, scale=1.0):
+    """The wrapper's are `scale` times the plain module's, as far as this rank keeps them."""
+    for name, p in wrapper.local_parameters().items():
+        grad = plain.get_parameter(name).grad
+        if p.grad is None:
+            assert grad is None or wrapper.owner, name
+            continue
+        part = ddp.my_rows(grad, len(grad)) if name in wrapper.rows else grad
+        assert torch.allclose(p.grad, scale * part, **F32), name
+
+
+def units_held(wrapper):
+    """How many units but the root have whole weights."""
+    return sum(u.params[0].buffer.untyped_storage().nbytes() > 0 for u in wrapper.units[1:])
+
+
 @on_ranks
 def every_wrapper_trains_as_one_process_does(folder):
     N = ddp.num_ranks()
     for tied in (False, True):
         for frozen in (False, True):
             for accumulate in (False, True) if N == 2 else (True,):
-                for kind in ("NaiveDDP", "FlatDDP", "DDP", "zero1", "FSDP"):
+                for kind in WRAPPERS:
                     torch.manual_seed(0)
                     plain = Toy(tied, frozen)
                     start = copy.deepcopy(plain.state_dict())
@@ -154,7 +172,7 @@ def every_wrapper_trains_as_one_process_does(folder):
 
 @on_ranks
 def a_parameter_that_no_rank_used_keeps_no_gradient(folder):
-    for kind in ("NaiveDDP", "FlatDDP", "DDP", "zero1", "FSDP"):
+    for kind in WRAPPERS:
         wrapper, _ = wrap(kind, Toy())
         loss_of(wrapper, *map(mine, batch(8, 0))).backward()
         wrapper.finish_gradient_synchronization()
@@ -164,7 +182,7 @@ def a_parameter_that_no_rank_used_keeps_no_gradient(folder):
 @on_ranks
 def ranks_that_used_different_parameters_are_named(folder):
     last = ddp.num_ranks() - 1
-    for kind in ("NaiveDDP", "FlatDDP", "DDP", "zero1", "FSDP"):
+    for kind in WRAPPERS:
         wrapper, _ = wrap(kind, Toy())
         loss = loss_of(wrapper, *map(mine, batch(8, 0)))
         if ddp.this_rank() == last:
@@ -256,12 +274,8 @@ def fsdp_keeps_an_nth_of_the_rows_and_frees_whole_weights(folder):
     rows = -(-9 // N)
     assert shapes["layers.0.0.bias"] == (max(0, min(rows, 9 - r * rows)),)
     seen = []
-
-    def gathered(*_):
-        seen.append(sum(s.buffer.untyped_storage().nbytes() > 0 for u in wrapper.units[1:] for s in u.params[:1]))
-
     for layer in wrapper.module.layers:
-        layer[1].register_forward_hook(gathered)
+        layer[1].register_forward_hook(lambda *_: seen.append(units_held(wrapper)))
     with torch.no_grad():
         wrapper(batch(2, 0)[0])
     assert seen == [3, 3, 2, 1]  # a block and the two after it; those before it are freed
@@ -290,9 +304,7 @@ def fsdp_shards_classes_that_are_named_and_weights_that_blocks_share(folder):
     plain(x).square().mean().backward()
     wrapper(mine(x)).square().mean().backward()
     wrapper.finish_gradient_synchronization()
-    for name, p in wrapper.module.named_parameters():
-        expected = ddp.my_rows(plain.get_parameter(name).grad, 5)
-        assert torch.allclose(p.grad, expected, **F32), name
+    assert_gradients(wrapper, plain)
     full = wrapper.gather_full_params()
     assert torch.equal(full["2.weight"], plain[2].weight) and full["0.weight"] is full["2.weight"]
 
@@ -498,9 +510,6 @@ def blocks_that_are_used_twice_train_as_in_one_process(folder):
 
 @on_ranks
 def fsdp_frees_blocks_in_the_backward_pass_frozen_ones_too(folder):
-    def held(wrapper):
-        return sum(s.buffer.untyped_storage().nbytes() > 0 for u in wrapper.units[1:] for s in u.params[:1])
-
     for frozen in ("none", "a.bias", "a.", "all but the first"):
         torch.manual_seed(0)
         plain = Stack(n=10)
@@ -511,13 +520,13 @@ def fsdp_frees_blocks_in_the_backward_pass_frozen_ones_too(folder):
         seen = []
 
         def watch(module, x, y, seen=seen, wrapper=wrapper):
-            y.register_hook(lambda _: seen.append(held(wrapper)))
+            y.register_hook(lambda _: seen.append(units_held(wrapper)))
 
         for layer in wrapper.module.layers:
             layer.register_forward_hook(watch)
         wrapper(mine(vectors(0))).sum().backward()
         assert len(seen) == 10 and max(seen) == 3, (frozen, seen)  # a block, and the two before it
-        assert held(wrapper) == 0
+        assert units_held(wrapper) == 0
         wrapper.finish_gradient_synchronization()
 
 
@@ -573,15 +582,12 @@ def wrappers_clip_by_the_norm_of_the_whole_gradient(folder):
     plain = copy.deepcopy(start)
     loss_of(plain, x, y).backward()
     expected = nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
-    for kind in ("NaiveDDP", "FlatDDP", "DDP", "zero1", "FSDP"):
+    for kind in WRAPPERS:
         wrapper, _ = wrap(kind, copy.deepcopy(start))
         loss_of(wrapper, mine(x), mine(y)).backward()
         wrapper.finish_gradient_synchronization()
         assert torch.allclose(wrapper.clip_grad_norm_(0.1), expected, **F32), kind
-        for (name, p), q in zip(wrapper.local_parameters().items(), plain.parameters(), strict=True):
-            if p.grad is not None:
-                part = ddp.my_rows(q.grad, len(q)) if name in wrapper.rows else q.grad
-                assert torch.allclose(p.grad, part, **F32), (kind, name)
+        assert_gradients(wrapper, plain)
 
 
 @on_ranks
@@ -669,7 +675,7 @@ def a_wrapper_goes_on_after_an_exception(folder):
     torch.manual_seed(0)
     plain, x = Stack(), vectors(0)
     plain(x).sum().backward()
-    for kind in ("NaiveDDP", "FlatDDP", "DDP", "zero1", "FSDP"):
+    for kind in WRAPPERS:
         for fails in (in_backward, in_forward):
             wrapper, _ = wrap(kind, copy.deepcopy(plain))
             for p in wrapper.parameters():
@@ -682,10 +688,7 @@ def a_wrapper_goes_on_after_an_exception(folder):
                 p.grad = None
             wrapper(mine(x)).sum().backward()
             wrapper.finish_gradient_synchronization()
-            for name, p in wrapper.local_parameters().items():
-                whole = plain.get_parameter(name).grad / ddp.num_ranks()
-                part = ddp.my_rows(whole, len(whole)) if name in wrapper.rows else whole
-                assert p.grad is None or torch.allclose(p.grad, part, **F32), (kind, name)
+            assert_gradients(wrapper, plain, 1 / ddp.num_ranks())
 
 
 @on_ranks
@@ -710,10 +713,7 @@ def zero_grad_drops_what_no_sync_accumulated_also_after_an_exception(folder):
         wrapper.zero_grad()
         wrapper(mine(x)).square().mean().backward()
         wrapper.finish_gradient_synchronization()
-        for name, p in wrapper.local_parameters().items():
-            whole = plain.get_parameter(name).grad
-            part = ddp.my_rows(whole, len(whole)) if name in wrapper.rows else whole
-            assert torch.allclose(p.grad, part, **F32), (kind, name)
+        assert_gradients(wrapper, plain)
     engine = ddp.Engine("fsdp", tiny_model(), torch.float32, 0.1, 1e-2, (0.9, 0.95))
     x, y = torch.randint(53, (2, 4, 8), generator=seeded(0), device="cpu").to(DEVICE)
     expected = engine.loss_and_gradient(x, y, 2, 1.0)
@@ -1308,30 +1308,19 @@ def cut_to(step, folder, out):
     assert torch.load(folder / out / "checkpoint.pt", weights_only=True)["iteration"] == step
 
 
-def test_a_run_goes_on_under_other_strategies_other_numbers_of_ranks_and_in_train_py(folder):
+def test_a_run_goes_on_under_other_strategies_other_numbers_of_ranks_and_in_train_py(folder, monkeypatch):
     argv = flags(folder, "chain", "--max_steps", "20", "--save_every", "1")
-    stop_at = lambda step: SimpleNamespace(at=step)  # noqa: E731
+    real = train.Trainer.save
 
-    class Stop(Exception):
-        pass
+    def save(self):
+        real(self)
+        if self.step == 3:  # not a step with a validation: that comes after the checkpoint
+            raise InterruptedError("stopped")
 
-    def train_until(step):
-        real = train.Trainer.save
-
-        def save(self):
-            real(self)
-            if self.step == stop_at(step).at:
-                raise Stop
-
-        train.Trainer.save = save
-        try:
-            train.main([*argv, "--resume"])
-        except Stop:
-            pass
-        finally:
-            train.Trainer.save = real
-
-    train_until(3)  # not a step with a validation: that comes after the checkpoint
+    monkeypatch.setattr(train.Trainer, "save", save)
+    with pytest.raises(SystemExit):
+        train.main(argv)
+    monkeypatch.undo()
     for n, strategy, step in ((2, "zero1", 7), (4, "fsdp", 11), (1, "naive", 14), (2, "torch_fsdp", 17)):
         spawn(run_until, n, free_ports(1)[0], ["train", *argv, "--resume", "--strategy", strategy], step)
         assert torch.load(folder / "chain/checkpoint.pt", weights_only=True)["iteration"] == step
@@ -1348,6 +1337,9 @@ def test_bfloat16_weights_train_as_in_train_py_and_go_on_bit_for_bit(folder, str
     whole, again = ([(port, argv + more)] for port, more in zip(free_ports(2), ([], ["--resume"]), strict=True))
     spawn(run_mains, 2, None, whole)
     assert_same_run(folder, f"narrow_{strategy}", "train_narrow", atol=2e-2)  # bits of bfloat16, below 4
+    sizes = {(folder / run / "model/model.safetensors").stat().st_size
+             for run in (f"narrow_{strategy}", "train_narrow")}  # fmt: skip
+    assert len(sizes) == 1  # two bytes a weight
     path = folder / f"narrow_{strategy}/checkpoint.pt"
     before = torch.load(path, weights_only=True)
     cut_to(4, folder, f"narrow_{strategy}")
@@ -1370,6 +1362,27 @@ def run_until(rank, n, port, argv, step):
 
     ddp.Trainer.save = save
     run_mains(rank, n, None, [(port, argv)])
+
+
+def run_and_watch_the_end(rank, n, port, argv):
+    """main(argv), in which rank 0 goes on writing the model only while the last rank lives."""
+    real = ddp.Trainer.export
+
+    def export(self, weights):
+        for _ in range(2):  # the first may be a late sign
+            before = self.watch.states()[-1]
+            while self.watch.states()[-1] == before:
+                time.sleep(0.1)
+        real(self, weights)
+
+    ddp.Trainer.export = export
+    run_mains(rank, n, None, [(port, argv)])
+
+
+def test_the_ranks_wait_while_rank_0_writes_the_model(folder):
+    argv = ["train", *flags(folder, "waits", "--timeout", "20")]
+    spawn(run_and_watch_the_end, 2, free_ports(1)[0], argv)
+    assert (folder / "waits/model/model.safetensors").exists()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1430,18 +1443,23 @@ def test_ranks_with_other_data_are_named(folder, tmp_path):
     ends_with_one_line(ranks, "the same data, got tokenizer", "on rank 1")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_a_rank_that_is_silent_before_the_first_step_is_named(folder):
-    ranks = start_ranks(2, ["train", *flags(folder, "silent", "--timeout", "3", "--max_steps", "100000")])
+def stop_one_at(text, ranks, pattern):
+    """Stops rank 1 when rank 0 has printed the text: the others must end, in one line."""
     for line in ranks[0].stdout:
-        if "memory" in line:
+        if text in line:
             ranks[1].send_signal(signal.SIGSTOP)
             break
     try:
-        ends_with_one_line(ranks[:1], r"rank 1 stopped answering at step \d+, ", "within 3 s")
+        ends_with_one_line([ranks[0], *ranks[2:]], pattern, "within 3 s")
     finally:
         ranks[1].kill()
         ranks[1].communicate()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_rank_that_is_silent_before_the_first_step_is_named(folder):
+    ranks = start_ranks(2, ["train", *flags(folder, "silent", "--timeout", "3", "--max_steps", "100000")])
+    stop_one_at("memory", ranks, r"rank 1 stopped answering at step \d+, ")
 
 
 def test_a_restart_goes_on_only_with_the_run_that_this_torchrun_began(folder, capsys, monkeypatch):
@@ -1456,9 +1474,7 @@ def test_a_restart_goes_on_only_with_the_run_that_this_torchrun_began(folder, ca
     for others in (None, "before"):  # began without torchrun, and under another one
         if others:
             (folder / "restarted/.torchrun").write_text(others)
-        with pytest.raises(SystemExit) as refused:
-            restarted()
-        assert refused.value.code == 2 and "which holds a run" in capsys.readouterr().err
+        assert_refused(capsys, ["train", *argv], "which holds a run")
     (folder / "restarted/.torchrun").write_text("now")
     assert "resumed" in restarted("--max_steps", "4")
     assert not (folder / "restarted/.torchrun").exists()  # it has ended
@@ -1490,12 +1506,14 @@ def test_a_port_in_use_is_one_line(folder):
 
 def test_a_rank_that_never_comes_ends_the_wait(folder):
     argv = ["train", *flags(folder, "bad", "--init_timeout", "1")]
-    (port,) = free_ports(1)
-    env = {**CPU["env"], "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": str(port)}  # fmt: skip
-    alone = subprocess.Popen([sys.executable, ROOT / "ddp.py", *argv], env=env, text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE)  # fmt: skip
-    ends_with_one_line([alone], "all 2 ranks must meet at 127.0.0.1")
+    ends_with_one_line(start_ranks(1, argv, WORLD_SIZE="2"), "all 2 ranks must meet at 127.0.0.1")
+
+
+def assert_refused(capsys, argv, pattern):
+    with pytest.raises(SystemExit) as stop:
+        ddp.main(argv)
+    assert stop.value.code == 2
+    assert re.search(pattern, capsys.readouterr().err.splitlines()[-1]), argv
 
 
 def test_flags_that_are_wrong_are_one_line_of_rank_0(folder, capsys, monkeypatch):
@@ -1505,10 +1523,7 @@ def test_flags_that_are_wrong_are_one_line_of_rank_0(folder, capsys, monkeypatch
                           (["train", *flags(folder, "new"), "--recompute", "ffn", "--checkpoint_every", "1", "--data",
                             "no/such"], "got both"),
                           (["train", *flags(folder, "train_tied")], "holds a run")):  # fmt: skip
-        with pytest.raises(SystemExit) as stop:
-            ddp.main(argv)
-        assert stop.value.code == 2
-        assert re.search(pattern, capsys.readouterr().err.splitlines()[-1])
+        assert_refused(capsys, argv, pattern)
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
         ddp.main(["train", "--strategy", "zero9"])
@@ -1519,16 +1534,7 @@ def test_flags_that_are_wrong_are_one_line_of_rank_0(folder, capsys, monkeypatch
 def test_a_rank_that_stops_answering_is_named_with_its_step(folder):
     argv = ["train", *flags(folder, "stopped", "--max_steps", "100000", "--timeout", "3", "--save_every", "100000",
                             "--eval_every", "100000", "--batch_size", "6")]  # fmt: skip
-    ranks = start_ranks(3, argv)
-    for line in ranks[0].stdout:
-        if line.startswith("step 20/"):
-            ranks[1].send_signal(signal.SIGSTOP)
-            break
-    try:
-        ends_with_one_line([ranks[0], ranks[2]], r"rank 1 stopped answering at step \d\d+, ", "within 3 s")
-    finally:
-        ranks[1].kill()
-        ranks[1].communicate()
+    stop_one_at("step 20/", start_ranks(3, argv), r"rank 1 stopped answering at step \d\d+, ")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -1641,10 +1647,7 @@ def test_bench_refuses_before_any_work_what_it_cannot_do(tmp_path, capsys, monke
                           (["--trace", str(tmp_path)], "a file must be named, got the folder"),
                           (["--recompute", "auto", "--checkpoint_every", "1"], "got both"),
                           (["--preset", "8b", "--device", "cpu"], "no flash here")):  # fmt: skip
-        with pytest.raises(SystemExit) as stop:
-            ddp.main(["bench", *argv])
-        assert stop.value.code == 2
-        assert re.search(pattern, capsys.readouterr().err.splitlines()[-1]), argv
+        assert_refused(capsys, ["bench", *argv], pattern)
 
 
 def test_bytes_of_a_step_are_what_the_xl_model_took():
@@ -1670,22 +1673,15 @@ def test_bench_refuses_strategies_that_disagree_and_updates_that_do_not_lower_th
 
 
 def test_comm_times_checks_and_plots_collectives(tmp_path):
-    plot = ["--plot", tmp_path / "comm.png"] if "matplotlib" in sys.modules or _has_matplotlib() else []
-    out = printed_on_2_ranks(tmp_path, "comm", "--sizes_mb", 0.1, 1, "--repeats", 5, "--limits", "--device", "cpu", *plot)
+    plot = ["--plot", tmp_path / "comm.png"] if find_spec("matplotlib") else []
+    out = printed_on_2_ranks(tmp_path, "comm", "--sizes_mb", 0.1, 1, "--repeats", 5, "--limits", "--device", "cpu",
+                             *plot)  # fmt: skip
     answer = json.loads(out.splitlines()[-1])
     assert [(r["operation"], r["mb"]) for r in answer["rows"]] == [
         (o, s) for o in ("all_reduce", "reduce_scatter", "all_gather", "broadcast") for s in (0.1, 1)]  # fmt: skip
     assert answer["limits"]["C_flop_per_s"] > 0 and "bound by computation" in out
     if plot:
         assert plot[1].read_bytes().startswith(b"\x89PNG")
-
-
-def _has_matplotlib():
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def test_exposed_time_is_communication_beside_which_nothing_runs():
@@ -1749,7 +1745,7 @@ def test_importing_the_script_does_nothing():
 
 
 def test_wrappers_work_without_a_process_group():
-    for kind in ("NaiveDDP", "FlatDDP", "DDP", "zero1", "FSDP"):
+    for kind in WRAPPERS:
         torch.manual_seed(0)
         plain = Toy(tied=True)
         wrapper, optimizer = wrap(kind, copy.deepcopy(plain))
