@@ -29,7 +29,6 @@ import shutil
 import signal
 import statistics
 import struct
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -856,14 +855,9 @@ class Tokenizer:
     def save_gpt2(self, folder):
         """Writes vocab.json and merges.txt into `folder`, which `from_files` reads.
 
-        raises: ValueError, as `save`, for a special token that is another token too
+        raises: ValueError, as `save`, for two ids of one token
         """
-        vocab = {}
-        for index, token in sorted(self.vocab.items()):
-            if (first := vocab.setdefault(spell(token), index)) != index:
-                raise ValueError("tokens, special ones too, must not be spelled alike, got "
-                                 f"{token.decode(errors='replace')!r} as ids {first} and {index}; "
-                                 "rename the special token")
+        vocab = spelled_once((spell(token), index) for index, token in sorted(self.vocab.items()))
         merges = [f"{spell(left)} {spell(right)}\n" for left, right in self.merges]
         write_atomically(Path(folder, "vocab.json"),
                          json.dumps(vocab, ensure_ascii=False).encode())
@@ -942,6 +936,17 @@ def unspell(text):
                          "this is no byte-level BPE") from None
 
 
+def spelled_once(pairs):
+    """Returns {spelling: id} of pairs of these; raises ValueError where two ids have one spelling,
+    of which a file would keep the last."""
+    vocab = {}
+    for spelling, index in pairs:
+        if (first := vocab.setdefault(spelling, index)) != index:
+            raise ValueError("two tokens, special ones too, must not be spelled alike, got "
+                             f"{spelling!r} as ids {first} and {index}; rename or remove one")
+    return vocab
+
+
 def unspell_merge(merge):
     """Returns the pair of bytes of a merge written "a b" or ["a", "b"]."""
     pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -978,12 +983,9 @@ def to_hugging_face(tokenizer):
     ids from, whatever gaps there are.
     """
     special = tokenizer.special_ids
-    vocab = {spell(token): index for index, token in sorted(tokenizer.vocab.items())
-             if index not in special.values()}
-    clash = [token for token in special if token in vocab]
-    if clash:
-        raise ValueError(f"a special token must not be spelled like another token, got {clash[0]!r}"
-                         "; rename it")
+    plain = sorted(tokenizer.vocab.keys() - special.values())
+    vocab = spelled_once([(spell(tokenizer.vocab[index]), index) for index in plain]
+                         + [*special.items()])
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if tokenizer.pattern == GPT2_PATTERN:
         pre_tokenizer = byte_level | {"use_regex": True}
@@ -1002,7 +1004,7 @@ def to_hugging_face(tokenizer):
         "model": {"type": "BPE", "dropout": None, "unk_token": None,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None,
                   "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": tokenizer.ignore_merges, "vocab": vocab | special,
+                  "ignore_merges": tokenizer.ignore_merges, "vocab": vocab,
                   "merges": [f"{spell(left)} {spell(right)}" for left, right in tokenizer.merges]}}
 
 
@@ -1064,16 +1066,13 @@ def read_pre_tokenizer(data):
 
 # ---------------------------------------------------------------- files of tokens
 
-def encode_piece(number, piece, ends_file, parts, errors):
+def encode_piece(number, piece, parts, errors):
     """Writes part `number`: three numbers (its text bytes, documents ended, last id), then ids.
 
     Runs in a worker; returns the bytes read. A part that exists under its name is whole.
-    ends_file: append <|endoftext|> if the piece does not end with it
     """
     tokenizer = worker_tokenizer
     text = read_piece(*piece, errors)
-    if ends_file and not text.endswith(END_OF_TEXT):
-        text += END_OF_TEXT
     plain = special_splitter(tuple(tokenizer.special_tokens))(text)[::2]
     packed = tokenizer.encode_packed(text)
     ids = np.frombuffer(packed, tokenizer.dtype)
@@ -1083,8 +1082,8 @@ def encode_piece(number, piece, ends_file, parts, errors):
     return piece[2] - piece[1]
 
 
-def write_tokens(input_paths, tokenizer, out_path, num_workers=None, end_files=False,
-                 piece_bytes=PIECE_BYTES, errors="strict", progress=False):
+def write_tokens(input_paths, tokenizer, out_path, num_workers=None, piece_bytes=PIECE_BYTES,
+                 errors="strict", progress=False):
     """Returns the meta of the file of tokens it makes of UTF-8 text files, in order.
 
     `out_path` NAME.bin: ids, little-endian, uint16 up to 65,536 ids, else uint32. NAME.json, the
@@ -1095,8 +1094,6 @@ def write_tokens(input_paths, tokenizer, out_path, num_workers=None, end_files=F
     Pieces are encoded in parallel into the folder NAME.bin.parts and put together at the end:
     whenever it is killed, the next call goes on with the pieces that are done, and nothing
     stands under the final name before it is whole.
-
-    end_files: append <|endoftext|> to files that do not end with it
     """
     paths, out_path = list_files(input_paths), Path(out_path)
     meta_path = out_path.with_suffix(".json")
@@ -1105,9 +1102,6 @@ def write_tokens(input_paths, tokenizer, out_path, num_workers=None, end_files=F
                          "got one; choose another name")
     if out_path.suffix != ".bin":
         raise ValueError(f"a file of tokens must be called NAME.bin, got {out_path}; rename it")
-    if end_files and END_OF_TEXT not in tokenizer.special_ids:
-        raise ValueError(f"to end files the tokenizer must have {END_OF_TEXT}, got one without; "
-                         "train it with that special token")
     num_workers = default_workers(num_workers)
     special = tuple(tokenizer.special_tokens)
     pieces = plan_pieces(paths, piece_bytes, cut_finder(tokenizer.pattern, special, tokenizer.nfc),
@@ -1115,13 +1109,13 @@ def write_tokens(input_paths, tokenizer, out_path, num_workers=None, end_files=F
     meta = {"vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.sha256,
             "dtype": tokenizer.dtype.name, "source_hash": files_sha256(paths)}
     parts = Path(f"{out_path}.parts")
-    plan = json.dumps(meta | {"errors": errors, "end_files": end_files, "pieces": pieces}).encode()
+    plan = json.dumps(meta | {"errors": errors, "pieces": pieces}).encode()
     if not (parts / "plan.json").exists() or (parts / "plan.json").read_bytes() != plan:
         shutil.rmtree(parts, ignore_errors=True)
         write_atomically(parts / "plan.json", plan)
     finished = set(os.listdir(parts))
-    tasks = [(number, piece, end_files and is_last_of_file(pieces, number), str(parts), errors)
-             for number, piece in enumerate(pieces) if f"{number:08d}" not in finished][::-1]
+    tasks = [(number, piece, str(parts), errors) for number, piece in enumerate(pieces)
+             if f"{number:08d}" not in finished][::-1]
     total = sum(end - start for _, start, end in pieces)
     done = total - sum(end - start for _, (_, start, end), *_ in tasks)
     line = Progress("encode", total, "bytes", progress, done)
@@ -1130,16 +1124,11 @@ def write_tokens(input_paths, tokenizer, out_path, num_workers=None, end_files=F
         done += piece_size
         line.update(done)
     line.close()
-    out_path.with_suffix(".json").unlink(missing_ok=True)  # a kill between the two is noticed
+    meta_path.unlink(missing_ok=True)  # a kill between the two is noticed
     meta |= join_parts(parts, pieces, tokenizer, out_path)
-    write_atomically(out_path.with_suffix(".json"), json.dumps(meta, indent=1).encode())
+    write_atomically(meta_path, json.dumps(meta, indent=1).encode())
     shutil.rmtree(parts)
     return meta
-
-
-def is_last_of_file(pieces, number):
-    """Returns whether the next piece is of another file, or there is none."""
-    return number + 1 == len(pieces) or pieces[number + 1][0] != pieces[number][0]
 
 
 def join_parts(parts, pieces, tokenizer, out_path):
@@ -1148,13 +1137,13 @@ def join_parts(parts, pieces, tokenizer, out_path):
     end_of_text = tokenizer.special_ids.get(END_OF_TEXT, -1)
     temporary = parts / "whole"
     with open(temporary, "wb") as whole:
-        for number in range(len(pieces)):
+        for number, (path, *_) in enumerate(pieces):
             with open(parts / f"{number:08d}", "rb") as part:
                 size, ends, last = PART_HEADER.unpack(part.read(PART_HEADER.size))
                 shutil.copyfileobj(part, whole, 1 << 20)
+            ends_file = number + 1 == len(pieces) or pieces[number + 1][0] != path
             text_bytes += size
-            documents += ends
-            documents += is_last_of_file(pieces, number) and last != end_of_text
+            documents += ends + (ends_file and last != end_of_text)
         tokens = whole.tell() // tokenizer.dtype.itemsize
     os.replace(temporary, out_path)
     return {"tokens": tokens, "bytes": text_bytes, "documents": documents}
@@ -1168,9 +1157,9 @@ def read_tokens(path, tokenizer=None, vocab_size=None):
     """
     path = Path(path)
     remake = "make it again with bpe.py encode"
-    meta = read_json(path.with_suffix(".json")) if path.exists() else None
-    if meta is None:
+    if not path.exists():
         raise ValueError(f"the file of tokens must exist, got {path}; {remake}")
+    meta = read_json(path.with_suffix(".json"))
     fields = {"vocab_size", "tokenizer_hash", "tokens", "dtype", "bytes", "documents"}
     if not isinstance(meta, dict) or not fields <= meta.keys():
         raise ValueError(f"{path.with_suffix('.json')} must describe a file of tokens, got other "
@@ -1287,20 +1276,20 @@ def fetch(name, folder):
     texts = []
     for split, (url, sha256) in DATASETS[name].items():
         text = folder / f"raw_{split}.txt"
-        if not text.exists():
-            packed = url.endswith(".gz")
-            raw = folder / f"raw_{split}.txt.gz" if packed else text
-            if not raw.exists():
-                download(url, raw, sha256)
-            if packed:
-                try:
-                    with gzip.open(raw) as source, open(f"{text}.tmp", "wb") as out:
-                        shutil.copyfileobj(source, out, 1 << 20)
-                except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                    raise ValueError(f"{raw} must be a whole gzip file, got: {error}; remove it, "
-                                     "it is fetched again") from None
-                os.replace(f"{text}.tmp", text)
         texts.append(text)
+        if text.exists():
+            continue
+        raw = folder / f"raw_{split}.txt.gz" if url.endswith(".gz") else text
+        if not raw.exists():
+            download(url, raw, sha256)
+        if raw != text:
+            try:
+                with gzip.open(raw) as source, open(f"{text}.tmp", "wb") as out:
+                    shutil.copyfileobj(source, out, 1 << 20)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(f"{raw} must be a whole gzip file, got: {error}; remove it, "
+                                 "it is fetched again") from None
+            os.replace(f"{text}.tmp", text)
     return texts
 
 
@@ -1582,25 +1571,41 @@ def train_rustbpe(args):
                                             pattern=GPT2_PATTERN)
 
 
-TRAINERS = {"ours": train_ours, "tokenizers": train_tokenizers, "rustbpe": train_rustbpe}
+def seconds_of(run, *args):
+    """Returns the seconds that run(*args) takes."""
+    started = time.perf_counter()
+    run(*args)
+    return time.perf_counter() - started
+
+
+def seconds_and_mib(trainer, args):
+    """Returns (seconds, peak MiB) of a training in this process and its workers."""
+    return seconds_of(trainer, args), peak_memory_mib(args.num_workers)
+
+
+def show(verb, name, values, unit, note=""):
+    """Prints the median and the spread of repeated measurements; returns the median."""
+    median = statistics.median(values)
+    print(f"{verb:<7} {name:<24} {median:8.3f} {unit} ({min(values):.3f} to {max(values):.3f}, "
+          f"{len(values)} runs){note}", flush=True)
+    return median
 
 
 def bench_train(args):
-    """Returns {trainer: (median seconds, peak MiB)}, each trained in a process of its own."""
+    """Returns {trainer: (median seconds, peak MiB)}, each training in a process of its own, so
+    that its memory is its own."""
     results = {}
-    for name in TRAINERS:
+    for name, trainer in (("ours", train_ours), ("tokenizers", train_tokenizers),
+                          ("rustbpe", train_rustbpe)):
         if name != "ours" and not importlib.util.find_spec(name):
             print(f"train   {name:<24} not installed")
             continue
-        command = [sys.executable, __file__, "bench", "--trainer", name]
-        for flag in ("corpus", "out_dir", "vocab_size", "num_workers"):
-            command += [f"--{flag}", str(getattr(args, flag))]
-        runs = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-                for _ in range(args.train_repeats)]
-        seconds, mib = [run["seconds"] for run in runs], max(run["mib"] for run in runs)
-        results[name] = statistics.median(seconds), mib
-        print(f"train   {name:<24} {results[name][0]:8.2f} s ({min(seconds):.2f} to "
-              f"{max(seconds):.2f}, {len(seconds)} runs) | peak {mib:,.0f} MiB", flush=True)
+        runs = []
+        for _ in range(args.train_repeats):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                runs.append(process.submit(seconds_and_mib, trainer, args).result())
+        seconds, mib = zip(*runs)
+        results[name] = show("train", name, seconds, "s", f" | peak {max(mib):,.0f} MiB"), max(mib)
     return results
 
 
@@ -1630,12 +1635,8 @@ def bench_encode(tokenizer, texts, args):
         rates = []
         for _ in range(args.repeats):
             tokenizer._cache.clear()  # each run starts cold
-            started = time.perf_counter()
-            run()
-            rates.append(megabytes / (time.perf_counter() - started))
-        speeds[name] = statistics.median(rates)
-        print(f"encode  {name:<24} {speeds[name]:8.2f} MB/s ({min(rates):.2f} to {max(rates):.2f}, "
-              f"{len(rates)} runs)", flush=True)
+            rates.append(megabytes / seconds_of(run))
+        speeds[name] = show("encode", name, rates, "MB/s")
     tokens = sum(map(len, expected))
     print(f"ratio   {1e6 * megabytes / tokens:.3f} bytes/token on {megabytes:.1f} MB")
     return speeds
@@ -1643,47 +1644,36 @@ def bench_encode(tokenizer, texts, args):
 
 def bench(args):
     """Correctness first, then the speed of training and encoding against what is installed."""
-    if args.trainer:  # one contender, in a process of its own so that its memory is its own
-        started = time.perf_counter()
-        TRAINERS[args.trainer](args)
-        print(json.dumps({"seconds": time.perf_counter() - started,
-                          "mib": peak_memory_mib(args.num_workers)}))
-        return
     with tempfile.TemporaryDirectory() as args.out_dir:
-        folder = args.out_dir
+        folder = Path(args.out_dir)
         if args.corpus is None:
-            args.corpus = os.path.join(folder, "corpus.txt")
+            args.corpus = folder / "corpus.txt"
             write_bench_corpus(args.input, args.max_mb, args.corpus)
         size = os.path.getsize(args.corpus)
         print(f"corpus  {size / 1e6:.1f} MB | vocab_size {args.vocab_size} | {args.num_workers} "
               f"workers | {os.cpu_count()} cores | {platform.platform()} | Python "
               f"{platform.python_version()}")
-        small = Path(folder, "small.txt")
+        small = folder / "small.txt"
         with open(args.corpus, "rb") as file:
             small.write_text(file.read(130_000).decode(errors="replace"), newline="")
         sample = small.read_bytes().decode()
         if train_bpe(small, 300, [END_OF_TEXT]) != train_bpe_reference(sample, 300, [END_OF_TEXT]):
             raise ValueError("merges must equal the reference's, got others; report this corpus")
         print(f"check   merges equal the reference's on {len(sample):,} characters")
-        times = []
-        for _ in range(args.repeats):
-            started = time.perf_counter()
-            train_bpe(small, 500, [END_OF_TEXT])
-            times.append(time.perf_counter() - started)
-        print(f"train   {'ours, 130 kB, vocab 500':<24} {statistics.median(times):8.3f} s "
-              f"({min(times):.3f} to {max(times):.3f}, {len(times)} runs)")
+        small_s = show("train", "ours, 130 kB, vocab 500", [
+            seconds_of(train_bpe, small, 500, [END_OF_TEXT]) for _ in range(args.repeats)], "s")
         training = bench_train(args)
         if args.gpt2_dir:
             files = [next(Path(args.gpt2_dir).glob(f"*{name}"), Path(args.gpt2_dir, name))
                      for name in ("vocab.json", "merges.txt")]
             tokenizer = Tokenizer.from_files(*files, [END_OF_TEXT])
         else:
-            tokenizer = Tokenizer.load(Path(folder, "tokenizer.json"))
+            tokenizer = Tokenizer.load(folder)
         every = max(1, int(size / 1e6 / args.encode_mb))
         texts = list(bench_documents(args.corpus))[::every]
         encoding = bench_encode(tokenizer, texts, args)
     print(json.dumps({"corpus_bytes": size, "vocab_size": args.vocab_size,
-                      "num_workers": args.num_workers, "small_s": statistics.median(times),
+                      "num_workers": args.num_workers, "small_s": small_s,
                       "train_s": {name: result[0] for name, result in training.items()},
                       "train_mib": {name: result[1] for name, result in training.items()},
                       "encode_mb_per_s": encoding}))
@@ -1732,7 +1722,7 @@ def encode(args):
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         meta = write_tokens(args.input, tokenizer, args.out or Path(folder, "measured.bin"),
-                            args.num_workers, args.end_files, errors=args.errors, progress=True)
+                            args.num_workers, errors=args.errors, progress=True)
     seconds = time.perf_counter() - started
     print(f"{meta['tokens']:,} tokens of {meta['bytes']:,} bytes of text in {meta['documents']:,} "
           f"documents | {meta['bytes'] / max(1, meta['tokens']):.3f} bytes/token | {seconds:.2f} s "
@@ -1772,7 +1762,6 @@ def build_parser():
     add[train]("--gpt2_files", action="store_true", help="write vocab.json and merges.txt too")
     add[encode]("--text", help="print the ids of this text")
     add[encode]("--out", help="NAME.bin; without it the ids are only counted and timed")
-    add[encode]("--end_files", action="store_true", help=f"{END_OF_TEXT} after each file")
     add[decode]("--ids", nargs="*", type=int)
     add[decode]("--input", help="NAME.bin")
     add[decode]("--count", type=int, help="only so many tokens from the start")
@@ -1783,8 +1772,6 @@ def build_parser():
     add[bench]("--encode_mb", type=float, default=20, help="of text to encode, about")
     add[bench]("--repeats", type=int, default=5)
     add[bench]("--train_repeats", type=int, default=1)
-    add[bench]("--trainer", choices=TRAINERS, help="only train with this one, print JSON")
-    add[bench]("--out_dir", help="where --trainer ours leaves its tokenizer")
     return parser
 
 
@@ -1797,7 +1784,7 @@ def main(argv=None):
         if hasattr(sys.stdout, "reconfigure"):  # print what the terminal's encoding lacks, escaped
             sys.stdout.reconfigure(errors="backslashreplace")
         args.run(args)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+    except (ValueError, OSError) as error:
         print(f"bpe.py {args.verb}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
