@@ -1008,28 +1008,30 @@ def to_hugging_face(tokenizer):
                   "merges": [f"{spell(left)} {spell(right)}" for left, right in tokenizer.merges]}}
 
 
+def must(hold, what, got):
+    """raises ValueError unless `hold`, a truth about a tokenizer.json: other kinds are not read."""
+    if not hold:
+        raise ValueError(f"{what}, got {got}; it is not read")
+
+
 def from_hugging_face(data):
     """Returns the Tokenizer of a tokenizer.json's contents; raises ValueError for other kinds."""
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise ValueError("a tokenizer.json must hold a model, got none; give another file")
-    model = data["model"]
-    if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"the model must be byte-level BPE, got {model['type']}; it is not read")
+    model, normalizer = data["model"], data.get("normalizer")
+    kind = model.get("type", "BPE")
+    must(kind == "BPE", "the model must be byte-level BPE", kind)
     for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
                  "byte_fallback"):
-        if model.get(name):
-            raise ValueError(f"the model must be plain byte-level BPE, got {name} "
-                             f"{model[name]!r}; it is not read")
-    normalizer = data.get("normalizer")
-    if normalizer is not None and normalizer["type"] != "NFC":
-        raise ValueError(f"the normalizer must be NFC or none, got {normalizer['type']}; "
-                         "it is not read")
+        value = model.get(name)
+        must(not value, "the model must be plain byte-level BPE", f"{name} {value!r}")
+    if normalizer is not None:
+        must(normalizer["type"] == "NFC", "the normalizer must be NFC or none", normalizer["type"])
     special = {}
     for added in data.get("added_tokens") or ():
         for name in ("lstrip", "rstrip", "single_word"):
-            if added.get(name):
-                raise ValueError(f"added tokens must be matched as they are, got {name} for "
-                                 f"{added['content']!r}; it is not read")
+            must(not added.get(name), "added tokens must be matched as they are",
+                 f"{name} for {added['content']!r}")
         special[added["content"]] = added["id"]
     vocab = {index: unspell(token) for token, index in model["vocab"].items()
              if token not in special}
@@ -1042,25 +1044,23 @@ def from_hugging_face(data):
 
 def read_pre_tokenizer(data):
     """Returns the pattern of a pre-tokenizer: ByteLevel, or a Split by regex and ByteLevel."""
-    if data is None:
-        raise ValueError("the pre-tokenizer must be ByteLevel, got none; it is not read")
+    must(data is not None, "the pre-tokenizer must be ByteLevel", "none")
     parts = data["pretokenizers"] if data["type"] == "Sequence" else [data]
     kinds = [part["type"] for part in parts]
-    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
-        raise ValueError(f"the pre-tokenizer must be ByteLevel, or Split and ByteLevel, got "
-                         f"{' and '.join(kinds)}; it is not read")
-    if parts[-1].get("add_prefix_space"):
-        raise ValueError("ByteLevel must take text as it is, got add_prefix_space; it is not read")
-    if parts[-1].get("use_regex", True) != (len(parts) == 1):
-        raise ValueError("one pattern must cut the text, got use_regex of ByteLevel "
-                         f"{parts[-1].get('use_regex', True)} in {' and '.join(kinds)}; "
-                         "it is not read")
-    if len(parts) == 1:
+    names = " and ".join(kinds)
+    must(kinds in (["ByteLevel"], ["Split", "ByteLevel"]),
+         "the pre-tokenizer must be ByteLevel, or Split and ByteLevel", names)
+    *splits, byte_level = parts
+    must(not byte_level.get("add_prefix_space"), "ByteLevel must take text as it is",
+         "add_prefix_space")
+    use_regex = byte_level.get("use_regex", True)
+    must(use_regex != bool(splits), "one pattern must cut the text",
+         f"use_regex of ByteLevel {use_regex} in {names}")
+    if not splits:
         return GPT2_PATTERN
-    split = parts[0]
-    if (split.get("behavior") != "Isolated" or split.get("invert")
-            or "Regex" not in split["pattern"]):
-        raise ValueError(f"Split must isolate the matches of a regex, got {split}; it is not read")
+    (split,) = splits
+    must(split.get("behavior") == "Isolated" and not split.get("invert")
+         and "Regex" in split["pattern"], "Split must isolate the matches of a regex", split)
     return split["pattern"]["Regex"]
 
 
@@ -1224,7 +1224,7 @@ def download(url, path, sha256=None):
             announced = download_rest(requests, url, part)
             sha256 = sha256 or announced
             break
-        except (OSError, requests.RequestException) as error:
+        except OSError as error:  # requests' own are of this class too
             reply = getattr(error, "response", None)
             final = reply is not None and 400 <= reply.status_code < 500
             if final or attempt == DOWNLOAD_ATTEMPTS - 1:
@@ -1318,7 +1318,7 @@ def read_documents(paths, root, errors):
     """
     find_cut = cut_finder(GPT2_PATTERN, (END_OF_TEXT,))
     for path in paths:
-        name = path.relative_to(root).as_posix() if root else path.name
+        name = path.relative_to(root).as_posix()
         if path.name.endswith((".jsonl", ".jsonl.gz")):
             for number, text in read_jsonl(path, errors):
                 yield f"{name}:{number}", text, True
@@ -1365,9 +1365,10 @@ def write_splits(data, folder, errors, hold_out=True):
         root, paths = standard_library()
         errors = "ignore"  # a few test files of the library are not UTF-8, on purpose
     else:
-        root, paths = Path(data) if Path(data).is_dir() else None, list_files(data)
+        paths = list_files(data)
+        root = Path(data) if Path(data).is_dir() else Path(data).parent
     splits = folder / "train.txt", folder / "valid.txt"
-    names = [path.relative_to(root).as_posix() if root else path.name for path in paths]
+    names = [path.relative_to(root).as_posix() for path in paths]
     source = {"sha256": files_sha256(paths), "errors": errors, "held_out": HELD_OUT * hold_out,
               "names": hashlib.sha256("\n".join(names).encode()).hexdigest()}
     made = what_was_made(folder / "source.json")
@@ -1518,26 +1519,20 @@ BENCH_SUFFIXES = (".py", ".md", ".rst", ".txt", ".html", ".js", ".h", ".c", ".py
 
 
 def write_bench_corpus(inputs, megabytes, path):
-    """Writes text files, <|endoftext|> between them, up to that size.
+    """Writes text files, <|endoftext|> between them, up to that size; each text once.
 
     inputs: files and folders; by default what every machine has, Python's own library and the
     packages installed beside it
     """
     inputs = inputs or {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}
-    written, seen = 0, set()
+    seen = set()
     with open(path, "wb") as corpus:
         for found in list_files(sorted(inputs), BENCH_SUFFIXES):
-            data = found.read_bytes()
-            digest = hashlib.sha256(data).digest()
-            if digest in seen or len(data) > 4 << 20 or not data:
-                continue
-            try:
-                data.decode()
-            except UnicodeDecodeError:
-                continue
-            seen.add(digest)
-            written += corpus.write(data + END_OF_TEXT.encode())
-            if written >= megabytes * 1e6:
+            text = found.read_bytes().decode(errors="ignore") + END_OF_TEXT
+            if hash(text) not in seen and len(text) < 4 << 20:
+                seen.add(hash(text))
+                corpus.write(text.encode())
+            if corpus.tell() >= megabytes * 1e6:
                 break
 
 

@@ -949,7 +949,6 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_add_(denominator, eps)
         torch._foreach_addcdiv_(params, m, denominator, -step_size)
 
-
     def _update_in_float32(self, p, grad, m, v, seed, decay, betas, eps, step_size, root):
         """_update of one parameter, rounded once, at the end."""
         grad, theta = grad.float(), p.float() * decay
@@ -963,8 +962,8 @@ class AdamW(torch.optim.Optimizer):
 
 
 def fold_seed(n):
-    """The int n as a seed of 32 bits, which is all that torch's generator on a CPU looks at: numbers
-    that differ above those bits, too, give other draws."""
+    """The int n as a seed of 32 bits, which is all that torch's generator on a CPU looks at:
+    numbers that differ above those bits, too, give other draws."""
     return (n ^ (n >> 32) * 0x9E3779B1) % 2**32
 
 
