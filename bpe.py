@@ -1692,6 +1692,10 @@ def peak_memory_mib(num_workers):
 
 def train(args):
     """Text to a tokenizer.json; time, memory and longest token are printed."""
+    if not args.input:
+        raise ValueError("train must have --input, got none; name text files or folders")
+    if os.path.isfile(args.out_dir):
+        raise ValueError(f"out_dir must be a folder, got the file {args.out_dir}; rename it")
     started = time.perf_counter()
     pattern = PATTERNS[args.pattern]
     vocab, merges = train_bpe(args.input, args.vocab_size, args.special_tokens, args.num_workers,
@@ -1774,8 +1778,6 @@ def main(argv=None):
     """Runs the command line; a user's error is one line and exit status 2."""
     args = build_parser().parse_args(argv)
     try:
-        if args.verb == "train" and not args.input:
-            raise ValueError("train must have --input, got none; name text files or folders")
         if hasattr(sys.stdout, "reconfigure"):  # print what the terminal's encoding lacks, escaped
             sys.stdout.reconfigure(errors="backslashreplace")
         args.run(args)

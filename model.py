@@ -1585,6 +1585,7 @@ def check_generation(model, prompts, tokenizer, max_new_tokens, temperature, top
          "temperature and top_k must be at "
          f"least 0 and top_p in (0, 1], got {temperature}, {top_k}, {top_p}; correct them"),
         (stop_strings and tokenizer is None, "stop_strings need a tokenizer, got none; pass one"),
+        ("" in stop_strings, "stop_strings must not be empty, got ''; leave it out"),
     ]
     for found, message in problems:
         if found:

@@ -863,6 +863,7 @@ def test_bench_checks_itself_and_ends_in_one_json_line(tmp_path, capsys):
     [
         (["train", "--input", "none.txt", "--vocab_size", "300", "--out_dir", "x"], "none.txt"),
         (["train", "--vocab_size", "300", "--out_dir", "x"], "--input"),
+        (["train", "--input", __file__, "--vocab_size", "300", "--out_dir", __file__], "a folder"),
         (["encode", "--tokenizer", "none", "--text", "a"], "none"),
         (["decode", "--tokenizer", "none", "--ids", "1"], "none"),
         (["train", "--input", __file__, "--vocab_size", "3", "--out_dir", "x"], "at least 257"),

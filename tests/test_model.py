@@ -1632,6 +1632,7 @@ def test_sample_never_draws_what_has_no_probability_even_at_the_ends():
     (dict(prompts=[[-1]]), "-1"), (dict(max_new_tokens=0), "max_new_tokens"), (dict(top_k=-1), "top_k"),
     (dict(temperature=-0.1), "temperature"), (dict(top_p=0.0), "top_p"), (dict(top_p=1.5), "top_p"),
     (dict(num_samples=0), "num_samples"), (dict(stop_strings=["x"]), "tokenizer"),
+    (dict(stop_strings=["x", ""], tokenizer=object()), "must not be empty"),
     (dict(prompts=["x"]), "tokenizer"),
 ])  # fmt: skip
 def test_generation_refuses_what_it_cannot_do(bad, named):

@@ -157,9 +157,20 @@ def test_under_torchrun_it_points_to_ddp(tmp_path, corpus, capsys, monkeypatch):
 def test_plot_draws_the_curves_of_several_runs(tmp_path, corpus):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     train.main(flags(tmp_path, corpus))
-    picture = tmp_path / "curves.png"
-    train.main(["--plot", str(tmp_path / "out/log.jsonl"), "--plot_file", str(picture)])
+    picture, log = tmp_path / "curves.png", tmp_path / "out/log.jsonl"
+    with open(log, "a") as file:
+        file.write('{"step": 12, "lo')  # the disk was full
+    train.main(["--plot", str(log), "--plot_file", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_of_what_is_no_log_is_one_line_that_names_it(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    (tmp_path / "notes.txt").write_text("no records\n")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--plot", str(tmp_path / "notes.txt")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "notes.txt must be the log.jsonl" in error and error.count("\n") == 1
 
 
 # -------------------------------------------------------------------------------------------------
