@@ -1160,8 +1160,9 @@ def read_tokens(path, tokenizer=None, vocab_size=None):
     if not path.exists():
         raise ValueError(f"the file of tokens must exist, got {path}; {remake}")
     meta = read_json(path.with_suffix(".json"))
-    fields = {"vocab_size", "tokenizer_hash", "tokens", "dtype", "bytes", "documents"}
-    if not isinstance(meta, dict) or not fields <= meta.keys():
+    numbers, others = ("vocab_size", "tokens", "bytes", "documents"), {"tokenizer_hash", "dtype"}
+    if (not isinstance(meta, dict) or not others <= meta.keys()
+            or not all(isinstance(meta.get(name), int) for name in numbers)):
         raise ValueError(f"{path.with_suffix('.json')} must describe a file of tokens, got other "
                          f"contents; {remake}")
     if meta["dtype"] not in ("uint16", "uint32"):

@@ -711,6 +711,12 @@ def test_missing_and_truncated_tokenizer_files_are_named(tokenizer, tmp_path):
         (lambda path: path.with_suffix(".json").unlink(), "x.json must be a file"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "must hold"),
         (lambda path: path.with_suffix(".json").write_text("{}"), "must describe"),
+        (
+            lambda path: path.with_suffix(".json").write_text(
+                json.dumps(json.loads(path.with_suffix(".json").read_text()) | {"tokens": None})
+            ),
+            "must describe",
+        ),
         (lambda path: path.with_suffix(".json").write_text("{"), "must be JSON"),
         (
             lambda path: path.with_suffix(".json").write_text(
