@@ -56,11 +56,16 @@ QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "llama3": LLAMA3_PATTERN,
             "qwen2": QWEN2_PATTERN}
 
+# Where any of these lets a text be cut: behind letters, behind numbers, before a space, between
+# lines. Surrogates (Cs) stand for bytes that are not understood yet.
+SAFE_CUTS = (r"(?<=\p{L})(?=[^\p{L}\p{M}\p{Cs}])", r"(?<=\p{N})(?=[^\p{N}\p{M}\p{Cs}])",
+             r"(?<=[^\s\p{Cs}])(?=[^\S\r\n])", r"(?<=[^\s\p{Cs}]\n)(?=[^\s\p{M}\p{Cs}])")
+
 END_OF_TEXT = "<|endoftext|>"
 PIECE_BYTES = 4 << 20  # read at a time by a worker
 TASK_BYTES = 32 << 20  # counted by a worker before it hands over
 MAX_DISTINCT = 1 << 18  # pre-tokens in a worker's counter before it hands over early: about 50 MB
-BLOCK_CHARS = 512  # given to one findall: short enough that most blocks of English are all ASCII
+BLOCK_CHARS = 1024  # given to one findall: short enough that most blocks of English are all ASCII
 STREAM_CHARS = 1 << 13  # encoded at a time by encode_iterable
 CACHE_ENTRIES = 1 << 19  # pre-tokens whose ids an encoder remembers: about 100 MB
 CACHED_CHARS = 128  # longer pre-tokens are not worth remembering
@@ -158,21 +163,19 @@ def cut_finder(pattern, special_tokens=(), nfc=False):
     """Returns a function (text, start) -> the first safe cut at or after start > 0, or -1.
 
     A cut is safe where encoding both sides alone gives what encoding the whole gives. In the
-    known patterns a pre-token that reaches a letter ends with the run of letters, and nothing
-    but white space looks ahead: so between a letter and what is neither letter nor mark. NFC can
-    turn a letter into letter and mark, but not these of ASCII. In any pattern: before a special
-    token. Never where a special token begins before and ends after, whether it would be
-    matched there or not: that is known within `longest` characters, whatever came before.
+    known patterns a pre-token ends with its run of letters, numbers or signs (signs take line
+    ends along), and nothing but white space looks ahead, which a single line end does in vain: so
+    at SAFE_CUTS; with NFC, which may turn a letter into letter and mark, between two characters of
+    ASCII. In any pattern: before a special token. Never where a special token begins before and
+    ends after, whether it would be matched there or not: that is known within `longest`
+    characters, whatever came before.
 
     special_tokens: tuple of str
     """
-    if nfc:
-        between = [r"(?<=[A-Za-z])(?=[\x00-@\[-`{-\x7f])"]
-    else:  # surrogates (Cs) stand for bytes that are not understood yet
-        between = [r"(?<=\p{L})(?=[^\p{L}\p{M}\p{Cs}])"]
-    if pattern not in PATTERNS.values():
-        between = []
-    candidates = between + [f"(?={regex.escape(token)})" for token in special_tokens]
+    candidates = [f"(?={regex.escape(token)})" for token in special_tokens]
+    if pattern in PATTERNS.values():
+        both_ascii = r"(?<=[\x00-\x7f])(?=[\x00-\x7f])" if nfc else ""
+        candidates = [both_ascii + cut for cut in SAFE_CUTS] + candidates
     if not candidates:
         return lambda text, start: -1
     search = regex.compile("|".join(candidates)).search

@@ -18,7 +18,8 @@ import bpe
 from bpe import END_OF_TEXT, PATTERNS, Tokenizer, train_bpe, train_bpe_reference
 
 PAPER = "low " * 5 + "lower " * 2 + "widest " * 3 + "newest " * 5 + "newest"
-ALPHABETS = ("ab", "abc \n", "aA's 1\r\n", "aé汉\u0301 \n.,!ſ\u2028", "<|endof text|>")
+ALPHABETS = ("ab", "abc \n", "aA's 1\r\n", "aé汉\u0301 \n.,!ſ\u2028", "<|endof text|>",
+             "12²Ⅷ.,= \r\n\n", "a1' =\u0301\n\t\x1c\u3000\u00a0")
 
 
 def write(path, text):
@@ -127,6 +128,16 @@ def test_a_cut_anywhere_it_is_called_safe_changes_nothing(pattern, special):
             assert split(text[:cut]) + split(text[cut:]) == split(text), (text, cut)
             start, cuts = cut + 1, cuts + 1
     assert cuts > 100 or (pattern not in PATTERNS.values() and len(special) < 3)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("nfc", [True, False])
+@pytest.mark.parametrize("line", ["12.345,6.789\n", "=====\n", "1 2 3 ", "- ", "a"], ids=ascii)
+def test_text_without_letters_is_cut_into_pieces_too(tmp_path, pattern, nfc, line):
+    path = write(tmp_path / "t", line * 3000)
+    pieces = bpe.plan_pieces([path], 1000, bpe.cut_finder(pattern, (), nfc), ())
+    longest = max(end - start for _, start, end in pieces)
+    assert longest < 1020 or (line == "a" and len(pieces) == 1)  # a run of letters is one pre-token
 
 
 # ---------------------------------------------------------------- training
