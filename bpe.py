@@ -40,7 +40,7 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property, lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -367,7 +367,7 @@ def train_bpe_reference(text, vocab_size, special_tokens, pattern=GPT2_PATTERN):
     while 256 + len(merges) + len(special_tokens) < vocab_size:
         pairs = Counter()
         for word, count in words.items():
-            for pair in zip(word, word[1:]):
+            for pair in pairwise(word):
                 pairs[pair] += count
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
@@ -416,7 +416,7 @@ def count_pretokens(paths, special_tokens, num_workers, pattern, piece_bytes, er
     # A task hands over one counter: few tasks, but enough of them to keep all workers busy.
     task_bytes = min(TASK_BYTES, total // (2 * num_workers) + 1)
     groups = {}
-    for piece, offset in zip(pieces, offsets):
+    for piece, offset in zip(pieces, offsets, strict=False):
         groups.setdefault(offset // task_bytes, []).append(piece)
     tasks = [(group, pattern, special_tokens, errors) for group in groups.values()]
     counts, done = Counter(), 0
@@ -627,7 +627,7 @@ def merge_naive(ids, ranks, merged):
     ids: list of symbols, changed; ranks: {(left, right): rank}; merged: [rank] -> new symbol.
     Quadratic, and fastest below LONG_BYTES, for `min` and `index` run in C.
     """
-    found = [ranks.get(pair, NO_RANK) for pair in zip(ids, ids[1:])]
+    found = [ranks.get(pair, NO_RANK) for pair in pairwise(ids)]
     while found and (rank := min(found)) != NO_RANK:
         i = found.index(rank)
         ids[i:i + 2] = [merged[rank]]
@@ -647,7 +647,7 @@ def merge_heap(ids, ranks, merged):
     """
     size = len(ids)
     after, before = list(range(1, size + 1)), list(range(-1, size - 1))
-    heap = [ranks[pair] * size + i for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
+    heap = [ranks[pair] * size + i for i, pair in enumerate(pairwise(ids)) if pair in ranks]
     heapq.heapify(heap)
     while heap:
         rank, i = divmod(heapq.heappop(heap), size)
@@ -691,21 +691,26 @@ class Tokenizer:
     the vocabulary lacks are appended with new ids
     pattern: cuts text into pre-tokens; nfc: normalize text to NFC first (Qwen2.5)
     ignore_merges: a pre-token that is a token needs no merges (Llama 3)
+    shown_tokens: those special tokens that are text to a reader (Qwen3's <think>; "special": false
+    in a tokenizer.json): kept for `save`, and no end to a generated text
     post_processor: kept for `save`, never applied: encode adds no begin-of-text
     raises: ValueError for contents that contradict each other
     """
 
     def __init__(self, vocab, merges, special_tokens=None, pattern=GPT2_PATTERN, *, nfc=False,
-                 ignore_merges=False, post_processor=None):
+                 ignore_merges=False, shown_tokens=(), post_processor=None):
         self.vocab, self.merges = dict(vocab), [tuple(pair) for pair in merges]
         self.special_tokens, self.pattern = check_special_tokens(special_tokens), pattern
         self.nfc, self.ignore_merges, self.post_processor = nfc, ignore_merges, post_processor
+        self.shown_tokens = frozenset(shown_tokens)
         if any(not isinstance(index, int) or index < 0 for index in self.vocab):
             raise ValueError("ids must be integers from 0 on, got others in vocab; correct them")
         ids = {token: index for index, token in sorted(self.vocab.items(), reverse=True)}
+        self.vocab_size = max(self.vocab, default=-1) + 1
         self.special_ids = {}
         for token in self.special_tokens:
-            index = ids.setdefault(token.encode(), max(self.vocab, default=-1) + 1)
+            index = ids.setdefault(token.encode(), self.vocab_size)
+            self.vocab_size = max(self.vocab_size, index + 1)
             self.vocab[index] = token.encode()
             self.special_ids[token] = index
         self._ranks, self._merged = {}, []
@@ -716,14 +721,13 @@ class Tokenizer:
                                      "which is none; use a vocab and merges that belong together")
             self._ranks.setdefault((ids[left], ids[right]), rank)
             self._merged.append(ids[left + right])
-        self.vocab_size = max(self.vocab, default=-1) + 1
         self.dtype, self._letter = ((np.dtype("<u2"), "H") if self.vocab_size <= 1 << 16
                                     else (np.dtype("<u4"), "I"))
         self._bytes = [ids.get(bytes([byte])) for byte in range(256)]
         self._whole = {}  # the tokens that need no merges
         if ignore_merges:
-            self._whole = {token: index for token, index in ids.items()
-                           if index not in self.special_ids.values()}
+            special = set(self.special_ids.values())
+            self._whole = {token: index for token, index in ids.items() if index not in special}
         self._split = {True: special_splitter(tuple(self.special_tokens)),
                        False: special_splitter(())}
         self._pretokenize = pretokenizer(pattern)
@@ -732,7 +736,7 @@ class Tokenizer:
     def __reduce__(self):
         """How a process that is spawned gets its copy: without the cache."""
         return partial(Tokenizer, nfc=self.nfc, ignore_merges=self.ignore_merges,
-                       post_processor=self.post_processor), (
+                       shown_tokens=self.shown_tokens, post_processor=self.post_processor), (
             self.vocab, self.merges, self.special_tokens, self.pattern)
 
     @cached_property
@@ -986,7 +990,7 @@ def to_hugging_face(tokenizer):
     ids from, whatever gaps there are.
     """
     special = tokenizer.special_ids
-    plain = sorted(tokenizer.vocab.keys() - special.values())
+    plain = sorted(tokenizer.vocab.keys() - set(special.values()))
     vocab = spelled_once([(spell(tokenizer.vocab[index]), index) for index in plain]
                          + [*special.items()])
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -999,7 +1003,8 @@ def to_hugging_face(tokenizer):
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": index, "content": token, "single_word": False, "lstrip": False,
-                          "rstrip": False, "normalized": False, "special": True}
+                          "rstrip": False, "normalized": False,
+                          "special": token not in tokenizer.shown_tokens}
                          for token, index in sorted(special.items(), key=lambda item: item[1])],
         "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
         "pre_tokenizer": pre_tokenizer, "post_processor": tokenizer.post_processor,
@@ -1030,18 +1035,20 @@ def from_hugging_face(data):
         must(not value, "the model must be plain byte-level BPE", f"{name} {value!r}")
     if normalizer is not None:
         must(normalizer["type"] == "NFC", "the normalizer must be NFC or none", normalizer["type"])
-    special = {}
+    special, shown = {}, set()
     for added in data.get("added_tokens") or ():
         for name in ("lstrip", "rstrip", "single_word"):
             must(not added.get(name), "added tokens must be matched as they are",
                  f"{name} for {added['content']!r}")
         special[added["content"]] = added["id"]
+        if not added.get("special", True):
+            shown.add(added["content"])
     vocab = {index: unspell(token) for token, index in model["vocab"].items()
              if token not in special}
     vocab |= {index: token.encode() for token, index in special.items()}
     return Tokenizer(vocab, [unspell_merge(merge) for merge in model["merges"]], list(special),
                      read_pre_tokenizer(data.get("pre_tokenizer")), nfc=normalizer is not None,
-                     ignore_merges=bool(model.get("ignore_merges")),
+                     ignore_merges=bool(model.get("ignore_merges")), shown_tokens=shown,
                      post_processor=data.get("post_processor"))
 
 
@@ -1109,6 +1116,9 @@ def write_tokens(input_paths, tokenizer, out_path, num_workers=None, piece_bytes
     special = tuple(tokenizer.special_tokens)
     pieces = plan_pieces(paths, piece_bytes, cut_finder(tokenizer.pattern, special, tokenizer.nfc),
                          special)
+    if not pieces:
+        raise ValueError(f"the text to encode must hold a byte, got none in {paths[0]}; give more "
+                         "text")
     meta = {"vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.sha256,
             "dtype": tokenizer.dtype.name, "source_hash": files_sha256(paths)}
     parts = Path(f"{out_path}.parts")
@@ -1427,7 +1437,7 @@ def find_texts(data, valid_data, folder, errors):
         return write_splits(texts[0] if data in DATASETS else data, folder, errors)
     return [path if path.is_file() and path.suffix == ".txt"
             else write_splits(str(path), folder / split, errors, hold_out=False)[0]
-            for split, path in zip(("train", "valid"), texts)]
+            for split, path in zip(("train", "valid"), texts, strict=True)]
 
 
 def make_tokenizer(text, text_sha256, vocab_size, pattern, folder, num_workers, errors):
@@ -1476,6 +1486,11 @@ def prepare_data(data, vocab_size, data_dir="data", valid_data=None, tokenizer=N
         raise ValueError("data must name some text, got an empty name; give a file or a folder")
     if str(data).endswith(".bin"):
         return open_token_files(data, vocab_size, valid_data, tokenizer)
+    if tokenizer:
+        path, tokenizer = tokenizer, Tokenizer.load(tokenizer)
+        if END_OF_TEXT not in tokenizer.special_ids:
+            raise ValueError(f"the tokenizer must have the special token {END_OF_TEXT}, which ends "
+                             f"documents, got {path} without; leave it out or train one with it")
     name = data if data in DATASETS else Path(data).resolve().name.split(".")[0] or "data"
     folder = Path(data_dir) / name
     if Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
@@ -1484,14 +1499,13 @@ def prepare_data(data, vocab_size, data_dir="data", valid_data=None, tokenizer=N
     texts = find_texts(data, valid_data, folder, errors)
     hashes = [files_sha256([path]) for path in texts]
     if tokenizer:
-        tokenizer = Tokenizer.load(tokenizer)
         folder = folder / tokenizer.sha256[:12]
     else:
         folder = folder / f"{pattern}_{vocab_size}"
         tokenizer = make_tokenizer(texts[0], hashes[0], vocab_size, pattern, folder, num_workers,
                                    errors)
     ids = []
-    for split, text, sha256 in zip(("train", "valid"), texts, hashes):
+    for split, text, sha256 in zip(("train", "valid"), texts, hashes, strict=True):
         path = folder / f"{split}.bin"
         split_ids, meta = make_tokens(text, sha256, tokenizer, path, num_workers, errors)
         print(f"{split}: {meta['tokens']:,} tokens of {meta['bytes']:,} bytes, {path}")
@@ -1603,7 +1617,7 @@ def bench_train(args):
         for _ in range(args.train_repeats):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 runs.append(process.submit(seconds_and_mib, trainer, args).result())
-        seconds, mib = zip(*runs)
+        seconds, mib = zip(*runs, strict=True)
         results[name] = show("train", name, seconds, "s", f" | peak {max(mib):,.0f} MiB"), max(mib)
     return results
 
@@ -1620,8 +1634,9 @@ def bench_encode(tokenizer, texts, args):
             lambda: [encoding.ids for encoding in rival.encode_batch(texts)])
     if importlib.util.find_spec("tiktoken"):
         import tiktoken
+        special = set(tokenizer.special_ids.values())
         ordinary = {token: index for index, token in tokenizer.vocab.items()
-                    if index not in tokenizer.special_ids.values()}
+                    if index not in special}
         encoding = tiktoken.Encoding("bench", pat_str=tokenizer.pattern, mergeable_ranks=ordinary,
                                      special_tokens=tokenizer.special_ids)
         contenders["tiktoken, 1 thread"] = lambda: [encoding.encode(text) for text in texts]
@@ -1717,11 +1732,11 @@ def train(args):
 def encode(args):
     """Text of the command line to ids, or files to a file of tokens."""
     tokenizer = Tokenizer.load(args.tokenizer)
+    if (args.text is None) != bool(args.input) or args.text is not None and args.out:
+        raise ValueError("encode must have --text alone or --input, got neither or both; give one")
     if args.text is not None:
         print(*tokenizer.encode(args.text))
         return
-    if not args.input:
-        raise ValueError("encode must have --text or --input, got neither; give one")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         meta = write_tokens(args.input, tokenizer, args.out or Path(folder, "measured.bin"),
@@ -1735,10 +1750,12 @@ def encode(args):
 def decode(args):
     """Ids of the command line, or of a file of tokens, to text."""
     tokenizer = Tokenizer.load(args.tokenizer)
-    if args.ids is None and args.input is None:
-        raise ValueError("decode must have --ids or --input, got neither; give one")
-    ids = args.ids if args.ids is not None else read_tokens(args.input, tokenizer)[0][:args.count]
-    print(tokenizer.decode(ids))
+    if (args.ids is None) == (args.input is None):
+        raise ValueError("decode must have --ids or --input, got neither or both; give one")
+    if args.count is not None and args.count < 0:
+        raise ValueError(f"count must be at least 0, got {args.count}; raise it")
+    ids = args.ids if args.input is None else read_tokens(args.input, tokenizer)[0]
+    print(tokenizer.decode(ids[:args.count]))
 
 
 def build_parser():

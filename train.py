@@ -51,6 +51,8 @@ class Trainer:
         self.device = lm.resolve_device(args.device)
         self.out_dir = Path(args.out_dir)
         self.checkpoint = self.out_dir / "checkpoint.pt"
+        if self.out_dir.is_file():
+            raise ValueError(f"out_dir must be a folder, got the file {self.out_dir}; rename it")
         self.out_dir.mkdir(parents=True, exist_ok=True)
         holds_a_run = any((self.out_dir / f).exists() for f in ("log.jsonl", "checkpoint.pt"))
         if holds_a_run and not (args.resume or args.overwrite):
@@ -280,7 +282,7 @@ def plot(logs, out):
             for key, name, style in curves:
                 points = [(r[x] / scale, r[key]) for r in records if key in r]
                 label = f"{path.parent.name} {name}"
-                axis.plot(*zip(*points), color=f"C{color}", label=label, **style)
+                axis.plot(*zip(*points, strict=True), color=f"C{color}", label=label, **style)
         axis.set(xlabel=unit, ylabel="loss, nats a token")
         axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

@@ -515,6 +515,19 @@ def test_a_token_that_is_declared_special_keeps_its_id_in_both_forms(tmp_path):
     assert Tokenizer.from_files(*files, ["ab"]).sha256 == tokenizer.sha256
 
 
+def test_a_special_token_that_a_reader_is_shown_stays_so_in_the_file(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    assert all(added["special"] for added in data["added_tokens"])
+    data["added_tokens"][1]["special"] = False  # "<a>", as Qwen3 has <think>
+    write(tmp_path / "tokenizer.json", json.dumps(data))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.shown_tokens == {"<a>"} and loaded.encode("<a>") == tokenizer.encode("<a>")
+    loaded.save(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "tokenizer.json").read_text("utf-8"))
+    assert [added["special"] for added in again["added_tokens"]] == [True, False, True]
+
+
 def test_the_hash_tells_tokenizers_apart(tokenizer):
     fields = tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens
     hashes = {
@@ -757,6 +770,9 @@ def test_a_file_of_tokens_must_suit_tokenizer_and_model(tokenizer, tmp_path):
         bpe.read_tokens(path, vocab_size=100)
     with pytest.raises(ValueError, match="NAME.bin"):
         bpe.write_tokens(tmp_path / "t", tokenizer, tmp_path / "x.txt", 1)
+    with pytest.raises(ValueError, match="must hold a byte, got none in .*empty"):
+        bpe.write_tokens(write(tmp_path / "empty", ""), tokenizer, tmp_path / "y.bin", 1)
+    assert not (tmp_path / "y.bin").exists()
 
 
 # ---------------------------------------------------------------- downloads
@@ -809,6 +825,9 @@ def test_a_part_that_is_not_of_the_file_is_fetched_anew(tmp_path, part, total, r
 
 
 # ---------------------------------------------------------------- the command line
+
+
+TOKENIZER = "a folder with a tokenizer"  # which the test fills in
 
 
 def test_the_verbs_train_encode_and_decode(tmp_path, capsys):
@@ -883,6 +902,10 @@ def test_bench_checks_itself_and_ends_in_one_json_line(tmp_path, capsys):
         (["train", "--input", __file__, "--vocab_size", "300", "--out_dir", __file__], "a folder"),
         (["encode", "--tokenizer", "none", "--text", "a"], "none"),
         (["decode", "--tokenizer", "none", "--ids", "1"], "none"),
+        (["encode", "--tokenizer", TOKENIZER, "--text", "a", "--input", __file__], "both"),
+        (["encode", "--tokenizer", TOKENIZER, "--text", "a", "--out", "x.bin"], "alone"),
+        (["decode", "--tokenizer", TOKENIZER, "--ids", "1", "--input", "x.bin"], "both"),
+        (["decode", "--tokenizer", TOKENIZER, "--ids", "1", "--count", "-5"], "count must be"),
         (["train", "--input", __file__, "--vocab_size", "3", "--out_dir", "x"], "at least 257"),
         (
             [
@@ -900,10 +923,14 @@ def test_bench_checks_itself_and_ends_in_one_json_line(tmp_path, capsys):
         ),
     ],
 )
-def test_a_user_error_is_one_line_and_exit_status_2(argv, message, tmp_path, monkeypatch, capsys):
+def test_a_user_error_is_one_line_and_exit_status_2(
+    argv, message, tokenizer, tmp_path, tmp_path_factory, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(folder)
     with pytest.raises(SystemExit) as exit_status:
-        bpe.main(argv)
+        bpe.main([str(folder) if word is TOKENIZER else word for word in argv])
     error = capsys.readouterr().err
     assert exit_status.value.code == 2 and message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
