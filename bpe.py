@@ -29,7 +29,6 @@ import shutil
 import signal
 import statistics
 import struct
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -41,7 +40,7 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property, lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -57,11 +56,16 @@ QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "llama3": LLAMA3_PATTERN,
             "qwen2": QWEN2_PATTERN}
 
+# Where any of these lets a text be cut: behind letters, behind numbers, before a space, between
+# lines. Surrogates (Cs) stand for bytes that are not understood yet.
+SAFE_CUTS = (r"(?<=\p{L})(?=[^\p{L}\p{M}\p{Cs}])", r"(?<=\p{N})(?=[^\p{N}\p{M}\p{Cs}])",
+             r"(?<=[^\s\p{Cs}])(?=[^\S\r\n])", r"(?<=[^\s\p{Cs}]\n)(?=[^\s\p{M}\p{Cs}])")
+
 END_OF_TEXT = "<|endoftext|>"
 PIECE_BYTES = 4 << 20  # read at a time by a worker
 TASK_BYTES = 32 << 20  # counted by a worker before it hands over
 MAX_DISTINCT = 1 << 18  # pre-tokens in a worker's counter before it hands over early: about 50 MB
-BLOCK_CHARS = 512  # given to one findall: short enough that most blocks of English are all ASCII
+BLOCK_CHARS = 1024  # given to one findall: short enough that most blocks of English are all ASCII
 STREAM_CHARS = 1 << 13  # encoded at a time by encode_iterable
 CACHE_ENTRIES = 1 << 19  # pre-tokens whose ids an encoder remembers: about 100 MB
 CACHED_CHARS = 128  # longer pre-tokens are not worth remembering
@@ -159,21 +163,19 @@ def cut_finder(pattern, special_tokens=(), nfc=False):
     """Returns a function (text, start) -> the first safe cut at or after start > 0, or -1.
 
     A cut is safe where encoding both sides alone gives what encoding the whole gives. In the
-    known patterns a pre-token that reaches a letter ends with the run of letters, and nothing
-    but white space looks ahead: so between a letter and what is neither letter nor mark. NFC can
-    turn a letter into letter and mark, but not these of ASCII. In any pattern: before a special
-    token. Never where a special token begins before and ends after, whether it would be
-    matched there or not: that is known within `longest` characters, whatever came before.
+    known patterns a pre-token ends with its run of letters, numbers or signs (signs take line
+    ends along), and nothing but white space looks ahead, which a single line end does in vain: so
+    at SAFE_CUTS; with NFC, which may turn a letter into letter and mark, between two characters of
+    ASCII. In any pattern: before a special token. Never where a special token begins before and
+    ends after, whether it would be matched there or not: that is known within `longest`
+    characters, whatever came before.
 
     special_tokens: tuple of str
     """
-    if nfc:
-        between = [r"(?<=[A-Za-z])(?=[\x00-@\[-`{-\x7f])"]
-    else:  # surrogates (Cs) stand for bytes that are not understood yet
-        between = [r"(?<=\p{L})(?=[^\p{L}\p{M}\p{Cs}])"]
-    if pattern not in PATTERNS.values():
-        between = []
-    candidates = between + [f"(?={regex.escape(token)})" for token in special_tokens]
+    candidates = [f"(?={regex.escape(token)})" for token in special_tokens]
+    if pattern in PATTERNS.values():
+        both_ascii = r"(?<=[\x00-\x7f])(?=[\x00-\x7f])" if nfc else ""
+        candidates = [both_ascii + cut for cut in SAFE_CUTS] + candidates
     if not candidates:
         return lambda text, start: -1
     search = regex.compile("|".join(candidates)).search
@@ -365,7 +367,7 @@ def train_bpe_reference(text, vocab_size, special_tokens, pattern=GPT2_PATTERN):
     while 256 + len(merges) + len(special_tokens) < vocab_size:
         pairs = Counter()
         for word, count in words.items():
-            for pair in zip(word, word[1:]):
+            for pair in pairwise(word):
                 pairs[pair] += count
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
@@ -414,7 +416,7 @@ def count_pretokens(paths, special_tokens, num_workers, pattern, piece_bytes, er
     # A task hands over one counter: few tasks, but enough of them to keep all workers busy.
     task_bytes = min(TASK_BYTES, total // (2 * num_workers) + 1)
     groups = {}
-    for piece, offset in zip(pieces, offsets):
+    for piece, offset in zip(pieces, offsets, strict=False):
         groups.setdefault(offset // task_bytes, []).append(piece)
     tasks = [(group, pattern, special_tokens, errors) for group in groups.values()]
     counts, done = Counter(), 0
@@ -625,7 +627,7 @@ def merge_naive(ids, ranks, merged):
     ids: list of symbols, changed; ranks: {(left, right): rank}; merged: [rank] -> new symbol.
     Quadratic, and fastest below LONG_BYTES, for `min` and `index` run in C.
     """
-    found = [ranks.get(pair, NO_RANK) for pair in zip(ids, ids[1:])]
+    found = [ranks.get(pair, NO_RANK) for pair in pairwise(ids)]
     while found and (rank := min(found)) != NO_RANK:
         i = found.index(rank)
         ids[i:i + 2] = [merged[rank]]
@@ -645,7 +647,7 @@ def merge_heap(ids, ranks, merged):
     """
     size = len(ids)
     after, before = list(range(1, size + 1)), list(range(-1, size - 1))
-    heap = [ranks[pair] * size + i for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
+    heap = [ranks[pair] * size + i for i, pair in enumerate(pairwise(ids)) if pair in ranks]
     heapq.heapify(heap)
     while heap:
         rank, i = divmod(heapq.heappop(heap), size)
@@ -689,21 +691,26 @@ class Tokenizer:
     the vocabulary lacks are appended with new ids
     pattern: cuts text into pre-tokens; nfc: normalize text to NFC first (Qwen2.5)
     ignore_merges: a pre-token that is a token needs no merges (Llama 3)
+    shown_tokens: those special tokens that are text to a reader (Qwen3's <think>; "special": false
+    in a tokenizer.json): kept for `save`, and no end to a generated text
     post_processor: kept for `save`, never applied: encode adds no begin-of-text
     raises: ValueError for contents that contradict each other
     """
 
     def __init__(self, vocab, merges, special_tokens=None, pattern=GPT2_PATTERN, *, nfc=False,
-                 ignore_merges=False, post_processor=None):
+                 ignore_merges=False, shown_tokens=(), post_processor=None):
         self.vocab, self.merges = dict(vocab), [tuple(pair) for pair in merges]
         self.special_tokens, self.pattern = check_special_tokens(special_tokens), pattern
         self.nfc, self.ignore_merges, self.post_processor = nfc, ignore_merges, post_processor
+        self.shown_tokens = frozenset(shown_tokens)
         if any(not isinstance(index, int) or index < 0 for index in self.vocab):
             raise ValueError("ids must be integers from 0 on, got others in vocab; correct them")
         ids = {token: index for index, token in sorted(self.vocab.items(), reverse=True)}
+        self.vocab_size = max(self.vocab, default=-1) + 1
         self.special_ids = {}
         for token in self.special_tokens:
-            index = ids.setdefault(token.encode(), max(self.vocab, default=-1) + 1)
+            index = ids.setdefault(token.encode(), self.vocab_size)
+            self.vocab_size = max(self.vocab_size, index + 1)
             self.vocab[index] = token.encode()
             self.special_ids[token] = index
         self._ranks, self._merged = {}, []
@@ -714,14 +721,13 @@ class Tokenizer:
                                      "which is none; use a vocab and merges that belong together")
             self._ranks.setdefault((ids[left], ids[right]), rank)
             self._merged.append(ids[left + right])
-        self.vocab_size = max(self.vocab, default=-1) + 1
         self.dtype, self._letter = ((np.dtype("<u2"), "H") if self.vocab_size <= 1 << 16
                                     else (np.dtype("<u4"), "I"))
         self._bytes = [ids.get(bytes([byte])) for byte in range(256)]
         self._whole = {}  # the tokens that need no merges
         if ignore_merges:
-            self._whole = {token: index for token, index in ids.items()
-                           if index not in self.special_ids.values()}
+            special = set(self.special_ids.values())
+            self._whole = {token: index for token, index in ids.items() if index not in special}
         self._split = {True: special_splitter(tuple(self.special_tokens)),
                        False: special_splitter(())}
         self._pretokenize = pretokenizer(pattern)
@@ -730,7 +736,7 @@ class Tokenizer:
     def __reduce__(self):
         """How a process that is spawned gets its copy: without the cache."""
         return partial(Tokenizer, nfc=self.nfc, ignore_merges=self.ignore_merges,
-                       post_processor=self.post_processor), (
+                       shown_tokens=self.shown_tokens, post_processor=self.post_processor), (
             self.vocab, self.merges, self.special_tokens, self.pattern)
 
     @cached_property
@@ -856,14 +862,9 @@ class Tokenizer:
     def save_gpt2(self, folder):
         """Writes vocab.json and merges.txt into `folder`, which `from_files` reads.
 
-        raises: ValueError, as `save`, for a special token that is another token too
+        raises: ValueError, as `save`, for two ids of one token
         """
-        vocab = {}
-        for index, token in sorted(self.vocab.items()):
-            if (first := vocab.setdefault(spell(token), index)) != index:
-                raise ValueError("tokens, special ones too, must not be spelled alike, got "
-                                 f"{token.decode(errors='replace')!r} as ids {first} and {index}; "
-                                 "rename the special token")
+        vocab = spelled_once((spell(token), index) for index, token in sorted(self.vocab.items()))
         merges = [f"{spell(left)} {spell(right)}\n" for left, right in self.merges]
         write_atomically(Path(folder, "vocab.json"),
                          json.dumps(vocab, ensure_ascii=False).encode())
@@ -942,6 +943,17 @@ def unspell(text):
                          "this is no byte-level BPE") from None
 
 
+def spelled_once(pairs):
+    """Returns {spelling: id} of pairs of these; raises ValueError where two ids have one spelling,
+    of which a file would keep the last."""
+    vocab = {}
+    for spelling, index in pairs:
+        if (first := vocab.setdefault(spelling, index)) != index:
+            raise ValueError("two tokens, special ones too, must not be spelled alike, got "
+                             f"{spelling!r} as ids {first} and {index}; rename or remove one")
+    return vocab
+
+
 def unspell_merge(merge):
     """Returns the pair of bytes of a merge written "a b" or ["a", "b"]."""
     pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -978,12 +990,9 @@ def to_hugging_face(tokenizer):
     ids from, whatever gaps there are.
     """
     special = tokenizer.special_ids
-    vocab = {spell(token): index for index, token in sorted(tokenizer.vocab.items())
-             if index not in special.values()}
-    clash = [token for token in special if token in vocab]
-    if clash:
-        raise ValueError(f"a special token must not be spelled like another token, got {clash[0]!r}"
-                         "; rename it")
+    plain = sorted(tokenizer.vocab.keys() - set(special.values()))
+    vocab = spelled_once([(spell(tokenizer.vocab[index]), index) for index in plain]
+                         + [*special.items()])
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if tokenizer.pattern == GPT2_PATTERN:
         pre_tokenizer = byte_level | {"use_regex": True}
@@ -994,7 +1003,8 @@ def to_hugging_face(tokenizer):
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": index, "content": token, "single_word": False, "lstrip": False,
-                          "rstrip": False, "normalized": False, "special": True}
+                          "rstrip": False, "normalized": False,
+                          "special": token not in tokenizer.shown_tokens}
                          for token, index in sorted(special.items(), key=lambda item: item[1])],
         "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
         "pre_tokenizer": pre_tokenizer, "post_processor": tokenizer.post_processor,
@@ -1002,78 +1012,77 @@ def to_hugging_face(tokenizer):
         "model": {"type": "BPE", "dropout": None, "unk_token": None,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None,
                   "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": tokenizer.ignore_merges, "vocab": vocab | special,
+                  "ignore_merges": tokenizer.ignore_merges, "vocab": vocab,
                   "merges": [f"{spell(left)} {spell(right)}" for left, right in tokenizer.merges]}}
+
+
+def must(hold, what, got):
+    """raises ValueError unless `hold`, a truth about a tokenizer.json: other kinds are not read."""
+    if not hold:
+        raise ValueError(f"{what}, got {got}; it is not read")
 
 
 def from_hugging_face(data):
     """Returns the Tokenizer of a tokenizer.json's contents; raises ValueError for other kinds."""
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise ValueError("a tokenizer.json must hold a model, got none; give another file")
-    model = data["model"]
-    if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"the model must be byte-level BPE, got {model['type']}; it is not read")
+    model, normalizer = data["model"], data.get("normalizer")
+    kind = model.get("type", "BPE")
+    must(kind == "BPE", "the model must be byte-level BPE", kind)
     for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
                  "byte_fallback"):
-        if model.get(name):
-            raise ValueError(f"the model must be plain byte-level BPE, got {name} "
-                             f"{model[name]!r}; it is not read")
-    normalizer = data.get("normalizer")
-    if normalizer is not None and normalizer["type"] != "NFC":
-        raise ValueError(f"the normalizer must be NFC or none, got {normalizer['type']}; "
-                         "it is not read")
-    special = {}
+        value = model.get(name)
+        must(not value, "the model must be plain byte-level BPE", f"{name} {value!r}")
+    if normalizer is not None:
+        must(normalizer["type"] == "NFC", "the normalizer must be NFC or none", normalizer["type"])
+    special, shown = {}, set()
     for added in data.get("added_tokens") or ():
         for name in ("lstrip", "rstrip", "single_word"):
-            if added.get(name):
-                raise ValueError(f"added tokens must be matched as they are, got {name} for "
-                                 f"{added['content']!r}; it is not read")
+            must(not added.get(name), "added tokens must be matched as they are",
+                 f"{name} for {added['content']!r}")
         special[added["content"]] = added["id"]
+        if not added.get("special", True):
+            shown.add(added["content"])
     vocab = {index: unspell(token) for token, index in model["vocab"].items()
              if token not in special}
     vocab |= {index: token.encode() for token, index in special.items()}
     return Tokenizer(vocab, [unspell_merge(merge) for merge in model["merges"]], list(special),
                      read_pre_tokenizer(data.get("pre_tokenizer")), nfc=normalizer is not None,
-                     ignore_merges=bool(model.get("ignore_merges")),
+                     ignore_merges=bool(model.get("ignore_merges")), shown_tokens=shown,
                      post_processor=data.get("post_processor"))
 
 
 def read_pre_tokenizer(data):
     """Returns the pattern of a pre-tokenizer: ByteLevel, or a Split by regex and ByteLevel."""
-    if data is None:
-        raise ValueError("the pre-tokenizer must be ByteLevel, got none; it is not read")
+    must(data is not None, "the pre-tokenizer must be ByteLevel", "none")
     parts = data["pretokenizers"] if data["type"] == "Sequence" else [data]
     kinds = [part["type"] for part in parts]
-    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
-        raise ValueError(f"the pre-tokenizer must be ByteLevel, or Split and ByteLevel, got "
-                         f"{' and '.join(kinds)}; it is not read")
-    if parts[-1].get("add_prefix_space"):
-        raise ValueError("ByteLevel must take text as it is, got add_prefix_space; it is not read")
-    if parts[-1].get("use_regex", True) != (len(parts) == 1):
-        raise ValueError("one pattern must cut the text, got use_regex of ByteLevel "
-                         f"{parts[-1].get('use_regex', True)} in {' and '.join(kinds)}; "
-                         "it is not read")
-    if len(parts) == 1:
+    names = " and ".join(kinds)
+    must(kinds in (["ByteLevel"], ["Split", "ByteLevel"]),
+         "the pre-tokenizer must be ByteLevel, or Split and ByteLevel", names)
+    *splits, byte_level = parts
+    must(not byte_level.get("add_prefix_space"), "ByteLevel must take text as it is",
+         "add_prefix_space")
+    use_regex = byte_level.get("use_regex", True)
+    must(use_regex != bool(splits), "one pattern must cut the text",
+         f"use_regex of ByteLevel {use_regex} in {names}")
+    if not splits:
         return GPT2_PATTERN
-    split = parts[0]
-    if (split.get("behavior") != "Isolated" or split.get("invert")
-            or "Regex" not in split["pattern"]):
-        raise ValueError(f"Split must isolate the matches of a regex, got {split}; it is not read")
+    (split,) = splits
+    must(split.get("behavior") == "Isolated" and not split.get("invert")
+         and "Regex" in split["pattern"], "Split must isolate the matches of a regex", split)
     return split["pattern"]["Regex"]
 
 
 # ---------------------------------------------------------------- files of tokens
 
-def encode_piece(number, piece, ends_file, parts, errors):
+def encode_piece(number, piece, parts, errors):
     """Writes part `number`: three numbers (its text bytes, documents ended, last id), then ids.
 
     Runs in a worker; returns the bytes read. A part that exists under its name is whole.
-    ends_file: append <|endoftext|> if the piece does not end with it
     """
     tokenizer = worker_tokenizer
     text = read_piece(*piece, errors)
-    if ends_file and not text.endswith(END_OF_TEXT):
-        text += END_OF_TEXT
     plain = special_splitter(tuple(tokenizer.special_tokens))(text)[::2]
     packed = tokenizer.encode_packed(text)
     ids = np.frombuffer(packed, tokenizer.dtype)
@@ -1083,8 +1092,8 @@ def encode_piece(number, piece, ends_file, parts, errors):
     return piece[2] - piece[1]
 
 
-def write_tokens(input_paths, tokenizer, out_path, num_workers=None, end_files=False,
-                 piece_bytes=PIECE_BYTES, errors="strict", progress=False):
+def write_tokens(input_paths, tokenizer, out_path, num_workers=None, piece_bytes=PIECE_BYTES,
+                 errors="strict", progress=False):
     """Returns the meta of the file of tokens it makes of UTF-8 text files, in order.
 
     `out_path` NAME.bin: ids, little-endian, uint16 up to 65,536 ids, else uint32. NAME.json, the
@@ -1095,8 +1104,6 @@ def write_tokens(input_paths, tokenizer, out_path, num_workers=None, end_files=F
     Pieces are encoded in parallel into the folder NAME.bin.parts and put together at the end:
     whenever it is killed, the next call goes on with the pieces that are done, and nothing
     stands under the final name before it is whole.
-
-    end_files: append <|endoftext|> to files that do not end with it
     """
     paths, out_path = list_files(input_paths), Path(out_path)
     meta_path = out_path.with_suffix(".json")
@@ -1105,23 +1112,23 @@ def write_tokens(input_paths, tokenizer, out_path, num_workers=None, end_files=F
                          "got one; choose another name")
     if out_path.suffix != ".bin":
         raise ValueError(f"a file of tokens must be called NAME.bin, got {out_path}; rename it")
-    if end_files and END_OF_TEXT not in tokenizer.special_ids:
-        raise ValueError(f"to end files the tokenizer must have {END_OF_TEXT}, got one without; "
-                         "train it with that special token")
     num_workers = default_workers(num_workers)
     special = tuple(tokenizer.special_tokens)
     pieces = plan_pieces(paths, piece_bytes, cut_finder(tokenizer.pattern, special, tokenizer.nfc),
                          special)
+    if not pieces:
+        raise ValueError(f"the text to encode must hold a byte, got none in {paths[0]}; give more "
+                         "text")
     meta = {"vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.sha256,
             "dtype": tokenizer.dtype.name, "source_hash": files_sha256(paths)}
     parts = Path(f"{out_path}.parts")
-    plan = json.dumps(meta | {"errors": errors, "end_files": end_files, "pieces": pieces}).encode()
+    plan = json.dumps(meta | {"errors": errors, "pieces": pieces}).encode()
     if not (parts / "plan.json").exists() or (parts / "plan.json").read_bytes() != plan:
         shutil.rmtree(parts, ignore_errors=True)
         write_atomically(parts / "plan.json", plan)
     finished = set(os.listdir(parts))
-    tasks = [(number, piece, end_files and is_last_of_file(pieces, number), str(parts), errors)
-             for number, piece in enumerate(pieces) if f"{number:08d}" not in finished][::-1]
+    tasks = [(number, piece, str(parts), errors) for number, piece in enumerate(pieces)
+             if f"{number:08d}" not in finished][::-1]
     total = sum(end - start for _, start, end in pieces)
     done = total - sum(end - start for _, (_, start, end), *_ in tasks)
     line = Progress("encode", total, "bytes", progress, done)
@@ -1130,16 +1137,11 @@ def write_tokens(input_paths, tokenizer, out_path, num_workers=None, end_files=F
         done += piece_size
         line.update(done)
     line.close()
-    out_path.with_suffix(".json").unlink(missing_ok=True)  # a kill between the two is noticed
+    meta_path.unlink(missing_ok=True)  # a kill between the two is noticed
     meta |= join_parts(parts, pieces, tokenizer, out_path)
-    write_atomically(out_path.with_suffix(".json"), json.dumps(meta, indent=1).encode())
+    write_atomically(meta_path, json.dumps(meta, indent=1).encode())
     shutil.rmtree(parts)
     return meta
-
-
-def is_last_of_file(pieces, number):
-    """Returns whether the next piece is of another file, or there is none."""
-    return number + 1 == len(pieces) or pieces[number + 1][0] != pieces[number][0]
 
 
 def join_parts(parts, pieces, tokenizer, out_path):
@@ -1148,13 +1150,13 @@ def join_parts(parts, pieces, tokenizer, out_path):
     end_of_text = tokenizer.special_ids.get(END_OF_TEXT, -1)
     temporary = parts / "whole"
     with open(temporary, "wb") as whole:
-        for number in range(len(pieces)):
+        for number, (path, *_) in enumerate(pieces):
             with open(parts / f"{number:08d}", "rb") as part:
                 size, ends, last = PART_HEADER.unpack(part.read(PART_HEADER.size))
                 shutil.copyfileobj(part, whole, 1 << 20)
+            ends_file = number + 1 == len(pieces) or pieces[number + 1][0] != path
             text_bytes += size
-            documents += ends
-            documents += is_last_of_file(pieces, number) and last != end_of_text
+            documents += ends + (ends_file and last != end_of_text)
         tokens = whole.tell() // tokenizer.dtype.itemsize
     os.replace(temporary, out_path)
     return {"tokens": tokens, "bytes": text_bytes, "documents": documents}
@@ -1168,11 +1170,12 @@ def read_tokens(path, tokenizer=None, vocab_size=None):
     """
     path = Path(path)
     remake = "make it again with bpe.py encode"
-    meta = read_json(path.with_suffix(".json")) if path.exists() else None
-    if meta is None:
+    if not path.exists():
         raise ValueError(f"the file of tokens must exist, got {path}; {remake}")
-    fields = {"vocab_size", "tokenizer_hash", "tokens", "dtype", "bytes", "documents"}
-    if not isinstance(meta, dict) or not fields <= meta.keys():
+    meta = read_json(path.with_suffix(".json"))
+    numbers, others = ("vocab_size", "tokens", "bytes", "documents"), {"tokenizer_hash", "dtype"}
+    if (not isinstance(meta, dict) or not others <= meta.keys()
+            or not all(isinstance(meta.get(name), int) for name in numbers)):
         raise ValueError(f"{path.with_suffix('.json')} must describe a file of tokens, got other "
                          f"contents; {remake}")
     if meta["dtype"] not in ("uint16", "uint32"):
@@ -1235,7 +1238,7 @@ def download(url, path, sha256=None):
             announced = download_rest(requests, url, part)
             sha256 = sha256 or announced
             break
-        except (OSError, requests.RequestException) as error:
+        except OSError as error:  # requests' own are of this class too
             reply = getattr(error, "response", None)
             final = reply is not None and 400 <= reply.status_code < 500
             if final or attempt == DOWNLOAD_ATTEMPTS - 1:
@@ -1287,20 +1290,20 @@ def fetch(name, folder):
     texts = []
     for split, (url, sha256) in DATASETS[name].items():
         text = folder / f"raw_{split}.txt"
-        if not text.exists():
-            packed = url.endswith(".gz")
-            raw = folder / f"raw_{split}.txt.gz" if packed else text
-            if not raw.exists():
-                download(url, raw, sha256)
-            if packed:
-                try:
-                    with gzip.open(raw) as source, open(f"{text}.tmp", "wb") as out:
-                        shutil.copyfileobj(source, out, 1 << 20)
-                except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                    raise ValueError(f"{raw} must be a whole gzip file, got: {error}; remove it, "
-                                     "it is fetched again") from None
-                os.replace(f"{text}.tmp", text)
         texts.append(text)
+        if text.exists():
+            continue
+        raw = folder / f"raw_{split}.txt.gz" if url.endswith(".gz") else text
+        if not raw.exists():
+            download(url, raw, sha256)
+        if raw != text:
+            try:
+                with gzip.open(raw) as source, open(f"{text}.tmp", "wb") as out:
+                    shutil.copyfileobj(source, out, 1 << 20)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(f"{raw} must be a whole gzip file, got: {error}; remove it, "
+                                 "it is fetched again") from None
+            os.replace(f"{text}.tmp", text)
     return texts
 
 
@@ -1329,7 +1332,7 @@ def read_documents(paths, root, errors):
     """
     find_cut = cut_finder(GPT2_PATTERN, (END_OF_TEXT,))
     for path in paths:
-        name = path.relative_to(root).as_posix() if root else path.name
+        name = path.relative_to(root).as_posix()
         if path.name.endswith((".jsonl", ".jsonl.gz")):
             for number, text in read_jsonl(path, errors):
                 yield f"{name}:{number}", text, True
@@ -1376,9 +1379,10 @@ def write_splits(data, folder, errors, hold_out=True):
         root, paths = standard_library()
         errors = "ignore"  # a few test files of the library are not UTF-8, on purpose
     else:
-        root, paths = Path(data) if Path(data).is_dir() else None, list_files(data)
+        paths = list_files(data)
+        root = Path(data) if Path(data).is_dir() else Path(data).parent
     splits = folder / "train.txt", folder / "valid.txt"
-    names = [path.relative_to(root).as_posix() if root else path.name for path in paths]
+    names = [path.relative_to(root).as_posix() for path in paths]
     source = {"sha256": files_sha256(paths), "errors": errors, "held_out": HELD_OUT * hold_out,
               "names": hashlib.sha256("\n".join(names).encode()).hexdigest()}
     made = what_was_made(folder / "source.json")
@@ -1433,7 +1437,7 @@ def find_texts(data, valid_data, folder, errors):
         return write_splits(texts[0] if data in DATASETS else data, folder, errors)
     return [path if path.is_file() and path.suffix == ".txt"
             else write_splits(str(path), folder / split, errors, hold_out=False)[0]
-            for split, path in zip(("train", "valid"), texts)]
+            for split, path in zip(("train", "valid"), texts, strict=True)]
 
 
 def make_tokenizer(text, text_sha256, vocab_size, pattern, folder, num_workers, errors):
@@ -1482,6 +1486,11 @@ def prepare_data(data, vocab_size, data_dir="data", valid_data=None, tokenizer=N
         raise ValueError("data must name some text, got an empty name; give a file or a folder")
     if str(data).endswith(".bin"):
         return open_token_files(data, vocab_size, valid_data, tokenizer)
+    if tokenizer:
+        path, tokenizer = tokenizer, Tokenizer.load(tokenizer)
+        if END_OF_TEXT not in tokenizer.special_ids:
+            raise ValueError(f"the tokenizer must have the special token {END_OF_TEXT}, which ends "
+                             f"documents, got {path} without; leave it out or train one with it")
     name = data if data in DATASETS else Path(data).resolve().name.split(".")[0] or "data"
     folder = Path(data_dir) / name
     if Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
@@ -1490,14 +1499,13 @@ def prepare_data(data, vocab_size, data_dir="data", valid_data=None, tokenizer=N
     texts = find_texts(data, valid_data, folder, errors)
     hashes = [files_sha256([path]) for path in texts]
     if tokenizer:
-        tokenizer = Tokenizer.load(tokenizer)
         folder = folder / tokenizer.sha256[:12]
     else:
         folder = folder / f"{pattern}_{vocab_size}"
         tokenizer = make_tokenizer(texts[0], hashes[0], vocab_size, pattern, folder, num_workers,
                                    errors)
     ids = []
-    for split, text, sha256 in zip(("train", "valid"), texts, hashes):
+    for split, text, sha256 in zip(("train", "valid"), texts, hashes, strict=True):
         path = folder / f"{split}.bin"
         split_ids, meta = make_tokens(text, sha256, tokenizer, path, num_workers, errors)
         print(f"{split}: {meta['tokens']:,} tokens of {meta['bytes']:,} bytes, {path}")
@@ -1529,26 +1537,20 @@ BENCH_SUFFIXES = (".py", ".md", ".rst", ".txt", ".html", ".js", ".h", ".c", ".py
 
 
 def write_bench_corpus(inputs, megabytes, path):
-    """Writes text files, <|endoftext|> between them, up to that size.
+    """Writes text files, <|endoftext|> between them, up to that size; each text once.
 
     inputs: files and folders; by default what every machine has, Python's own library and the
     packages installed beside it
     """
     inputs = inputs or {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}
-    written, seen = 0, set()
+    seen = set()
     with open(path, "wb") as corpus:
         for found in list_files(sorted(inputs), BENCH_SUFFIXES):
-            data = found.read_bytes()
-            digest = hashlib.sha256(data).digest()
-            if digest in seen or len(data) > 4 << 20 or not data:
-                continue
-            try:
-                data.decode()
-            except UnicodeDecodeError:
-                continue
-            seen.add(digest)
-            written += corpus.write(data + END_OF_TEXT.encode())
-            if written >= megabytes * 1e6:
+            text = found.read_bytes().decode(errors="ignore") + END_OF_TEXT
+            if hash(text) not in seen and len(text) < 4 << 20:
+                seen.add(hash(text))
+                corpus.write(text.encode())
+            if corpus.tell() >= megabytes * 1e6:
                 break
 
 
@@ -1582,25 +1584,41 @@ def train_rustbpe(args):
                                             pattern=GPT2_PATTERN)
 
 
-TRAINERS = {"ours": train_ours, "tokenizers": train_tokenizers, "rustbpe": train_rustbpe}
+def seconds_of(run, *args):
+    """Returns the seconds that run(*args) takes."""
+    started = time.perf_counter()
+    run(*args)
+    return time.perf_counter() - started
+
+
+def seconds_and_mib(trainer, args):
+    """Returns (seconds, peak MiB) of a training in this process and its workers."""
+    return seconds_of(trainer, args), peak_memory_mib(args.num_workers)
+
+
+def show(verb, name, values, unit, note=""):
+    """Prints the median and the spread of repeated measurements; returns the median."""
+    median = statistics.median(values)
+    print(f"{verb:<7} {name:<24} {median:8.3f} {unit} ({min(values):.3f} to {max(values):.3f}, "
+          f"{len(values)} runs){note}", flush=True)
+    return median
 
 
 def bench_train(args):
-    """Returns {trainer: (median seconds, peak MiB)}, each trained in a process of its own."""
+    """Returns {trainer: (median seconds, peak MiB)}, each training in a process of its own, so
+    that its memory is its own."""
     results = {}
-    for name in TRAINERS:
+    for name, trainer in (("ours", train_ours), ("tokenizers", train_tokenizers),
+                          ("rustbpe", train_rustbpe)):
         if name != "ours" and not importlib.util.find_spec(name):
             print(f"train   {name:<24} not installed")
             continue
-        command = [sys.executable, __file__, "bench", "--trainer", name]
-        for flag in ("corpus", "out_dir", "vocab_size", "num_workers"):
-            command += [f"--{flag}", str(getattr(args, flag))]
-        runs = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-                for _ in range(args.train_repeats)]
-        seconds, mib = [run["seconds"] for run in runs], max(run["mib"] for run in runs)
-        results[name] = statistics.median(seconds), mib
-        print(f"train   {name:<24} {results[name][0]:8.2f} s ({min(seconds):.2f} to "
-              f"{max(seconds):.2f}, {len(seconds)} runs) | peak {mib:,.0f} MiB", flush=True)
+        runs = []
+        for _ in range(args.train_repeats):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                runs.append(process.submit(seconds_and_mib, trainer, args).result())
+        seconds, mib = zip(*runs, strict=True)
+        results[name] = show("train", name, seconds, "s", f" | peak {max(mib):,.0f} MiB"), max(mib)
     return results
 
 
@@ -1616,8 +1634,9 @@ def bench_encode(tokenizer, texts, args):
             lambda: [encoding.ids for encoding in rival.encode_batch(texts)])
     if importlib.util.find_spec("tiktoken"):
         import tiktoken
+        special = set(tokenizer.special_ids.values())
         ordinary = {token: index for index, token in tokenizer.vocab.items()
-                    if index not in tokenizer.special_ids.values()}
+                    if index not in special}
         encoding = tiktoken.Encoding("bench", pat_str=tokenizer.pattern, mergeable_ranks=ordinary,
                                      special_tokens=tokenizer.special_ids)
         contenders["tiktoken, 1 thread"] = lambda: [encoding.encode(text) for text in texts]
@@ -1630,12 +1649,8 @@ def bench_encode(tokenizer, texts, args):
         rates = []
         for _ in range(args.repeats):
             tokenizer._cache.clear()  # each run starts cold
-            started = time.perf_counter()
-            run()
-            rates.append(megabytes / (time.perf_counter() - started))
-        speeds[name] = statistics.median(rates)
-        print(f"encode  {name:<24} {speeds[name]:8.2f} MB/s ({min(rates):.2f} to {max(rates):.2f}, "
-              f"{len(rates)} runs)", flush=True)
+            rates.append(megabytes / seconds_of(run))
+        speeds[name] = show("encode", name, rates, "MB/s")
     tokens = sum(map(len, expected))
     print(f"ratio   {1e6 * megabytes / tokens:.3f} bytes/token on {megabytes:.1f} MB")
     return speeds
@@ -1643,47 +1658,36 @@ def bench_encode(tokenizer, texts, args):
 
 def bench(args):
     """Correctness first, then the speed of training and encoding against what is installed."""
-    if args.trainer:  # one contender, in a process of its own so that its memory is its own
-        started = time.perf_counter()
-        TRAINERS[args.trainer](args)
-        print(json.dumps({"seconds": time.perf_counter() - started,
-                          "mib": peak_memory_mib(args.num_workers)}))
-        return
     with tempfile.TemporaryDirectory() as args.out_dir:
-        folder = args.out_dir
+        folder = Path(args.out_dir)
         if args.corpus is None:
-            args.corpus = os.path.join(folder, "corpus.txt")
+            args.corpus = folder / "corpus.txt"
             write_bench_corpus(args.input, args.max_mb, args.corpus)
         size = os.path.getsize(args.corpus)
         print(f"corpus  {size / 1e6:.1f} MB | vocab_size {args.vocab_size} | {args.num_workers} "
               f"workers | {os.cpu_count()} cores | {platform.platform()} | Python "
               f"{platform.python_version()}")
-        small = Path(folder, "small.txt")
+        small = folder / "small.txt"
         with open(args.corpus, "rb") as file:
             small.write_text(file.read(130_000).decode(errors="replace"), newline="")
         sample = small.read_bytes().decode()
         if train_bpe(small, 300, [END_OF_TEXT]) != train_bpe_reference(sample, 300, [END_OF_TEXT]):
             raise ValueError("merges must equal the reference's, got others; report this corpus")
         print(f"check   merges equal the reference's on {len(sample):,} characters")
-        times = []
-        for _ in range(args.repeats):
-            started = time.perf_counter()
-            train_bpe(small, 500, [END_OF_TEXT])
-            times.append(time.perf_counter() - started)
-        print(f"train   {'ours, 130 kB, vocab 500':<24} {statistics.median(times):8.3f} s "
-              f"({min(times):.3f} to {max(times):.3f}, {len(times)} runs)")
+        small_s = show("train", "ours, 130 kB, vocab 500", [
+            seconds_of(train_bpe, small, 500, [END_OF_TEXT]) for _ in range(args.repeats)], "s")
         training = bench_train(args)
         if args.gpt2_dir:
             files = [next(Path(args.gpt2_dir).glob(f"*{name}"), Path(args.gpt2_dir, name))
                      for name in ("vocab.json", "merges.txt")]
             tokenizer = Tokenizer.from_files(*files, [END_OF_TEXT])
         else:
-            tokenizer = Tokenizer.load(Path(folder, "tokenizer.json"))
+            tokenizer = Tokenizer.load(folder)
         every = max(1, int(size / 1e6 / args.encode_mb))
         texts = list(bench_documents(args.corpus))[::every]
         encoding = bench_encode(tokenizer, texts, args)
     print(json.dumps({"corpus_bytes": size, "vocab_size": args.vocab_size,
-                      "num_workers": args.num_workers, "small_s": statistics.median(times),
+                      "num_workers": args.num_workers, "small_s": small_s,
                       "train_s": {name: result[0] for name, result in training.items()},
                       "train_mib": {name: result[1] for name, result in training.items()},
                       "encode_mb_per_s": encoding}))
@@ -1707,6 +1711,10 @@ def peak_memory_mib(num_workers):
 
 def train(args):
     """Text to a tokenizer.json; time, memory and longest token are printed."""
+    if not args.input:
+        raise ValueError("train must have --input, got none; name text files or folders")
+    if os.path.isfile(args.out_dir):
+        raise ValueError(f"out_dir must be a folder, got the file {args.out_dir}; rename it")
     started = time.perf_counter()
     pattern = PATTERNS[args.pattern]
     vocab, merges = train_bpe(args.input, args.vocab_size, args.special_tokens, args.num_workers,
@@ -1724,15 +1732,15 @@ def train(args):
 def encode(args):
     """Text of the command line to ids, or files to a file of tokens."""
     tokenizer = Tokenizer.load(args.tokenizer)
+    if (args.text is None) != bool(args.input) or args.text is not None and args.out:
+        raise ValueError("encode must have --text alone or --input, got neither or both; give one")
     if args.text is not None:
         print(*tokenizer.encode(args.text))
         return
-    if not args.input:
-        raise ValueError("encode must have --text or --input, got neither; give one")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         meta = write_tokens(args.input, tokenizer, args.out or Path(folder, "measured.bin"),
-                            args.num_workers, args.end_files, errors=args.errors, progress=True)
+                            args.num_workers, errors=args.errors, progress=True)
     seconds = time.perf_counter() - started
     print(f"{meta['tokens']:,} tokens of {meta['bytes']:,} bytes of text in {meta['documents']:,} "
           f"documents | {meta['bytes'] / max(1, meta['tokens']):.3f} bytes/token | {seconds:.2f} s "
@@ -1742,10 +1750,12 @@ def encode(args):
 def decode(args):
     """Ids of the command line, or of a file of tokens, to text."""
     tokenizer = Tokenizer.load(args.tokenizer)
-    if args.ids is None and args.input is None:
-        raise ValueError("decode must have --ids or --input, got neither; give one")
-    ids = args.ids if args.ids is not None else read_tokens(args.input, tokenizer)[0][:args.count]
-    print(tokenizer.decode(ids))
+    if (args.ids is None) == (args.input is None):
+        raise ValueError("decode must have --ids or --input, got neither or both; give one")
+    if args.count is not None and args.count < 0:
+        raise ValueError(f"count must be at least 0, got {args.count}; raise it")
+    ids = args.ids if args.input is None else read_tokens(args.input, tokenizer)[0]
+    print(tokenizer.decode(ids[:args.count]))
 
 
 def build_parser():
@@ -1772,7 +1782,6 @@ def build_parser():
     add[train]("--gpt2_files", action="store_true", help="write vocab.json and merges.txt too")
     add[encode]("--text", help="print the ids of this text")
     add[encode]("--out", help="NAME.bin; without it the ids are only counted and timed")
-    add[encode]("--end_files", action="store_true", help=f"{END_OF_TEXT} after each file")
     add[decode]("--ids", nargs="*", type=int)
     add[decode]("--input", help="NAME.bin")
     add[decode]("--count", type=int, help="only so many tokens from the start")
@@ -1783,8 +1792,6 @@ def build_parser():
     add[bench]("--encode_mb", type=float, default=20, help="of text to encode, about")
     add[bench]("--repeats", type=int, default=5)
     add[bench]("--train_repeats", type=int, default=1)
-    add[bench]("--trainer", choices=TRAINERS, help="only train with this one, print JSON")
-    add[bench]("--out_dir", help="where --trainer ours leaves its tokenizer")
     return parser
 
 
@@ -1792,12 +1799,10 @@ def main(argv=None):
     """Runs the command line; a user's error is one line and exit status 2."""
     args = build_parser().parse_args(argv)
     try:
-        if args.verb == "train" and not args.input:
-            raise ValueError("train must have --input, got none; name text files or folders")
         if hasattr(sys.stdout, "reconfigure"):  # print what the terminal's encoding lacks, escaped
             sys.stdout.reconfigure(errors="backslashreplace")
         args.run(args)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+    except (ValueError, OSError) as error:
         print(f"bpe.py {args.verb}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -28,8 +28,8 @@ import argparse
 import bisect
 import contextlib
 import functools
-import itertools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -200,7 +200,7 @@ def add_training_flags(parser):
     held = parser.add_mutually_exclusive_group().add_argument  # when --out_dir holds a run
     held("--resume", action="store_true", help="go on with the run in --out_dir, same flags")
     held("--overwrite", action="store_true", help="start anew in an --out_dir that holds a run")
-    add("--seed", type=int, default=0)
+    add("--seed", type=positive(int, zero=True, below=2**63), default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     add_precision_flags(add)
@@ -509,7 +509,8 @@ class Embedding(nn.Module):
 
     def forward(self, ids):
         # not weight[ids]: index_select's gradient is faster on a CPU and adds up in a fixed order
-        return self.weight.index_select(0, ids.flatten()).unflatten(0, ids.shape)
+        rows = self.weight.index_select(0, ids.flatten())
+        return rows.view(*ids.shape, rows.shape[1])
 
 
 class RMSNorm(nn.Module):
@@ -782,12 +783,13 @@ class TransformerLM(nn.Module):
     `checkpoint_every` trades time for memory: (8,) keeps the input of every 8th block and computes
     the rest again in the backward pass; (8, 1) does that block by block within each group (nested).
     `recompute(levels)` chooses what is kept within each block.
+    `text_bounds`: bos_token_id and eos_token_id of the Hugging Face folder that it came from.
     """
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.checkpoint_every = ()
+        self.checkpoint_every, self.text_bounds = (), {}
         self.token_embeddings = Embedding(c.vocab_size, c.d_model)
         rope = make_rope(c)  # one table for all layers
         self.layers = nn.ModuleList(TransformerBlock(c, rope) for _ in range(c.num_layers))
@@ -949,7 +951,6 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_add_(denominator, eps)
         torch._foreach_addcdiv_(params, m, denominator, -step_size)
 
-
     def _update_in_float32(self, p, grad, m, v, seed, decay, betas, eps, step_size, root):
         """_update of one parameter, rounded once, at the end."""
         grad, theta = grad.float(), p.float() * decay
@@ -963,8 +964,8 @@ class AdamW(torch.optim.Optimizer):
 
 
 def fold_seed(n):
-    """The int n as a seed of 32 bits, which is all that torch's generator on a CPU looks at: numbers
-    that differ above those bits, too, give other draws."""
+    """The int n as a seed of 32 bits, which is all that torch's generator on a CPU looks at:
+    numbers that differ above those bits, too, give other draws."""
     return (n ^ (n >> 32) * 0x9E3779B1) % 2**32
 
 
@@ -1097,6 +1098,7 @@ def clip_grad_norm_(parameters, max_norm, norm=None):
 
     norm: the norm, where these parameters are not all there are (shards: see ddp.py)
     """
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else parameters
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = grad_norm(grads) if norm is None else norm
     if grads:
@@ -1107,8 +1109,9 @@ def clip_grad_norm_(parameters, max_norm, norm=None):
 def get_batch(dataset, batch_size, context_length, device, generator=None, rows=slice(None)):
     """Random windows (x, y), both (batch_size, context_length) int64 on `device`, y one token on.
 
-    dataset: 1-D array or memmap of token ids; only the windows are read. Starts are uniform, drawn
-    from `generator` (a CPU torch.Generator; its state is the position in the data) or torch's own.
+    dataset: 1-D array, memmap or tensor of token ids; only the windows are read. Starts are
+    uniform, drawn from `generator` (a CPU torch.Generator; its state is the position in the data)
+    or torch's own.
     rows: those of the batch to read and return; all are drawn, as every rank of ddp.py does
     raises ValueError where the data is shorter than a window and its target
     """
@@ -1116,7 +1119,7 @@ def get_batch(dataset, batch_size, context_length, device, generator=None, rows=
         raise ValueError(f"the data must hold more than context_length = {context_length} tokens, "
                          f"got {len(dataset)}; give more text or a shorter --context_length")
     starts = torch.randint(len(dataset) - context_length, (batch_size, 1), generator=generator)
-    windows = dataset[starts[rows].numpy() + np.arange(context_length + 1)]
+    windows = np.asarray(dataset)[starts[rows].numpy() + np.arange(context_length + 1)]
     windows = torch.from_numpy(windows.astype(np.int64))
     if torch.device(device).type == "cuda":
         windows = windows.pin_memory().to(device, non_blocking=True)
@@ -1201,6 +1204,11 @@ def save_checkpoint(model, optimizer, iteration, out, **extra):
     os.replace(f"{out}.new", out)
 
 
+def in_short(error):
+    """The kind of an exception and its message in one line of 100 characters."""
+    return " ".join(f"{type(error).__name__} {error}".split())[:100]
+
+
 def read_checkpoint(src):
     """The dict that `save_checkpoint` wrote, tensors on the CPU; weights only, no code is run.
 
@@ -1219,13 +1227,17 @@ def read_checkpoint(src):
         return content
 
     if hasattr(src, "read"):
-        return load(src)
+        try:
+            return load(src)
+        except Exception as error:  # see below
+            raise ValueError(f"a checkpoint must be readable, got {in_short(error)}; give a file "
+                             "of save_checkpoint, from its start") from None
     newest, tried = os.fspath(src), []
     for path in filter(os.path.exists, (newest, f"{newest}.prev")):
         try:
             content = load(path)
         except Exception as error:  # torch.load raises half a dozen types on damaged files
-            tried.append(f"{path}: {' '.join(f'{type(error).__name__} {error}'.split())[:100]}")
+            tried.append(f"{path}: {in_short(error)}")
             continue
         for message in tried or ([f"{src} is missing"] if path != newest else []):
             print(f"warning: {message}; using {path}", file=sys.stderr)
@@ -1312,7 +1324,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
              graphs=None):
     """Samples `num_samples` continuations of each prompt: a list of Completion, prompt by prompt.
 
-    prompts: lists of ids (or strings, with `tokenizer`), of any lengths, run as one batch
+    prompts: lists or arrays of ids (or strings, with `tokenizer`), of any lengths, one batch
     temperature, top_k, top_p: see `sample`; stop_ids, stop_strings: end a row (strings need
     `tokenizer`); seed: row r draws from (seed, r), whatever the other rows are and when they end;
     first_row: the number of the first row, where these prompts are a part of a larger batch
@@ -1322,12 +1334,15 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     When a row is full (context_length tokens), it goes on from its last context_length // 2 tokens.
     raises ValueError on arguments that it cannot use
     """
-    if isinstance(prompts, str):
-        raise ValueError(f"prompts must be a list, got the text {prompts[:40]!r}; put it into one")
+    for name, value in (("prompts", prompts), ("stop_strings", stop_strings)):
+        if isinstance(value, str):
+            raise ValueError(f"{name} must be a list, got the text {value[:40]!r}; put it into one")
+    prompts, stop_ids, stop_strings = list(prompts), tuple(stop_ids), tuple(stop_strings)
     if prompts and isinstance(prompts[0], str):
         if tokenizer is None:
             raise ValueError("prompts of text need a tokenizer, got none; pass one")
         prompts = [tokenizer.encode(p) for p in prompts]
+    prompts = [p.tolist() if hasattr(p, "tolist") else list(p) for p in prompts]
     check_generation(model, prompts, tokenizer, max_new_tokens, temperature, top_k, top_p,
                      num_samples, stop_strings)
     device, limit = next(model.parameters()).device, model.config.context_length
@@ -1337,7 +1352,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         generator.manual_seed(fold_seed((seed << 20) + first_row + r))
         torch.rand(max_new_tokens, generator=generator, out=row)
     draws = draws.T.contiguous().to(device)
-    windows = [clip_window(list(p), limit) for p in prompts]
+    windows = [clip_window(p, limit) for p in prompts]
     fixed = use_cache and replays(device) and max(map(len, windows)) + max_new_tokens <= limit
     last, cache = prefill(model, windows, 0 if fixed else max_new_tokens, device, use_cache)
     shared = torch.tensor([row.prompt_index for row in rows], device=device)
@@ -1577,15 +1592,18 @@ def check_generation(model, prompts, tokenizer, max_new_tokens, temperature, top
     V = model.config.vocab_size
     ids = [i for p in prompts for i in (min(p), max(p))] if all(map(len, prompts)) else []
     problems = [
-        (not ids, "every prompt must hold at least one token, got an empty one; give some text"),
+        (not ids, "there must be a prompt, and each must hold at least one token, got none; give "
+         "some text"),
         (ids and (min(ids) < 0 or max(ids) >= V), f"prompt ids must lie in 0..{V - 1}, got "
          f"{min(ids, default=0)}..{max(ids, default=0)}; use the model's tokenizer"),
         (min(max_new_tokens, num_samples) < 1, "max_new_tokens and num_samples must be at least 1, "
          f"got {max_new_tokens} and {num_samples}; raise them"),
-        (not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1,
-         "temperature and top_k must be at "
-         f"least 0 and top_p in (0, 1], got {temperature}, {top_k}, {top_p}; correct them"),
+        (not (temperature == 0 or 1e-6 <= temperature < math.inf), "temperature must be 0 or at "
+         f"least 1e-6, got {temperature}; 0 draws the likeliest token"),
+        (top_k < 0 or not 0 < top_p <= 1, "top_k must be at least 0 and top_p in (0, 1], got "
+         f"{top_k} and {top_p}; correct them"),
         (stop_strings and tokenizer is None, "stop_strings need a tokenizer, got none; pass one"),
+        ("" in stop_strings, "stop_strings must not be empty, got ''; leave it out"),
     ]
     for found, message in problems:
         if found:
@@ -1596,7 +1614,8 @@ def check_generation(model, prompts, tokenizer, max_new_tokens, temperature, top
 # Hugging Face directories: config.json, model.safetensors (one or sharded), tokenizer.json
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-                      "BF16": torch.bfloat16}
+                      "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+                      "U8": torch.uint8, "BOOL": torch.bool}
 
 HF_FIELDS = {  # of ModelConfig: of config.json
     "vocab_size": "vocab_size", "context_length": "max_position_embeddings",
@@ -1779,7 +1798,8 @@ def from_pretrained(path, device="cpu", dtype=None, **overrides):
     if not os.path.isfile(file):
         raise ValueError(f"{path} must be a folder with a config.json, got none; "
                          "give a model folder")
-    stored = config_from_hf(read_json_object(file), path)
+    hf = read_json_object(file)
+    stored = config_from_hf(hf, path)
     config = replace(stored, **overrides)
     tensors = {}
     for shard in find_shards(path):
@@ -1803,6 +1823,8 @@ def from_pretrained(path, device="cpu", dtype=None, **overrides):
     model.load_state_dict(state, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.token_embeddings.weight
+    model.text_bounds = {name: hf[name] for name in ("bos_token_id", "eos_token_id")
+                         if isinstance(hf.get(name), (int, list))}
     rope = make_rope(config, device)  # the tables are not in the file: made on the real device
     for layer in model.layers:
         layer.attn.rope = rope
@@ -1867,14 +1889,18 @@ def save_pretrained(model, tokenizer, path, dtype=None):
     os.makedirs(path, exist_ok=True)
     tensors = {theirs: swap_rotary_layout(ours, state[ours], config.d_head, to_hf=True).to(dtype)
                for ours, theirs in hf_names(config).items()}
+    hf.update(model.text_bounds)
     if tokenizer is not None:
-        end = {t: i for i, t in special_ids(tokenizer).items()}.get("<|endoftext|>")
-        hf.update(bos_token_id=end, eos_token_id=end)
+        special = special_ids(tokenizer)
+        end = {t: i for i, t in special.items()}.get("<|endoftext|>")
         tokenizer.save(os.path.join(path, "tokenizer.json"))
         settings = dict(tokenizer_class="PreTrainedTokenizerFast",
                         model_max_length=config.context_length)
-        if end is not None:
-            settings.update(eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+        for name in ("bos_token", "eos_token"):
+            ids = hf.setdefault(f"{name}_id", end)
+            first = ids[0] if isinstance(ids, list) and ids else ids
+            if first in special:
+                settings[name] = special[first]
         write_json(settings, os.path.join(path, "tokenizer_config.json"))
     write_safetensors(tensors, os.path.join(path, "model.safetensors"))
     write_json(hf, os.path.join(path, "config.json"))
@@ -1907,6 +1933,16 @@ def load_model(path, device="cpu", dtype=None, **overrides):
         if os.path.exists(candidate):
             return model, Tokenizer.load(candidate)
     return model, None
+
+
+def end_ids(model, tokenizer):
+    """The ids that end a text: those of the folder that the model came from, else the tokenizer's
+    special tokens, but those that a reader is shown."""
+    ends = model.text_bounds.get("eos_token_id")
+    if ends is not None:
+        return tuple(ends) if isinstance(ends, list) else (ends,)
+    shown = getattr(tokenizer, "shown_tokens", ())
+    return tuple(i for i, text in special_ids(tokenizer).items() if text not in shown)
 
 
 def special_ids(tokenizer):
@@ -2237,8 +2273,8 @@ def timed_pass(mode, forward, model, optimizer, device):
             optimizer.step()
         marks.append(synchronised_time(device))
     optimizer.zero_grad(set_to_none=True)
-    seconds = [b - a for a, b in zip(marks, marks[1:])]
-    return dict(zip(("forward", "backward", "optimizer"), seconds))
+    seconds = [b - a for a, b in itertools.pairwise(marks)]
+    return dict(zip(("forward", "backward", "optimizer"), seconds, strict=False))
 
 
 def check_forward(model, x, device, dtype):
@@ -2393,7 +2429,7 @@ def generate_text(args):
         raise ValueError(f"{args.model} must have a tokenizer.json beside it, got none; "
                          "copy it there")
     prompts = args.prompt or ["<|endoftext|>"]
-    stop_ids = () if args.ignore_end else tuple(special_ids(tokenizer))
+    stop_ids = () if args.ignore_end else end_ids(model, tokenizer)
     rows = generate(model, prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                     args.num_samples, stop_ids, tuple(args.stop), tokenizer, args.seed)
     for row in rows:
@@ -2480,8 +2516,7 @@ def export_and_sample(model, tokenizer, out_dir, prompt, num_tokens, seed):
         print(f"{out_dir / 'model'} was not written: {reason}")
     if tokenizer:
         (row,) = generate(model, [prompt or "<|endoftext|>"], num_tokens, 0.8, top_p=0.95,
-                          tokenizer=tokenizer, seed=seed,
-                          stop_ids=tuple(special_ids(tokenizer)))
+                          tokenizer=tokenizer, seed=seed, stop_ids=end_ids(model, tokenizer))
         print(f"--- sample\n{prompt}{row.text}\n---")
 
 
@@ -2489,9 +2524,10 @@ def saved_flags(out_dir, given=None):
     """The flags of the run in `out_dir`, of its checkpoint or before the first one of its log, but
     those that contradict what `given`, the flags of now, say."""
     flags = {}
-    with contextlib.suppress(FileNotFoundError, KeyError, ValueError, IndexError):
-        with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as log:
-            flags = json.loads(log.readline())["flags"]
+    log_path = os.path.join(out_dir, "log.jsonl")
+    with (contextlib.suppress(FileNotFoundError, KeyError, ValueError, IndexError),
+          open(log_path, encoding="utf-8") as log):
+        flags = json.loads(log.readline())["flags"]
     with contextlib.suppress(FileNotFoundError, KeyError):
         flags = dict(read_checkpoint(os.path.join(out_dir, "checkpoint.pt"))["flags"])
     for now, then in (("checkpoint_every", "recompute"), ("recompute", "checkpoint_every")):

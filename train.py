@@ -11,6 +11,7 @@ Source: CS336 assignment 1 (basics) handout, Stanford 2025 and 2026, sections 5 
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -50,6 +51,8 @@ class Trainer:
         self.device = lm.resolve_device(args.device)
         self.out_dir = Path(args.out_dir)
         self.checkpoint = self.out_dir / "checkpoint.pt"
+        if self.out_dir.is_file():
+            raise ValueError(f"out_dir must be a folder, got the file {self.out_dir}; rename it")
         self.out_dir.mkdir(parents=True, exist_ok=True)
         holds_a_run = any((self.out_dir / f).exists() for f in ("log.jsonl", "checkpoint.pt"))
         if holds_a_run and not (args.resume or args.overwrite):
@@ -253,6 +256,17 @@ class Trainer:
         print(f"time: {time.perf_counter() - self.started:.0f} s, {loop_s:.0f} s of it in steps")
 
 
+def read_log(path):
+    """The records of a log.jsonl, without a line that a full disk or a kill cut off."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    if not records or not isinstance(records[0], dict):
+        raise ValueError(f"{path} must be the log.jsonl of a run, got something else; give another")
+    return records
+
+
 def plot(logs, out):
     """Draws the losses in each log.jsonl against steps and wall clock into the picture `out`."""
     try:
@@ -264,11 +278,11 @@ def plot(logs, out):
     for axis, x, scale, unit in zip(figure.subplots(1, 2, sharey=True), ("step", "elapsed_s"),
                                      (1, 60), ("step", "minutes"), strict=True):
         for color, path in enumerate(map(Path, logs)):
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            records = read_log(path)
             for key, name, style in curves:
                 points = [(r[x] / scale, r[key]) for r in records if key in r]
                 label = f"{path.parent.name} {name}"
-                axis.plot(*zip(*points), color=f"C{color}", label=label, **style)
+                axis.plot(*zip(*points, strict=True), color=f"C{color}", label=label, **style)
         axis.set(xlabel=unit, ylabel="loss, nats a token")
         axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

@@ -18,7 +18,8 @@ import bpe
 from bpe import END_OF_TEXT, PATTERNS, Tokenizer, train_bpe, train_bpe_reference
 
 PAPER = "low " * 5 + "lower " * 2 + "widest " * 3 + "newest " * 5 + "newest"
-ALPHABETS = ("ab", "abc \n", "aA's 1\r\n", "aé汉\u0301 \n.,!ſ\u2028", "<|endof text|>")
+ALPHABETS = ("ab", "abc \n", "aA's 1\r\n", "aé汉\u0301 \n.,!ſ\u2028", "<|endof text|>",
+             "12²Ⅷ.,= \r\n\n", "a1' =\u0301\n\t\x1c\u3000\u00a0")
 
 
 def write(path, text):
@@ -127,6 +128,16 @@ def test_a_cut_anywhere_it_is_called_safe_changes_nothing(pattern, special):
             assert split(text[:cut]) + split(text[cut:]) == split(text), (text, cut)
             start, cuts = cut + 1, cuts + 1
     assert cuts > 100 or (pattern not in PATTERNS.values() and len(special) < 3)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("nfc", [True, False])
+@pytest.mark.parametrize("line", ["12.345,6.789\n", "=====\n", "1 2 3 ", "- ", "a"], ids=ascii)
+def test_text_without_letters_is_cut_into_pieces_too(tmp_path, pattern, nfc, line):
+    path = write(tmp_path / "t", line * 3000)
+    pieces = bpe.plan_pieces([path], 1000, bpe.cut_finder(pattern, (), nfc), ())
+    longest = max(end - start for _, start, end in pieces)
+    assert longest < 1020 or (line == "a" and len(pieces) == 1)  # a run of letters is one pre-token
 
 
 # ---------------------------------------------------------------- training
@@ -484,12 +495,12 @@ def test_the_pair_of_files_of_gpt2_goes_out_and_comes_in(tokenizer, tmp_path):
     assert bpe.spell(b" the\n") == "ĠtheĊ" and bpe.unspell("ĠtheĊ") == b" the\n"
 
 
-@pytest.mark.parametrize("special", ["a", "ab"])
-def test_a_special_token_that_is_another_token_too_is_saved_in_neither_form(tmp_path, special):
-    vocab = {i: bytes([i]) for i in range(256)} | {256: b"ab", 257: special.encode()}
-    tokenizer = Tokenizer(vocab, [(b"a", b"b")], [special])
+@pytest.mark.parametrize("twice, special", [("a", ["a"]), ("ab", ["ab"]), ("a", []), ("ab", [])])
+def test_two_ids_of_one_token_special_or_not_are_saved_in_neither_form(tmp_path, twice, special):
+    vocab = {i: bytes([i]) for i in range(256)} | {256: b"ab", 257: twice.encode()}
+    tokenizer = Tokenizer(vocab, [(b"a", b"b")], special)
     for save in (tokenizer.save, tokenizer.save_gpt2):
-        with pytest.raises(ValueError, match=f"must not be spelled .*, got '{special}'"):
+        with pytest.raises(ValueError, match=f"must not be spelled .*, got '{twice}' as ids .*257"):
             save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -502,6 +513,19 @@ def test_a_token_that_is_declared_special_keeps_its_id_in_both_forms(tmp_path):
     files = tmp_path / "vocab.json", tmp_path / "merges.txt"
     assert Tokenizer.load(tmp_path).sha256 == tokenizer.sha256
     assert Tokenizer.from_files(*files, ["ab"]).sha256 == tokenizer.sha256
+
+
+def test_a_special_token_that_a_reader_is_shown_stays_so_in_the_file(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    assert all(added["special"] for added in data["added_tokens"])
+    data["added_tokens"][1]["special"] = False  # "<a>", as Qwen3 has <think>
+    write(tmp_path / "tokenizer.json", json.dumps(data))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.shown_tokens == {"<a>"} and loaded.encode("<a>") == tokenizer.encode("<a>")
+    loaded.save(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "tokenizer.json").read_text("utf-8"))
+    assert [added["special"] for added in again["added_tokens"]] == [True, False, True]
 
 
 def test_the_hash_tells_tokenizers_apart(tokenizer):
@@ -526,7 +550,7 @@ def test_a_file_of_tokens_holds_the_ids_of_the_texts_in_order(
     monkeypatch.setattr(bpe, "PIECE_BYTES", 1)
     other = write(tmp_path / "other.txt", f"two{END_OF_TEXT}three")
     meta = bpe.write_tokens(
-        [corpus, other], tokenizer, tmp_path / "x.bin", workers, False, piece_bytes
+        [corpus, other], tokenizer, tmp_path / "x.bin", workers, piece_bytes
     )
     ids, read = bpe.read_tokens(tmp_path / "x.bin", tokenizer, tokenizer.vocab_size)
     texts = [path.read_bytes().decode() for path in (corpus, other)]
@@ -538,13 +562,6 @@ def test_a_file_of_tokens_holds_the_ids_of_the_texts_in_order(
     assert meta["bytes"] == len("".join(plain).encode())
     assert meta["source_hash"] == bpe.files_sha256([corpus, other])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "x.bin", "x.json"]
-
-
-def test_files_can_be_ended_by_the_special_token(tokenizer, tmp_path):
-    paths = [write(tmp_path / "a", "one"), write(tmp_path / "b", f"two{END_OF_TEXT}")]
-    meta = bpe.write_tokens(paths, tokenizer, tmp_path / "x.bin", 1, end_files=True)
-    ids, _ = bpe.read_tokens(tmp_path / "x.bin")
-    assert tokenizer.decode(ids) == f"one{END_OF_TEXT}two{END_OF_TEXT}" and meta["documents"] == 2
 
 
 def test_more_than_65536_ids_are_written_in_32_bits(tmp_path):
@@ -718,6 +735,12 @@ def test_missing_and_truncated_tokenizer_files_are_named(tokenizer, tmp_path):
         (lambda path: path.with_suffix(".json").unlink(), "x.json must be a file"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "must hold"),
         (lambda path: path.with_suffix(".json").write_text("{}"), "must describe"),
+        (
+            lambda path: path.with_suffix(".json").write_text(
+                json.dumps(json.loads(path.with_suffix(".json").read_text()) | {"tokens": None})
+            ),
+            "must describe",
+        ),
         (lambda path: path.with_suffix(".json").write_text("{"), "must be JSON"),
         (
             lambda path: path.with_suffix(".json").write_text(
@@ -747,6 +770,9 @@ def test_a_file_of_tokens_must_suit_tokenizer_and_model(tokenizer, tmp_path):
         bpe.read_tokens(path, vocab_size=100)
     with pytest.raises(ValueError, match="NAME.bin"):
         bpe.write_tokens(tmp_path / "t", tokenizer, tmp_path / "x.txt", 1)
+    with pytest.raises(ValueError, match="must hold a byte, got none in .*empty"):
+        bpe.write_tokens(write(tmp_path / "empty", ""), tokenizer, tmp_path / "y.bin", 1)
+    assert not (tmp_path / "y.bin").exists()
 
 
 # ---------------------------------------------------------------- downloads
@@ -799,6 +825,9 @@ def test_a_part_that_is_not_of_the_file_is_fetched_anew(tmp_path, part, total, r
 
 
 # ---------------------------------------------------------------- the command line
+
+
+TOKENIZER = "a folder with a tokenizer"  # which the test fills in
 
 
 def test_the_verbs_train_encode_and_decode(tmp_path, capsys):
@@ -870,8 +899,13 @@ def test_bench_checks_itself_and_ends_in_one_json_line(tmp_path, capsys):
     [
         (["train", "--input", "none.txt", "--vocab_size", "300", "--out_dir", "x"], "none.txt"),
         (["train", "--vocab_size", "300", "--out_dir", "x"], "--input"),
+        (["train", "--input", __file__, "--vocab_size", "300", "--out_dir", __file__], "a folder"),
         (["encode", "--tokenizer", "none", "--text", "a"], "none"),
         (["decode", "--tokenizer", "none", "--ids", "1"], "none"),
+        (["encode", "--tokenizer", TOKENIZER, "--text", "a", "--input", __file__], "both"),
+        (["encode", "--tokenizer", TOKENIZER, "--text", "a", "--out", "x.bin"], "alone"),
+        (["decode", "--tokenizer", TOKENIZER, "--ids", "1", "--input", "x.bin"], "both"),
+        (["decode", "--tokenizer", TOKENIZER, "--ids", "1", "--count", "-5"], "count must be"),
         (["train", "--input", __file__, "--vocab_size", "3", "--out_dir", "x"], "at least 257"),
         (
             [
@@ -889,10 +923,14 @@ def test_bench_checks_itself_and_ends_in_one_json_line(tmp_path, capsys):
         ),
     ],
 )
-def test_a_user_error_is_one_line_and_exit_status_2(argv, message, tmp_path, monkeypatch, capsys):
+def test_a_user_error_is_one_line_and_exit_status_2(
+    argv, message, tokenizer, tmp_path, tmp_path_factory, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(folder)
     with pytest.raises(SystemExit) as exit_status:
-        bpe.main(argv)
+        bpe.main([str(folder) if word is TOKENIZER else word for word in argv])
     error = capsys.readouterr().err
     assert exit_status.value.code == 2 and message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -141,6 +141,8 @@ def test_embedding_looks_up_rows_and_sends_gradients_to_them():
     assert torch.equal(layer(ids), F.embedding(ids, layer.weight))
     layer(ids).sum().backward()
     assert layer.weight.grad[:, 0].tolist() == [1, 3, 1, 0, 0, 0, 0, 0, 0, 1]
+    for shape in ((), (0,), (2, 0)):  # one id, none
+        assert layer(torch.ones(shape, dtype=torch.long)).shape == (*shape, 3)
 
 
 def test_rmsnorm_worked_example_and_equal_to_torch_with_gradients():
@@ -1106,6 +1108,9 @@ def test_clipping_worked_example_and_nothing_to_clip():
     p.grad = torch.tensor([3.0, 4.0])
     assert M.clip_grad_norm_([p], 1.0).item() == 5
     close(p.grad, torch.tensor([0.6, 0.8]), **F32)
+    p.grad *= 5
+    assert M.clip_grad_norm_(p, 1.0).item() == pytest.approx(5)  # one tensor, as torch's takes it
+    close(p.grad, torch.tensor([0.6, 0.8]), **F32)
     assert M.clip_grad_norm_([torch.nn.Parameter(torch.zeros(2))], 1.0).item() == 0
 
 
@@ -1140,6 +1145,21 @@ def test_get_batch_takes_the_only_window_there_is_and_refuses_shorter_data():
     assert x.tolist() == [[5, 6], [5, 6]] and y.tolist() == [[6, 7], [6, 7]]
     with pytest.raises(ValueError, match="more than context_length = 3.*got 3"):
         M.get_batch(np.array([5, 6, 7], dtype=np.uint16), 2, 3, "cpu")
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_get_batch_takes_tensors_and_lists_too(kind):
+    x, y = M.get_batch(kind(range(100)), 4, 8, "cpu", torch.Generator().manual_seed(1))
+    assert torch.equal(x + 1, y) and x.dtype == torch.int64 and x.shape == (4, 8)
+
+
+def test_a_file_object_that_holds_no_checkpoint_is_refused_in_one_line():
+    file = io.BytesIO()
+    M.save_checkpoint(torch.nn.Linear(2, 2), None, 3, file)  # and not rewound
+    for damaged in (file, io.BytesIO(b"not a checkpoint"), io.BytesIO(file.getvalue()[:400])):
+        with pytest.raises(ValueError, match="a checkpoint must be readable, got") as error:
+            M.read_checkpoint(damaged)
+        assert "\n" not in str(error.value)
 
 
 def test_get_batch_is_reproducible_from_a_generators_seed_and_state():
@@ -1632,11 +1652,25 @@ def test_sample_never_draws_what_has_no_probability_even_at_the_ends():
     (dict(prompts=[[-1]]), "-1"), (dict(max_new_tokens=0), "max_new_tokens"), (dict(top_k=-1), "top_k"),
     (dict(temperature=-0.1), "temperature"), (dict(top_p=0.0), "top_p"), (dict(top_p=1.5), "top_p"),
     (dict(num_samples=0), "num_samples"), (dict(stop_strings=["x"]), "tokenizer"),
-    (dict(prompts=["x"]), "tokenizer"),
+    (dict(stop_strings=["x", ""], tokenizer=object()), "must not be empty"),
+    (dict(prompts=["x"]), "tokenizer"), (dict(stop_strings="ab"), "stop_strings must be a list"),
+    (dict(temperature=1e-45), "temperature must be 0 or"),
 ])  # fmt: skip
 def test_generation_refuses_what_it_cannot_do(bad, named):
     with pytest.raises(ValueError, match=named):
         M.generate(M.TransformerLM(tiny()), **{"prompts": [[1]], "max_new_tokens": 2, **bad})
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, iter], ids=["tensor", "array", "iterator"])
+def test_prompts_and_stops_of_any_kind_of_sequence_are_those_of_a_list(kind):
+    model, tokenizer, prompts = exact_model(), PairTokenizer(), [[1, 2, 3], [4, 5, 6]]
+    expected = M.generate(model, prompts, 12, seed=1, tokenizer=tokenizer)
+    stop_id, text = expected[0].tokens[4], expected[1].text
+    stops = dict(stop_ids=[stop_id], stop_strings=[text[6:8]])
+    expected = M.generate(model, prompts, 12, seed=1, tokenizer=tokenizer, **stops)
+    got = M.generate(model, kind(prompts), 12, seed=1, tokenizer=tokenizer,
+                     **{name: iter(value) for name, value in stops.items()})  # fmt: skip
+    assert got == expected and any(row.finish_reason == "stop" for row in got)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1646,7 +1680,7 @@ def test_generation_refuses_what_it_cannot_do(bad, named):
 def some_tensors():
     return {
         "a": torch.randn(3, 5), "b.c": torch.randn(7).bfloat16(), "half": torch.randn(1, 3).half(),
-        "d": torch.randn(2, 2, 2).double(), "scalar": torch.tensor(2.5), "none": torch.zeros(0, 4),
+        "d": torch.randn(2, 2, 2).double(), "scalar": torch.tensor(2.5), "none": torch.zeros(0, 4), "ids": torch.arange(3),
         "strided": torch.randn(4, 6).T, "last": torch.randn(9),
     }  # fmt: skip
 
@@ -2331,6 +2365,27 @@ def test_export_writes_a_model_folder_from_a_checkpoint_and_its_run_folder(tmp_p
         assert (tmp_path / f"hf{i}" / "tokenizer.json").exists()
     run(["export", "--model", str(tmp_path / "run"), "--out_dir", str(tmp_path / "b"), "--dtype", "bfloat16"], capsys)
     assert M.from_pretrained(tmp_path / "b").lm_head.weight.dtype == torch.bfloat16
+
+
+def test_where_a_text_ends_is_kept_from_a_model_folder_to_its_export(tmp_path, capsys, pair_tokenizer):
+    model = exact_model()
+    M.save_pretrained(model, pair_tokenizer, tmp_path / "a")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    flags = ["generate", "--device", "cpu", "--temperature", "0", "--prompt", "aA", "--max_new_tokens", "8", "--model"]
+    text = run([*flags, str(tmp_path / "a")], capsys).strip()
+    third = pair_tokenizer.encode(text)[3]  # of the tokens after the prompt
+    config.update(bos_token_id=1, eos_token_id=[59, third])  # as Llama 3 has several
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    assert text.startswith(run([*flags, str(tmp_path / "a")], capsys).strip() + pair_tokenizer.decode([third]))
+    run(["export", "--model", str(tmp_path / "a"), "--out_dir", str(tmp_path / "b")], capsys)
+    exported = json.loads((tmp_path / "b/config.json").read_text())
+    assert (exported["bos_token_id"], exported["eos_token_id"]) == (1, [59, third])
+
+
+def test_a_token_that_a_reader_is_shown_does_not_end_a_text():
+    tokenizer = PairTokenizer()
+    tokenizer.special_tokens, tokenizer.shown_tokens = ["<|endoftext|>", "aA"], {"aA"}
+    assert M.end_ids(M.TransformerLM(tiny()), tokenizer) == (60,)
 
 
 def test_an_exported_tokenizer_names_its_end_of_text_token(tmp_path):

@@ -157,9 +157,20 @@ def test_under_torchrun_it_points_to_ddp(tmp_path, corpus, capsys, monkeypatch):
 def test_plot_draws_the_curves_of_several_runs(tmp_path, corpus):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     train.main(flags(tmp_path, corpus))
-    picture = tmp_path / "curves.png"
-    train.main(["--plot", str(tmp_path / "out/log.jsonl"), "--plot_file", str(picture)])
+    picture, log = tmp_path / "curves.png", tmp_path / "out/log.jsonl"
+    with open(log, "a") as file:
+        file.write('{"step": 12, "lo')  # the disk was full
+    train.main(["--plot", str(log), "--plot_file", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_of_what_is_no_log_is_one_line_that_names_it(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    (tmp_path / "notes.txt").write_text("no records\n")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--plot", str(tmp_path / "notes.txt")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "notes.txt must be the log.jsonl" in error and error.count("\n") == 1
 
 
 # -------------------------------------------------------------------------------------------------
@@ -532,6 +543,12 @@ def test_bad_text_is_one_line(tmp_path, capsys, content, patterns):
     assert not (tmp_path / "out/log.jsonl").exists()
 
 
+def test_a_tokenizer_that_cannot_end_documents_is_one_line(tmp_path, corpus, capsys):
+    bpe.Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|end_of_text|>"]).save(tmp_path / "tok")
+    fails(capsys, flags(tmp_path, corpus, "--tokenizer", str(tmp_path / "tok")),
+          "must have the special token <|endoftext|>")  # fmt: skip
+
+
 def test_replaced_bytes_train(tmp_path):
     path = tmp_path / "bad.txt"
     path.write_bytes(b"some text \xff and more words of it\n" * 300)
@@ -579,6 +596,8 @@ def test_an_out_dir_that_holds_a_run_is_kept_unless_told(tmp_path, corpus, capsy
     assert (tmp_path / "out/log.jsonl").read_text() == before
     assert train.main(flags(tmp_path, corpus, "--overwrite", "--max_steps", "2")) == 0
     assert len(losses(tmp_path)) == 2
+    (tmp_path / "notes").write_text("a file")
+    fails(capsys, flags(tmp_path, corpus, out="notes"), "out_dir must be a folder")
 
 
 def test_a_checkpoint_of_another_shape_is_named(tmp_path, corpus, capsys):
