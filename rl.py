@@ -920,6 +920,13 @@ PROMPTS = {
     "completes the request.\n\n### Instruction:\n{question}\n\n### Response:\n",
 }
 STOPS = {"r1_zero": ("</answer>",), "system": ("# Query:",)}
+
+
+def ask(prompt, question):
+    """The question in the template of that name, as it stands: its braces mean nothing."""
+    return PROMPTS[prompt].replace("{question}", question)
+
+
 MMLU_QUESTION = (
     "Answer the following multiple choice question about {subject}. Respond with a single sentence "
     'of the form "The correct answer is _", filling the blank with the letter of the correct '
@@ -995,8 +1002,8 @@ def read_pairs(path):
 
 
 def read_problems(path):
-    """[{"question", "answer"}] of GSM8K, MATH and their like, in JSONL."""
-    return [{"question": pick(place, r, *QUESTION), "answer": pick(place, r, *ANSWER)}
+    """[{"prompt", "answer"}] of GSM8K, MATH and their like, in JSONL."""
+    return [{"prompt": pick(place, r, *QUESTION), "answer": pick(place, r, *ANSWER)}
             for place, r in read_records(path)]
 
 
@@ -1060,9 +1067,9 @@ def read_examples(task, path, prompt):
         examples = read_problems(path)
         ending = "\nAnswer:" if task == "gsm8k" and prompt in ("system", "alpaca") else ""
         for e in examples:
-            e["asked"] = e["question"] + ending
+            e["asked"] = e["prompt"] + ending
     for e in examples:
-        e["prompt"] = PROMPTS[prompt].replace("{question}", e["asked"])
+        e["prompt"] = ask(prompt, e["asked"])
     return examples
 
 
@@ -1225,18 +1232,18 @@ def encode_text(tokenizer, text):
     return list(ids["input_ids"] if hasattr(ids, "keys") else getattr(ids, "ids", ids))
 
 
-def special_ids(tokenizer):
-    """{text: id} of the special tokens, where a tokenizer tells them."""
+def special_ids(tokenizer, *texts):
+    """The ids of those of `texts` that are special tokens, where a tokenizer tells them."""
     known = lm.special_ids(tokenizer) if hasattr(tokenizer, "special_tokens") else {}
-    return {text: i for i, text in known.items()}
+    ids = {text: i for i, text in known.items()}
+    return tuple(ids[text] for text in texts if text in ids)
 
 
 def end_ids(tokenizer):
     """The ids that end a text, the first one is appended to text; () where there is none."""
     if hasattr(tokenizer, "eos_token_id"):
         return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    ids = special_ids(tokenizer)
-    return tuple(ids[text] for text in END_TOKENS if text in ids)
+    return special_ids(tokenizer, *END_TOKENS)
 
 
 def begin_ids(tokenizer):
@@ -1244,7 +1251,7 @@ def begin_ids(tokenizer):
     if hasattr(tokenizer, "eos_token_id"):
         begin = getattr(tokenizer, "bos_token_id", None)
         return () if begin in (None, tokenizer.eos_token_id) else (begin,)
-    return tuple(i for text, i in special_ids(tokenizer).items() if text == "<|begin_of_text|>")
+    return special_ids(tokenizer, "<|begin_of_text|>")
 
 
 def encode_prompt(tokenizer, text):
@@ -1282,10 +1289,6 @@ def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
     return pad_pairs(pairs, pad_id(tokenizer))
 
 
-def alpaca_text(prompt, response):
-    return PROMPTS["alpaca"].replace("{question}", prompt) + response
-
-
 class PackedSFTDataset(torch.utils.data.Dataset):
     """Instruction pairs (JSONL with prompt and response) in the Alpaca template, each between the
     tokenizer's begin and end tokens, joined and cut every seq_length tokens: item i is
@@ -1301,7 +1304,7 @@ class PackedSFTDataset(torch.utils.data.Dataset):
         if not end:
             raise ValueError("the tokenizer must have an end-of-text token to part documents, got "
                              "none; add <|endoftext|>")
-        texts = (alpaca_text(pairs[i]["prompt"], pairs[i]["response"]) for i in order)
+        texts = (ask("alpaca", pairs[i]["prompt"]) + pairs[i]["response"] for i in order)
         ids = [np.array([*encode_prompt(tokenizer, text), *end], np.int32) for text in texts]
         self.ids, self.seq_length = torch.from_numpy(np.concatenate(ids)), seq_length
 
@@ -1510,7 +1513,7 @@ def compute_per_instance_dpo_loss(lm, lm_ref, tokenizer, beta, prompt, response_
     """The DPO loss of one pair, a scalar: prompt and response in the Alpaca template, and the end
     token. source: [1] supplement, dpo_loss"""
     end = list(end_ids(tokenizer)[:1])
-    ids = [encode_prompt(tokenizer, alpaca_text(prompt, response)) + end
+    ids = [encode_prompt(tokenizer, ask("alpaca", prompt) + response) + end
            for response in (response_chosen, response_rejected)]
 
     def log_probs(model):
@@ -1741,8 +1744,9 @@ class Run:
             found.append(torch.stack([v.detach() for v in values]))
         total = torch.stack(found).cpu().double().sum(0)  # here the host waits, and only here
         params = [p for p in self.model.parameters() if p.requires_grad]
-        if self.ranks > 1:
-            self.sum_gradients(params)
+        for p in params if self.ranks > 1 else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without rows
+            dist.all_reduce(p.grad)
         norm = lm.clip_grad_norm_(params, args.grad_clip).item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient must be finite, got norm {norm} at step "
@@ -1750,14 +1754,6 @@ class Run:
                                      f"{self.saved}")
         self.optimizer.step()
         return {**dict(zip(names, self.sum(total).tolist(), strict=True)), "grad_norm": norm}
-
-    def sum_gradients(self, params):
-        """All-reduces the gradients, in one piece; a rank without rows has none and gives 0."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
-            p.grad = g.view_as(p)
 
     def cast_model(self):
         """The model as autocast would compute it, its matrices cast once instead of every token."""
@@ -2414,20 +2410,26 @@ TASK_EXAMPLES = 3000
 DATA_SEED = 0  # of tasks: apart from --seed, so that what is held out is so in every run
 
 
+def encode_asked(run, problem):
+    """The ids of a problem's prompt: of a task as it is, of a file in the template."""
+    template = "question_only" if run.task else run.args.prompt
+    return encode_prompt(run.tokenizer, ask(template, problem["prompt"]))
+
+
 def encode_problems(run, problems):
     """Adds prompt_ids; drops, and counts, those that leave no room for a response."""
     limit = run.model.config.context_length - run.args.max_new_tokens
-    problems = [{**p, "prompt_ids": encode_prompt(run.tokenizer, p["prompt"])} for p in problems]
+    problems = [{**p, "prompt_ids": encode_asked(run, p)} for p in problems]
     return keep_fitting(problems, lambda p: len(p["prompt_ids"]), limit, "prompts")
 
 
 def encode_pairs(run, pairs):
-    """Dicts of prompt_ids and tokens (the response, and rejected where there is one, each with the
-    end token) of dicts with prompt and response; drops, and counts, those too long."""
+    """Dicts of prompt_ids, tokens (the response or what is chosen) and rejected where there is it,
+    each of these with the end token; drops, and counts, pairs that are too long."""
     end, rows = end_ids(run.tokenizer)[0], []
     for pair in pairs:
-        row = {"prompt_ids": encode_prompt(run.tokenizer, pair["prompt"])}
-        for name, key in (("tokens", "response"), ("rejected", "rejected")):
+        row = {"prompt_ids": encode_asked(run, pair)}
+        for name, key in (("tokens", "response"), ("tokens", "chosen"), ("rejected", "rejected")):
             if key in pair:
                 row[name] = [*encode_text(run.tokenizer, pair[key]), end]
         rows.append(row)
@@ -2465,12 +2467,6 @@ def task_problems(args, task, extra=0):
             problems[end:])
 
 
-def file_problems(path, prompt):
-    question = PROMPTS[prompt].replace
-    return [dict(prompt=question("{question}", p["question"]), answer=p["answer"])
-            for p in read_problems(path)]
-
-
 def prepare_problems(run):
     """Problems to sample responses to, held-out ones, and their reward."""
     args = run.args
@@ -2483,7 +2479,7 @@ def prepare_problems(run):
     if run.task:
         held_out, _, problems = task_problems(args, run.task, args.problems)
     else:
-        problems = file_problems(args.data, args.prompt)[: args.examples]
+        problems = read_problems(args.data)[: args.examples]
         unreadable = sum(not is_gradable(p["answer"]) for p in problems)
         if unreadable:
             print(f"{unreadable:,} of {len(problems):,} answers cannot be read, and reward nothing")
@@ -2498,7 +2494,7 @@ def hold_out(run, problems=None):
         reward_fn = r1_zero_reward if args.prompt == "r1_zero" else question_only_reward
         run.reward_fn = functools.partial(reward_fn, strict=args.strict)
         args.stop = args.stop or list(STOPS.get(args.prompt, ()))
-        problems = file_problems(args.valid_data, args.prompt) if args.valid_data else []
+        problems = read_problems(args.valid_data) if args.valid_data else []
     problems = problems[: args.eval_problems]
     run.held_out = encode_problems(run, problems) if problems else []
 
@@ -2530,8 +2526,6 @@ def prepare_pairs(run):
                                  "others, or leave it out")
             print(f"{told}: the right ones are used")
             pairs = right
-        for pair in pairs:
-            pair["prompt"] = PROMPTS[args.prompt].replace("{question}", pair["prompt"])
     run.examples = encode_pairs(run, pairs[: args.examples])
     hold_out(run, held_out)
 
@@ -2547,8 +2541,8 @@ def prepare_preferences(run):
             task_preferences([p for p in solved if is_right(run.task.reward_fn(
                 p["response"], p["answer"]))]) for solved in (pairs, held_out))
     else:
-        pairs = file_preferences(args.data, args.prompt)
-        held_out = file_preferences(args.valid_data, args.prompt) if args.valid_data else []
+        pairs = read_preferences(args.data)
+        held_out = read_preferences(args.valid_data) if args.valid_data else []
     run.examples = encode_pairs(run, pairs[: args.examples])
     run.held_out = held_out and encode_pairs(run, held_out[: args.eval_problems])
 
@@ -2558,11 +2552,6 @@ def task_preferences(pairs):
     return [{**p, "rejected": other["response"]}
             for p, other in zip(pairs, [*pairs[1:], *pairs[:1]], strict=True)
             if p["response"] != other["response"]]
-
-
-def file_preferences(path, prompt):
-    return [{**p, "prompt": PROMPTS[prompt].replace("{question}", p["prompt"]),
-             "response": p["chosen"]} for p in read_preferences(path)]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2653,25 +2642,25 @@ def generate_missing(args, examples, model, tokenizer, done, file, rank, ranks):
     batches = [(first, *s) for first in range(0, len(examples), args.batch_size) for s in samplings]
     stop = (*STOPS.get(args.prompt, ()), *args.stop)
     for first, samples, temperature in batches[rank::ranks]:
-        batch = examples[first : first + args.batch_size]
-        keys = [[(first + i, sample) for sample in samples] for i in range(len(batch))]
-        if all(key in done for group in keys for key in group):
+        batch = range(first, min(first + args.batch_size, len(examples)))
+        keys = [(index, sample) for index in batch for sample in samples]
+        if done.keys() >= {*keys}:
             continue
         groups = generate_responses(
-            model, tokenizer, [e["prompt"] for e in batch], args.max_new_tokens, temperature,
-            args.top_p, len(samples), stop, args.seed * 10**9 + first)
-        for e, group, rows in zip(batch, keys, groups, strict=True):
-            for key, row in zip(group, rows, strict=True):
+            model, tokenizer, [examples[i]["prompt"] for i in batch], args.max_new_tokens,
+            temperature, args.top_p, len(samples), stop, args.seed * 10**9 + first)
+        for (index, sample), row in zip(keys, itertools.chain(*groups), strict=True):
+            if (index, sample) not in done:
+                e = examples[index]
                 rewards = grade_response(args.task, args.prompt, e, row["text"], args.strict)
-                record = {"index": key[0], "sample": key[1], "prompt": e["prompt"],
+                record = {"index": index, "sample": sample, "prompt": e["prompt"],
                           "response": row["text"], "finish_reason": row["finish_reason"],
                           "ground_truth": e.get("answer"), **rewards}
-                if key not in done:
-                    file.write(json.dumps(record) + "\n")
-                    new += 1
+                file.write(json.dumps(record) + "\n")
+                new += 1
         file.flush()
         rate = new / (time.perf_counter() - began)
-        print(f"{first + len(batch)}/{len(examples)} examples | {rate:.2f} responses/s", flush=True)
+        print(f"{batch.stop}/{len(examples)} examples | {rate:.2f} responses/s", flush=True)
 
 
 def evaluate(args):
@@ -2731,10 +2720,10 @@ def report(args, examples, done, per_s):
                        for e, output in zip(examples, outputs, strict=True)],
                       folder / "alpaca_eval.json")
     if args.task == "sst":
+        lines = [json.dumps({"prompts_final": e["prompts_final"], "output": output}) + "\n"
+                 for e, output in zip(examples, outputs, strict=True)]
         with lm.atomic_write(folder / "sst.jsonl") as file:
-            for e, output in zip(examples, outputs, strict=True):
-                line = {"prompts_final": e["prompts_final"], "output": output}
-                file.write((json.dumps(line) + "\n").encode())
+            file.write("".join(lines).encode())
     lm.write_json(result, folder / "results.json")
     for name, value in result.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
@@ -2895,28 +2884,24 @@ DEMO_GRPO = ("--max_steps 600 --lr 1e-3 --min_lr 1e-4 --warmup_steps 10 --prompt
 
 def demo(args):
     """SFT on a few solved additions; then GRPO on unsolved ones and, beside it, more SFT."""
-    out, shared = Path(args.out_dir), [*DEMO.split(), "--seed", str(args.seed)]
+    out = Path(args.out_dir)
     torch.set_num_threads(1)  # the tensors are small, and the control has the other core
 
-    def command(verb, flags, name, model=None):
-        start = ["--model", str(out / model / "model")] if model else []
+    def command(verb, name, flags, *start):
         folder = ["--out_dir", str(out / name), *["--overwrite"] * args.overwrite]
-        words = [verb, *shared, *flags.split(), *start, *folder]
+        words = [verb, *DEMO.split(), "--seed", str(args.seed), *flags.split(), *start, *folder]
         print(f"\npython rl.py {' '.join(words)}", flush=True)
         return words
 
-    def run(words):
-        arguments = parse(words)
-        return arguments.run(arguments)
-
-    if code := run(command("sft", DEMO_SFT, "sft")):
+    if code := main(command("sft", "sft", DEMO_SFT)):
         return code
-    words = command("sft", DEMO_CONTROL, "control", "sft")
+    start = "--model", str(out / "sft" / "model")
+    words = command("sft", "control", DEMO_CONTROL, *start)
     control = subprocess.Popen([sys.executable, __file__, *words], stdout=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     logs = [out / name / "log.jsonl" for name in ("sft", "control", "grpo")]
     try:
-        if code := run(command("grpo", DEMO_GRPO, "grpo", "sft")):
+        if code := main(command("grpo", "grpo", DEMO_GRPO, *start)):
             return code
         while control.poll() is None and not (logs[1].exists() and "greedy" in logs[1].read_text()):
             time.sleep(0.1)
