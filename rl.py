@@ -98,14 +98,16 @@ THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
 FORMULA = re.compile(r"\$\$?[^$]{1,1000}\$\$?")
 UNION, LIST, RELATION = (
     r"\\cup(?![A-Za-z])", r"[,;]|\b(?:and|or)\b", r"\\(?:le|ge|ne|neq|in|approx)(?![A-Za-z])|[=<>]")
-NAME = re.compile(  # what may be called something: x, x_1, f(x), f(2), (x, y), \theta, \text{Area}
-    r"(?:\\angle\s*)?(?:\\?(?!(?:pi|e|i|infty)\b)[A-Za-z]+|\\text\{[^{}]*\})"
+NAME = re.compile(  # what may be called something: x, x_1, f(x), (x, y), \theta, \text{Area}, a/b
+    r"[A-Za-z]{1,2}/[A-Za-z]{1,2}|\\frac\{[A-Za-z]{1,2}\}\{[A-Za-z]{1,2}\}|(?:\\angle\s*)?(?:\\?(?!(?:pi|e|i|infty)\b)[A-Za-z]+|\\text\{[^{}]*\})"
     r"(?:_(?:\{[^{}]*\}|\w))?\s*(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?|"
     r"[fghpqFGHPQ]\s*\([+-]?[0-9]+\)|\([A-Za-z](?:,\s*[A-Za-z])+\)")
 UNIT = re.compile(  # words in \text, words behind a space, a few short ones right behind a digit
     r"(?P<head>.+?)\s*(?:\\text\{(?P<text>[^{}]*)\}|(?<=[0-9)}.!]) (?P<words>[A-Za-z]{2,}"
     r"(?:(?: |/| per )[A-Za-z]+)?)|(?<=[0-9])(?P<short>[kcm]m|[km]g|ml|hrs?|mph|lbs?))"
     r"\s*(?P<power>\^\s*\{?[23]\}?)?", re.DOTALL)
+DEGREES = re.compile(r"((?!.*\\(?:sin|cos|tan|sec|csc|cot)).+?)\s*\^\s*\\circ\s*"
+                     r"(?:\\text\{)?\s*([CFK]?)\s*\}?")  # a function's argument has them itself
 UNIT_NAMES = {"¤": "dollar", "usd": "dollar", "eur": "€", "euro": "€", "percent": "%",
               "feet": "foot", "ft": "foot", "inche": "inch", "in": "inch", "yd": "yard",
               "mi": "mile", "mph": "mile/hour", "hr": "hour", "h": "hour", "min": "minute",
@@ -429,7 +431,12 @@ def read_list(text, nesting):
     for kind, separators in (("union", UNION), ("set", LIST)):
         parts = [part for part in split(text, separators)[::2] if part]
         if len(parts) > 1:
-            return Value(kind, tuple(read(part, nesting) for part in parts))
+            values = [read(part, nesting) for part in parts]
+            if kind == "set" and {v.name for v in values[1:]} == {""}:  # x = 2, 3
+                values = [v._replace(name=values[0].name) for v in values]
+            lists = [v.value if r"\pm" in part and v.kind == "set" else (v,)
+                     for part, v in zip(parts, values, strict=True)]
+            return Value(kind, tuple(itertools.chain(*lists)))
     return None
 
 
@@ -500,6 +507,11 @@ def read_inequality(sides, signs):
 
 def read_bracketed(text, nesting):
     """Sets, tuples and intervals; a pair of brackets around one thing is taken off."""
+    if builder := re.fullmatch(r"\\\{ *[a-z] *(?:\\mid\b|[|:])(.+)\\\}", text):  # {x | x > 1}
+        value = read(builder[1], nesting)
+        if value.kind != "relation":
+            raise Unreadable("a condition that is no inequality")
+        return value._replace(kind="tuple")
     opening = re.match(r"\\\{|[({\[]", text)
     if not opening or not text.endswith((")", "]", "}")):
         return None
@@ -527,7 +539,7 @@ def read_number(text, nesting):
         return with_unit(m[1] + m[3], m[2], nesting)
     if text.endswith((*"%¤€£¥₹",)):
         return with_unit(text[:-1], text[-1], nesting)
-    if m := re.fullmatch(r"(.+?)\s*\^\s*\\circ\s*(?:\\text\{)?\s*([CFK]?)\s*\}?", text):
+    if m := DEGREES.fullmatch(text):
         return with_unit(m[1], f"degree {m[2]}", nesting)
     if m := re.fullmatch(r"([0-9]+)_\{?\s*([0-9]+)\s*\}?", text):
         return with_unit(m[1], f"base {m[2]}", nesting)
@@ -818,6 +830,8 @@ def exact_root(base, degree):
 
 def same(answer, gold):
     """Whether two Values are equal; see `answers_match` for where it is not symmetric."""
+    if gold.kind == "tuple" and gold.name:  # x in (1, 2)
+        gold = gold._replace(kind="relation")
     if gold.kind == "relation" and answer.kind == "tuple":
         answer = answer._replace(kind="relation")
     if answer.kind == "union" and gold.kind == "set" and (
