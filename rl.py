@@ -30,6 +30,7 @@ import copy
 import csv
 import functools
 import gzip
+import io
 import itertools
 import json
 import math
@@ -207,8 +208,13 @@ def reward_dict(answer, ground_truth):
     """The rewards for an answer, None where the format was wrong; a list of ground truths accepts
     any of its items."""
     golds = ground_truth if isinstance(ground_truth, (list, tuple)) else [ground_truth]
-    right = float(answer is not None and any(answers_match(answer, gold) for gold in golds))
-    return {"reward": right, "format_reward": float(answer is not None), "answer_reward": right}
+    formatted = answer is not None
+    return rewards_of(formatted, formatted and any(answers_match(answer, g) for g in golds))
+
+
+def rewards_of(formatted, right):
+    return {"reward": float(right), "format_reward": float(formatted),
+            "answer_reward": float(right)}
 
 
 def parse_mmlu_response(mmlu_example, model_output):
@@ -951,31 +957,23 @@ ANSWER = ("answer", "ground_truth", "expected_answer", "solution")
 RESPONSE = ("response", "output", "completion", "answer")
 
 
-def read_table(path):
-    """The rows, lists of texts, of a csv file."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return [row for row in csv.reader(file) if row]
-
-
 def read_records(path):
     """[(place, dict)] of a JSONL file (.gz too), a JSON list, or a csv file with a header.
     raises ValueError, naming the place, for what is none of these"""
-    path, place = str(path), path
+    place = path = str(path)
     try:
+        opener = gzip.open if path.endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            text = file.read()
         if path.endswith(".csv"):
-            header, *rows = read_table(path)
-            records = [dict(zip(header, row, strict=False)) for row in rows]
+            records = [*csv.DictReader(io.StringIO(text))]
+        elif text.lstrip()[:1] == "[":
+            records = json.loads(text)
         else:
-            opener = gzip.open if path.endswith(".gz") else open
-            with opener(path, "rt", encoding="utf-8-sig") as file:
-                text = file.read()
-            if text.lstrip()[:1] == "[":
-                records = json.loads(text)
-            else:
-                records = []
-                for i, line in enumerate(text.split("\n"), 1):
-                    place = f"{path}:{i}"
-                    records += [json.loads(line)] if line.strip() else [None]
+            records = []
+            for i, line in enumerate(text.split("\n"), 1):
+                place = f"{path}:{i}"
+                records += [json.loads(line)] if line.strip() else [None]
     except (OSError, EOFError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{place} must be JSON or csv that can be read, got: {error}; give one "
                          "object a line") from None
@@ -1052,7 +1050,8 @@ def read_mmlu(path):
     for file in sorted(Path(path).glob("*.csv")) if Path(path).is_dir() else [Path(path)]:
         subject = re.sub(r"_(?:test|val|dev)$", "", file.stem).replace("_", " ")
         try:
-            rows = read_table(file)
+            with open(file, encoding="utf-8-sig", newline="") as lines:
+                rows = [row for row in csv.reader(lines) if row]
         except (OSError, ValueError, csv.Error) as error:
             raise ValueError(f"{file} must be csv, got: {error}; give another file") from None
         for i, row in enumerate(rows, 1):
@@ -1588,31 +1587,22 @@ def rollout(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.
                  logprobs=r.logprobs, text=r.text, finish_reason=r.finish_reason) for r in rows]
 
 
-@contextlib.contextmanager
-def in_eval_mode(model):
-    """Turns dropout off, for models of others, and on again where it was on."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    training = [module for module in modules if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 @torch.no_grad()
 def log_generations(model, tokenizer, prompts, ground_truths, reward_fn, max_new_tokens=256,
                     temperature=1.0, top_p=1.0, stop=(), seed=0):
     """{"examples": a dict for each prompt (prompt, response, ground_truth, rewards, mean entropy of
     its tokens, length in tokens), "summary": their means, lengths also of the right and the wrong
     (NaN where there is none)}. source: [1] log_generations"""
-    with in_eval_mode(model):
-        rows = rollout(model, tokenizer, prompts, max_new_tokens, temperature, top_p, 1, stop, seed)
-        batches = [pad_pairs([(row["prompt_ids"], row["tokens"])], device=device_of(model))
-                   for row in rows]
-        entropies = [token_log_probs(model, *b.values())[1] for b in batches]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    training = [module for module in modules if module.training]
+    for module in training:  # turns dropout off, in models of others
+        module.training = False
+    rows = rollout(model, tokenizer, prompts, max_new_tokens, temperature, top_p, 1, stop, seed)
+    batches = [pad_pairs([(row["prompt_ids"], row["tokens"])], device=device_of(model))
+               for row in rows]
+    entropies = [token_log_probs(model, *b.values())[1] for b in batches]
+    for module in training:
+        module.training = True
     grades = grade(reward_fn, [r["text"] for r in rows], ground_truths)
     examples = [
         dict(prompt=prompt, response=row["text"], ground_truth=truth, **rewards,
@@ -1987,12 +1977,19 @@ def shuffled(size, seed, epoch):
 LOG_FORMATS = {  # of a step, in the order of the line; what a verb does not give is left out
     "loss": "loss {:.4f}", "reward": "reward {:.3f}", "format_reward": "format {:.3f}",
     "answer_reward": "answer {:.3f}", "kept": "kept {:.0f}", "no_signal": "no signal {:.0%}",
-    "truncated": "cut {:.0%}", "length": "len {:.1f}", "length_right": "right {:.1f}",
-    "length_wrong": "wrong {:.1f}", "entropy": "entropy {:.3f}", "clip_low": "clip- {:.2%}",
+    "truncated": "cut {:.0%}", "length": "len {:.1f}", "length_right": "len right {:.1f}",
+    "length_wrong": "len wrong {:.1f}", "entropy": "entropy {:.3f}", "clip_low": "clip- {:.2%}",
     "clip_high": "clip+ {:.2%}", "kl": "kl {:.4f}", "accuracy": "accuracy {:.1%}",
     "margin": "margin {:.3f}", "chosen": "chosen {:.2f}", "rejected": "rejected {:.2f}",
-    "gap": "gap {:.1e}", "gap_max": "max {:.1e}", "grad_norm": "norm {:.2f}", "lr": "lr {:.1e}",
+    "gap": "gap {:.1e}", "gap_max": "gap max {:.1e}", "grad_norm": "norm {:.2f}", "lr": "lr {:.1e}",
     "step_ms": "{:.0f} ms", "tokens_per_s": "{:,.0f} tok/s", "rollout_share": "rollout {:.0%}"}
+
+LEGEND = (
+    "Lines of steps: format, answer: shares of well-formed and of right responses; no signal: of "
+    "groups whose responses all earn the same; cut: of responses that reached --max_new_tokens; "
+    "len: tokens of a response, of a right and of a wrong one; clip-, clip+: share of tokens "
+    "clipped below and above; gap, gap max: of log-probabilities when sampled and in training; "
+    "norm: of the gradient; rollout: share of the time that sampling took.")
 
 
 def log_line(entry, max_steps):
@@ -2329,8 +2326,7 @@ def countdown_reward(response, numbers, target):
         used = sorted(map(int, re.findall("[0-9]+", answer)))
         if used == sorted(numbers) and not re.search(r"[0-9)] *\(|\) *[0-9]|[0-9] +[0-9]", answer):
             right = plain_value(answer) == target
-    return {"reward": float(right), "format_reward": float(answer is not None),
-            "answer_reward": float(right)}
+    return rewards_of(answer is not None, right)
 
 
 @functools.lru_cache(maxsize=1 << 14)  # responses of a group often end alike
@@ -2489,7 +2485,7 @@ def prepare_problems(run):
         if args.overlong_buffer > args.max_new_tokens:
             raise ValueError("--overlong_buffer must be at most --max_new_tokens, got "
                              f"{args.overlong_buffer} and {args.max_new_tokens}; lower it")
-    held_out = None
+    held_out = []
     if run.task:
         held_out, _, problems = task_problems(args, run.task, args.problems)
     else:
@@ -2501,21 +2497,22 @@ def prepare_problems(run):
     hold_out(run, held_out)
 
 
-def hold_out(run, problems=None):
+def hold_out(run, problems):
     """Sets the reward, and the problems that are evaluated on: these, or those of --valid_data."""
-    args, run.reward_fn = run.args, run.task and run.task.reward_fn
-    if not run.task:
+    args = run.args
+    if run.task:
+        run.reward_fn = run.task.reward_fn
+    else:
         reward_fn = r1_zero_reward if args.prompt == "r1_zero" else question_only_reward
         run.reward_fn = functools.partial(reward_fn, strict=args.strict)
         args.stop = args.stop or list(STOPS.get(args.prompt, ()))
-        problems = read_problems(args.valid_data) if args.valid_data else []
-    problems = problems[: args.eval_problems]
+        problems = read_problems(args.valid_data)[: args.eval_problems] if args.valid_data else []
     run.held_out = encode_problems(run, problems) if problems else []
 
 
 def prepare_pairs(run):
     """Pairs to learn from, and held-out problems where there are some."""
-    args, held_out, run.held_out = run.args, None, []
+    args, held_out, run.held_out = run.args, [], []
     if run.task:
         held_out, pairs, _ = task_problems(args, run.task)
     elif args.packed:
@@ -2595,8 +2592,7 @@ def grade_response(task, prompt, example, response, strict=False):
         said, gold = (None if x is None else Fraction(x) for x in (said, gold))
     else:
         return question_only_reward(response, example["answer"], strict)
-    right = float(said is not None and said == gold)
-    return {"reward": right, "format_reward": float(said is not None), "answer_reward": right}
+    return rewards_of(said is not None, said is not None and said == gold)
 
 
 def generate_responses(model, tokenizer, prompts, max_new_tokens, temperature=0.0, top_p=1.0,
@@ -2743,32 +2739,6 @@ def report(args, examples, done, per_s):
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
 
 
-def add_eval_parser(subparsers):
-    p = subparsers.add_parser("eval", help="zero-shot accuracy, pass@k, outputs for graders")
-    add, counting, from_zero = p.add_argument, lm.positive(int), lm.positive(int, zero=True)
-    add("--task", required=True, choices=("math", "gsm8k", "mmlu", "alpaca_eval", "sst"))
-    add("--data", required=True, help="JSONL, JSON or csv; mmlu: or a folder of csv files")
-    add("--model", required=True, help="a Hugging Face folder, a checkpoint or its folder")
-    add("--prompt", default="r1_zero", choices=tuple(PROMPTS))
-    add("--strict", action="store_true", help="the handout's exact spacing of tags")
-    add("--num_examples", type=from_zero, default=0, help="the first ones (0: all)")
-    add("--num_samples", type=from_zero, default=0, help="beside the greedy response")
-    add("--pass_at", type=counting, nargs="*", default=[], metavar="K", help="of the samples")
-    add("--temperature", type=lm.positive(float), default=1.0, help="of the samples")
-    add("--top_p", type=share, default=1.0)
-    add("--max_new_tokens", type=counting, default=1024)
-    add("--stop", action="append", type=some_text, default=[],
-        help="ends a response, beside the prompt's own")
-    add("--batch_size", type=counting, default=32, help="prompts at a time")
-    add("--out_dir", default="out_eval")
-    add("--resume", action="store_true", help="go on where an evaluation was killed")
-    add("--overwrite", action="store_true", help="start anew in out_dir")
-    add("--seed", type=from_zero, default=0)
-    add("--device", default="auto")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    p.set_defaults(run=evaluate)
-
-
 # -------------------------------------------------------------------------------------------------
 # verbs
 
@@ -2845,45 +2815,76 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"rl.py: error: {message}; see {self.prog} --help\n")
 
 
-def add_run_flags(parser, measure=Run.solve, **defaults):
-    add, at_least_1 = parser.add_argument, lm.positive(int)
-    whole, rate = lm.positive(int, zero=True), lm.positive(float, zero=True)
-    add("--model", help="a Hugging Face folder, or what a script here left")
-    add("--task", choices=TASKS, help="problems made here, instead of --data")
-    add("--data", help="JSONL, JSON or csv of what the verb learns from")
-    add("--valid_data", help="problems to evaluate on, of dpo: pairs")
-    add("--prompt", choices=PROMPTS, default="question_only", help="the template of both")
-    add("--strict", action="store_true", help="the handout's exact spacing of tags")
-    add("--examples", type=at_least_1, help="the first ones of --data (default: all), or solved "
-        f"ones of --task (default: {TASK_EXAMPLES})")
-    add("--digits", type=at_least_1, default=3, help="of the numbers of the addition task")
-    add("--numbers", type=at_least_1, nargs="+", default=[3, 4], help="in a countdown problem")
-    add("--eval_problems", type=whole, default=500, help="held out")
-    add("--eval_samples", type=whole, default=8, help="to each at the end, for pass@k")
-    for name, steps in (("eval_every", 50), ("save_every", 50), ("log_every", 1)):
-        add(f"--{name}", type=at_least_1, default=steps, help="steps")
-    add("--max_new_tokens", type=at_least_1, default=256)
-    add("--stop", action="append", type=some_text, default=[], help="a string that ends a response")
-    add("--rollout_batch", type=at_least_1, default=512, help="responses sampled at a time")
-    add("--micro_batch_size", type=at_least_1, default=64, help="sequences a backward pass")
-    add("--micro_batch_tokens", type=whole, default=0, help="most in it, with padding; 0: any")
-    add("--max_steps", type=at_least_1, default=200)
-    add("--lr", type=lm.positive(float), default=1e-5)
-    add("--min_lr", type=rate, help="of a cosine at its end (default: --lr, no decay)")
-    add("--warmup_steps", type=whole, default=0)
-    for name, default in (("weight_decay", 0.0), ("beta1", 0.9), ("beta2", 0.95)):
-        add(f"--{name}", type=rate, default=default)
-    add("--grad_clip", type=lm.positive(float), default=1.0)
-    add("--checkpoint_every", type=at_least_1, nargs="*", default=[], help="recompute K blocks")
-    add("--out_dir", default="out_rl")
-    held = parser.add_mutually_exclusive_group().add_argument
+# types of flags
+at_least_1, whole = lm.positive(int), lm.positive(int, zero=True)
+above_0, from_0 = lm.positive(float), lm.positive(float, zero=True)
+
+DEVICE = dict(device=(str, "auto", "auto, cpu, cuda, cuda:1, mps"),
+              dtype=(("auto", "float32", "bfloat16"), "auto", "to compute in"))
+
+
+def add_flags(parser, title, **flags):
+    """Adds flags, name=(type or choices, default, meaning), as a group, which is returned."""
+    group = parser.add_argument_group(title)
+    for name, (kind, default, meaning) in flags.items():
+        if kind is bool:
+            group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default,
+                               help=meaning)
+            continue
+        options = {"type": kind} if callable(kind) else {"choices": tuple(kind)}
+        if kind not in (str, some_text) and callable(kind):
+            options["metavar"] = "N" if kind in (at_least_1, whole) else "X"
+        shown = "" if default is None else f" (default: {default})"
+        group.add_argument(f"--{name}", default=default, help=meaning + shown, **options)
+    return group
+
+
+def add_run_flags(parser):
+    """The flags of every verb that trains."""
+    group = add_flags(
+        parser, "model and data",
+        model=(str, None, "a Hugging Face folder, or what a script here left (default: a new one)"),
+        task=(TASKS, None, "learn from problems made here, instead of --data"),
+        data=(str, None, "JSONL, JSON or csv of what the verb learns from"),
+        valid_data=(str, None, "problems to evaluate on; of dpo: pairs"),
+        prompt=(PROMPTS, "question_only", "the template of the questions in both"),
+        strict=(bool, False, "want the handout's exact spacing of tags"),
+        examples=(at_least_1, None, "the first ones of --data (default: all), or solved ones of "
+                  f"--task (default: {TASK_EXAMPLES})"),
+        digits=(at_least_1, 3, "of the numbers of --task addition"))
+    group.add_argument("--numbers", type=at_least_1, nargs="+", default=[3, 4], metavar="N",
+                       help="in a problem of --task countdown: as many of each (default: 3 4)")
+    add_flags(parser, "evaluation on held-out problems",
+              eval_every=(at_least_1, 50, "steps from one to the next"),
+              eval_problems=(whole, 500, "at most"),
+              eval_samples=(whole, 8, "responses to each at the end, for pass@k"))
+    group = add_flags(
+        parser, "sampling and memory", max_new_tokens=(at_least_1, 256, "of a response"),
+        rollout_batch=(at_least_1, 512, "responses sampled at a time"),
+        micro_batch_size=(at_least_1, 64, "sequences in a backward pass"),
+        micro_batch_tokens=(whole, 0, "most tokens in it, with padding; 0: any"))
+    group.add_argument("--stop", action="append", type=some_text, default=[],
+                       help="text that ends a response, beside the end token")
+    group.add_argument("--checkpoint_every", type=at_least_1, nargs="*", default=[], metavar="K",
+                       help="keep only the input of groups of K blocks")
+    beta = lm.positive(float, zero=True, below=1)
+    add_flags(parser, "optimizer", max_steps=(at_least_1, 200, "updates, or steps of rollouts"),
+              lr=(above_0, 1e-5, "highest learning rate"),
+              min_lr=(from_0, None, "of a cosine at its end (default: --lr, no decay)"),
+              warmup_steps=(whole, 0, "in which the rate rises from 0"),
+              weight_decay=(from_0, 0.0, "of matrices"), beta1=(beta, 0.9, "of AdamW"),
+              beta2=(beta, 0.95, "of AdamW"),
+              grad_clip=(above_0, 1.0, "largest norm of the gradient"))
+    group = add_flags(
+        parser, "files and device", out_dir=(str, "out_rl", "of log, checkpoint and model"),
+        save_every=(at_least_1, 50, "steps from one checkpoint to the next"),
+        log_every=(at_least_1, 1, "steps from one line to the next"),
+        seed=(whole, 0, "of weights, order and samples"), **DEVICE)
+    held = group.add_mutually_exclusive_group().add_argument
     held("--resume", action="store_true", help="go on with the run in --out_dir, same flags")
     held("--overwrite", action="store_true", help="start anew in an --out_dir that holds a run")
-    add("--seed", type=whole, default=0)
-    add("--device", default="auto")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     lm.add_model_flags(parser, **TASK_MODEL)
-    parser.set_defaults(run=train, measure=measure, temperature=1.0, packed=False, **defaults)
+    parser.set_defaults(run=train, temperature=1.0, packed=False)
 
 
 # The demonstration: flags that both stages share, those of SFT, of its continuation, and of GRPO.
@@ -2987,94 +2988,124 @@ def bench(args):
 
 
 def add_bench_flags(parser):
-    add, at_least_1 = parser.add_argument, lm.positive(int)
-    for name, default in (("prompts", 8), ("group_size", 8), ("prompt_tokens", 32),
-                          ("new_tokens", 64), ("micro_batch_size", 16), ("repeats", 5)):
-        add(f"--{name}", type=at_least_1, default=default)
-    add("--device", default="auto")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    add_flags(parser, "what to time", prompts=(at_least_1, 8, "prefilled once for their group"),
+              group_size=(at_least_1, 8, "responses to a prompt"),
+              prompt_tokens=(at_least_1, 32, "of a prompt"),
+              new_tokens=(at_least_1, 64, "of a response"),
+              micro_batch_size=(at_least_1, 16, "responses in a backward pass"),
+              repeats=(at_least_1, 5, "after one that warms up"), **DEVICE)
     lm.add_model_flags(parser, vocab_size=4096, context_length=256, d_model=256, num_layers=4,
                        num_heads=4)
+    parser.set_defaults(run=bench)
 
 
-def add_rollout_flags(add):
-    add("--prompts_per_step", type=lm.positive(int), default=32)
-    add("--group_size", type=lm.positive(int), default=8, help="responses to a prompt")
-    add("--epochs", type=lm.positive(int), default=1, help="passes over the responses of a step")
-    add("--temperature", type=lm.positive(float), default=1.0, help="in sampling and in training")
-    add("--top_p", type=share, default=1.0)
-    add("--problems", type=lm.positive(int), default=20_000, help="unsolved ones of --task")
+def add_eval_flags(parser):
+    needed = parser.add_argument_group("what to evaluate").add_argument
+    needed("--task", required=True, choices=("math", "gsm8k", "mmlu", "alpaca_eval", "sst"))
+    needed("--data", required=True, help="JSONL, JSON or csv; mmlu: or a folder of csv files")
+    needed("--model", required=True, help="a Hugging Face folder, a checkpoint or its folder")
+    group = add_flags(
+        parser, "responses", prompt=(PROMPTS, "r1_zero", "the template of the questions"),
+        strict=(bool, False, "want the handout's exact spacing of tags"),
+        num_examples=(whole, 0, "the first ones; 0: all"),
+        num_samples=(whole, 0, "responses to sample beside the greedy one"),
+        temperature=(above_0, 1.0, "of the samples"), top_p=(share, 1.0, "of the samples"),
+        max_new_tokens=(at_least_1, 1024, "of a response"),
+        batch_size=(at_least_1, 32, "prompts at a time"), seed=(whole, 0, "of the samples"))
+    group.add_argument("--pass_at", type=at_least_1, nargs="*", default=[], metavar="K",
+                       help="the chances that K of the samples hold a right one")
+    group.add_argument("--stop", action="append", type=some_text, default=[],
+                       help="text that ends a response, beside the prompt's own")
+    add_flags(parser, "files and device", out_dir=(str, "out_eval", "of generations and results"),
+              resume=(bool, False, "go on where an evaluation was killed"),
+              overwrite=(bool, False, "start anew in an --out_dir that holds one"), **DEVICE)
+    parser.set_defaults(run=evaluate)
 
 
-def add_grpo_flags(add):
-    add("--algorithm", choices=ALGORITHMS, help="a published set of the flags below")
-    add("--baseline", choices=("none", "mean", "leave_one_out"), default="mean")
-    add("--normalize_by_std", action=argparse.BooleanOptionalAction, default=False)
-    add("--advantage_eps", type=lm.positive(float), default=1e-6)
-    add("--surrogate", choices=("reinforce", "ratio", "clip", "cispo"), default="clip")
-    add("--ratio", choices=("token", "sequence"), default="token")
-    add("--clip_low", type=share, default=0.2)
-    add("--clip_high", type=lm.positive(float), default=0.2)
-    add("--dual_clip", type=lm.positive(float, zero=True), default=0.0, help="0: off; 3 is usual")
-    add("--length_norm", choices=("response", "tokens", "constant"), default="tokens")
-    add("--kl_coef", type=lm.positive(float, zero=True), default=0.0, help="0: no reference model")
-    add("--kl", choices=("k1", "k2", "k3"), default="k3", help="estimator")
-    add("--kl_in", choices=("loss", "reward"), default="loss")
-    add("--entropy_coef", type=lm.positive(float, zero=True), default=0.0, help="of a bonus")
-    add("--dynamic_sampling", type=lm.positive(int, zero=True), default=0, metavar="ROUNDS",
-        help="sample up to so many times for groups with a signal; 0: off")
-    add("--overlong", choices=("keep", "mask"), default="keep", help="responses that were cut off")
-    add("--overlong_buffer", type=lm.positive(int, zero=True), default=0,
-        help="last tokens of --max_new_tokens that cost reward; 0: off")
-    add("--updates_per_rollout", type=lm.positive(int), default=1,
-        help="parts that a step's responses are cut into")
-    add("--importance_cap", type=lm.positive(float, zero=True), default=0.0,
-        help="truncated weights against the gap between sampling and training; 0: off")
-    add("--max_gap", type=lm.positive(float, zero=True),
-        help="stop beyond this gap, of any token in float32, else the mean (default: "
-        + ", ".join(f"{gap} in {str(dtype)[6:]}" for dtype, gap in MAX_GAP.items()) + ")")
+def add_rollout_flags(parser):
+    add_flags(parser, "rollouts", prompts_per_step=(at_least_1, 32, "problems"),
+              group_size=(at_least_1, 8, "responses to each"),
+              epochs=(at_least_1, 1, "passes over the responses of a step"),
+              temperature=(above_0, 1.0, "in sampling and in training"),
+              top_p=(share, 1.0, "sample from the likeliest tokens of this mass"),
+              problems=(at_least_1, 20_000, "unsolved ones of --task"))
+
+
+def add_grpo_flags(parser):
+    gaps = ", ".join(f"{gap} in {str(dtype)[6:]}" for dtype, gap in MAX_GAP.items())
+    add_flags(
+        parser, "policy gradient",
+        algorithm=(ALGORITHMS, None, "a published set of the flags below; those given go first"),
+        baseline=(("none", "mean", "leave_one_out"), "mean", "what rewards are measured against"),
+        normalize_by_std=(bool, False, "divide advantages by the group's std"),
+        advantage_eps=(above_0, 1e-6, "beside the group's std"),
+        surrogate=(("reinforce", "ratio", "clip", "cispo"), "clip", "what is maximised"),
+        ratio=(("token", "sequence"), "token", "of probabilities now and when sampled, of what"),
+        clip_low=(share, 0.2, "ratios below 1 - this are clipped"),
+        clip_high=(above_0, 0.2, "ratios above 1 + this are clipped"),
+        dual_clip=(from_0, 0.0, "bound of the loss where the advantage is negative; 0: off; 3 is "
+                   "usual"),
+        length_norm=(("response", "tokens", "constant"), "tokens", "mean over each response's "
+                     "tokens, over all, or sum / --max_new_tokens"),
+        kl_coef=(from_0, 0.0, "of the KL to the model at the start; 0: off"),
+        kl=(("k1", "k2", "k3"), "k3", "its estimator"),
+        kl_in=(("loss", "reward"), "loss", "where it counts"),
+        entropy_coef=(from_0, 0.0, "of a bonus for entropy"),
+        dynamic_sampling=(whole, 0, "sample up to so many times for groups with a signal; 0: off"),
+        overlong=(("keep", "mask"), "keep", "responses that were cut off"),
+        overlong_buffer=(whole, 0, "last tokens of --max_new_tokens that cost reward; 0: off"),
+        updates_per_rollout=(at_least_1, 1, "parts that a step's responses are cut into"),
+        importance_cap=(from_0, 0.0, "of weights against the gap between sampling and training; "
+                        "0: off"),
+        max_gap=(from_0, None, "stop beyond this gap, of any token in float32, else the mean "
+                 f"(default: {gaps})"))
 
 
 def build_parser():
-    parser = Parser(prog="rl.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rl.py", description=__doc__.splitlines()[0], epilog="Without a verb: the "
+                    "demonstration, which is demo. VERB --help tells a verb's flags.")
     verbs = parser.add_subparsers(dest="verb", required=True)
 
-    def add_verb(name, text, **defaults):
-        p = verbs.add_parser(name, help=text)
-        if "take_step" in defaults:
-            add_run_flags(p, **defaults)
-        else:
-            p.set_defaults(**defaults)
-        return p.add_argument
+    def add_verb(name, text, **options):
+        return verbs.add_parser(name, help=text, description=text, **options)
 
-    add = add_verb("sft", "learn from prompt and response pairs", prepare=prepare_pairs,
-                   take_step=sft_step)
-    add("--batch_size", type=lm.positive(int), default=64, help="pairs an update")
-    add("--packed", action="store_true", help="instruction pairs in the Alpaca template, end to "
-        "end in windows of context_length; they do not see each other")
-    add("--correct_only", action="store_true", help="pairs whose response has the ground_truth")
-    add = add_verb("ei", "expert iteration: sample, keep the rewarded, learn from them",
-                   prepare=prepare_problems, take_step=ei_step)
-    add_rollout_flags(add)
-    add("--batch_size", type=lm.positive(int), default=64, help="responses an update")
-    add = add_verb("grpo", "policy gradients from groups of responses", prepare=prepare_problems,
-                   take_step=grpo_step)
-    add_rollout_flags(add)
-    add_grpo_flags(add)
-    add = add_verb("dpo", "learn from pairs of a chosen and a rejected response",
-                   prepare=prepare_preferences, take_step=dpo_step, measure=Run.prefer)
-    add("--batch_size", type=lm.positive(int), default=32, help="pairs an update")
-    add("--beta", type=lm.positive(float), default=0.1)
-    add_eval_parser(verbs)
-    add_verb("bench", "speed of rollouts, memory of log-probabilities", run=bench)
-    add_bench_flags(verbs.choices["bench"])
-    add = add_verb("plot", "learning curves of runs", run=lambda args: plot(args.logs, args.out))
-    add("logs", nargs="+", metavar="LOG", help="log.jsonl files")
-    add("--out", default="curves.png")
-    add = add_verb("demo", "what no verb does: SFT, GRPO and a control on additions", run=demo)
-    add("--seed", type=lm.positive(int, zero=True), default=0)
-    add("--out_dir", default="out_rl")
-    add("--overwrite", action="store_true", help="start anew in an --out_dir that holds one")
+    def training_verb(name, text, measure=Run.solve, **defaults):
+        usage = f"rl.py {name} (--task TASK | --data FILE) [--model MODEL] [flags]"
+        p = add_verb(name, text, usage=usage, epilog=LEGEND)
+        p.set_defaults(measure=measure, **defaults)
+        return p
+
+    p = training_verb("sft", "learn from prompt and response pairs", prepare=prepare_pairs,
+                      take_step=sft_step)
+    add_flags(p, "sft", batch_size=(at_least_1, 64, "pairs an update"),
+              packed=(bool, False, "instruction pairs in the Alpaca template, end to end in "
+                      "windows of context_length; they do not see each other"),
+              correct_only=(bool, False, "only pairs whose response has the ground_truth"))
+    p = training_verb("ei", "expert iteration: sample, keep the rewarded, learn from them",
+                      prepare=prepare_problems, take_step=ei_step)
+    add_rollout_flags(p)
+    add_flags(p, "ei", batch_size=(at_least_1, 64, "responses an update"))
+    p = training_verb("grpo", "policy gradients from groups of responses",
+                      prepare=prepare_problems, take_step=grpo_step)
+    add_rollout_flags(p)
+    add_grpo_flags(p)
+    p = training_verb("dpo", "learn from pairs of a chosen and a rejected response",
+                      prepare=prepare_preferences, take_step=dpo_step, measure=Run.prefer)
+    add_flags(p, "dpo", batch_size=(at_least_1, 32, "pairs an update"),
+              beta=(above_0, 0.1, "how much a margin counts"))
+    for p in verbs.choices.values():
+        add_run_flags(p)
+    add_eval_flags(add_verb("eval", "zero-shot accuracy, pass@k, outputs for graders"))
+    add_bench_flags(add_verb("bench", "speed of rollouts, memory of log-probabilities"))
+    p = add_verb("plot", "learning curves of runs, as a picture")
+    p.add_argument("logs", nargs="+", metavar="LOG", help="log.jsonl files")
+    add_flags(p, "result", out=(str, "curves.png", "the picture"))
+    p.set_defaults(run=lambda args: plot(args.logs, args.out))
+    p = add_verb("demo", "SFT, GRPO and a control on additions; some minutes on a CPU")
+    add_flags(p, "run", seed=(whole, 0, "of weights, order and samples"),
+              out_dir=(str, "out_rl", "of the three runs"),
+              overwrite=(bool, False, "start anew in an --out_dir that holds them"))
+    p.set_defaults(run=demo)
     return parser, verbs.choices
 
 

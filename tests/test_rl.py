@@ -753,7 +753,7 @@ def test_a_step_of_grpo_logs_what_happened(start, tmp_path, capsys):
     assert rl.main(flags("grpo", start, tmp_path / "plain", "--entropy_coef", "0", "--max_steps", "2")) == 0
     assert capsys.readouterr().out.count("a loss near zero is normal") == 1
     line = next(line for line in out.splitlines() if line.startswith("step 2/4 | loss"))
-    for word in ("reward", "format", "answer", "no signal", "len", "wrong", "entropy", "clip-", "clip+", "kl",
+    for word in ("reward", "format", "answer", "no signal", "len", "len wrong", "entropy", "clip-", "clip+", "kl",
                  "gap", "norm", "tok/s", "rollout"):  # fmt: skip
         assert f"| {word} " in line or word == "tok/s" and word in line, (word, line)
     assert all(r["gap"] <= r["gap_max"] < 1e-4 for r in records(tmp_path) if "gap" in r)
@@ -1380,7 +1380,7 @@ def write(path, *written):
 
 
 def test_records_are_read_from_jsonl_gz_json_and_csv(tmp_path):
-    written = [{"question": "2\u2028?", "answer": "2"}, {"question": "3?", "answer": "3"}]
+    written = [{"prompt": "2\u2028?", "answer": "2"}, {"prompt": "3?", "answer": "3"}]
     for path in (write(tmp_path / "a.jsonl", *written, ""), write(tmp_path / "a.jsonl.gz", *written),
                  write(tmp_path / "a.json", written)):  # fmt: skip
         assert rl.read_problems(path) == written
@@ -1390,7 +1390,7 @@ def test_records_are_read_from_jsonl_gz_json_and_csv(tmp_path):
 
 def test_fields_go_by_their_usual_names(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", {"problem": "p", "solution": r"so \boxed{1}"})
-    assert rl.read_problems(path) == [{"question": "p", "answer": r"so \boxed{1}"}]
+    assert rl.read_problems(path) == [{"prompt": "p", "answer": r"so \boxed{1}"}]
     path = write(tmp_path / "b.jsonl", {"instruction": "i", "output": "o", "ground_truth": "g"},
                  {"prompt": "p", "response": "r"}, {"instruction": "Add", "input": "2 3", "output": "5"})  # fmt: skip
     assert rl.read_pairs(path) == [dict(prompt="i", response="o", ground_truth="g"),
