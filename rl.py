@@ -975,8 +975,8 @@ def read_records(path):
                 place = f"{path}:{i}"
                 records += [json.loads(line)] if line.strip() else [None]
     except (OSError, EOFError, ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{place} must be JSON or csv that can be read, got: {error}; give one "
-                         "object a line") from None
+        raise ValueError(f"{place} must be JSON or csv that can be read, got: {error}; give a "
+                         "file with one object a line") from None
     found = [(f"{path}:{i}", r) for i, r in enumerate(records, 1) if r is not None]
     for place, record in found:
         if not isinstance(record, dict):
@@ -1108,11 +1108,9 @@ def compute_entropy(logits):
     """The entropy (...) in nats of softmax(logits), logits (..., V); equal ones give ln V.
     source: [1] compute_entropy"""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    shifted = logits - logits.detach().amax(-1, keepdim=True)
-    shifted = shifted.clamp(min=torch.finfo(shifted.dtype).min)  # -inf has probability 0, not NaN
-    e = shifted.exp()
-    total = e.sum(-1)
-    return total.log() - (e * shifted).sum(-1) / total
+    log_p = logits - logits.logsumexp(-1, keepdim=True)
+    log_p = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # -inf has probability 0, not NaN
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 def spans(size, step):
@@ -1652,7 +1650,7 @@ class Run:
                                   (args.beta1, args.beta2))
         # all that is random comes of the seed and these two counts, so that a run can go on
         self.step = self.position = self.rollouts = 0
-        self.saved, self.signals, self.said, self.gaps, self.dry = None, [], set(), [], 0
+        self.saved, self.signals, self.said, self.gaps, self.dry = 0, [], set(), [], 0
         self.sampler, self.log, self.evaluated = None, None, -1
         self.graphs = {} if self.has_room_for_caches() else None
         args.prepare(self)
@@ -1741,7 +1739,7 @@ class Run:
         """
         args, found = self.args, [torch.zeros(len(names), device=self.device)]
         self.optimizer.zero_grad(set_to_none=True)
-        for part in micro_batches(rows, args.micro_batch_size, args.micro_batch_tokens):
+        for part in self.micro_batches(rows):
             with lm.compute_context(self.device, self.dtype):
                 loss, values = loss_of(part)
             loss.backward()
@@ -1754,7 +1752,7 @@ class Run:
         norm = lm.clip_grad_norm_(params, args.grad_clip).item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient must be finite, got norm {norm} at step "
-                                     f"{self.step + 1}; lower --lr, the last checkpoint is of step "
+                                     f"{self.step + 1}; lower --lr, the last step that is saved is "
                                      f"{self.saved}")
         self.optimizer.step()
         return {**dict(zip(names, self.sum(total).tolist(), strict=True)), "grad_norm": norm}
@@ -1797,7 +1795,7 @@ class Run:
         """Puts the log-probabilities of a row's tokens under `model` into row[name], a tensor;
         returns the sum of their entropies."""
         total = 0.0
-        for part in micro_batches(rows, self.args.micro_batch_size, self.args.micro_batch_tokens):
+        for part in self.micro_batches(rows):
             ids, labels, mask = self.collate(part)
             with lm.compute_context(self.device, self.dtype):
                 found, entropy = token_log_probs(model, ids, labels, mask, self.args.temperature)
@@ -1806,6 +1804,9 @@ class Run:
             for row, log_probs in zip(part, of_rows, strict=True):
                 row[name] = log_probs
         return total
+
+    def micro_batches(self, rows):
+        return micro_batches(rows, self.args.micro_batch_size, self.args.micro_batch_tokens)
 
     def collate(self, rows):
         """(input ids, labels, response mask), each (B, T)."""
@@ -1823,7 +1824,7 @@ class Run:
         self.tokenizer.save(self.out_dir / "tokenizer.json")
         first = {"flags": self.flags(), "device": str(self.device), "ranks": self.ranks,
                  "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-        return lm.open_log(self.out_dir / "log.jsonl", self.saved or 0, first)
+        return lm.open_log(self.out_dir / "log.jsonl", self.saved, first)
 
     def flags(self):
         skip = ("model_defaults", "resume", "overwrite", "run", "prepare", "take_step",
@@ -1868,88 +1869,6 @@ class Run:
         if text not in self.said:
             self.said.add(text)
             print(text, flush=True)
-
-    # the loop
-
-    def run(self):
-        """Trains to max_steps; returns 0, or 128 + the signal that stopped it after a save."""
-        args = self.args
-        self.validate()  # on resuming too: a kill may have come between saving and this
-        while self.step < args.max_steps:
-            began = time.perf_counter()
-            lr = lm.lr_cosine_schedule(self.step + 1, args.lr, args.min_lr, args.warmup_steps,
-                                       args.max_steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            entry = args.take_step(self)
-            self.step += 1
-            seconds = time.perf_counter() - began
-            tokens = entry.pop("tokens")
-            entry = {"step": self.step, "lr": lr, **entry, "step_ms": seconds * 1e3,
-                     "tokens_per_s": tokens / seconds}
-            if self.step % args.log_every == 0 or self.step in (1, args.max_steps):
-                print(log_line(entry, args.max_steps), flush=True)
-                self.record(entry)
-            stopping = int(self.sum([max(self.signals, default=0)]))
-            if self.step % args.save_every == 0 or self.step == args.max_steps or stopping:
-                self.save()
-            if stopping:
-                print(f"signal {max(self.signals, default=stopping)}: saved at step {self.step}, "
-                      "--resume goes on")
-                return 128 + max(self.signals, default=stopping)
-            self.validate()
-        if self.rank == 0:
-            lm.save_pretrained(self.model, self.tokenizer, self.out_dir / "model")
-        print(f"wrote {self.out_dir / 'model'} after {time.perf_counter() - self.started:.0f} s")
-        return 0
-
-    def validate(self):
-        """Where it is due and not yet done, prints and logs how the model does on what is held out.
-        """
-        last = self.step == self.args.max_steps
-        due = self.step % self.args.eval_every == 0 or last
-        if not self.held_out or not due or self.step == self.evaluated:
-            return
-        found = self.args.measure(self, last)
-        shown = {k: f"{v:.4f}" if k == "held_out_loss" else f"{v:.1%}" for k, v in found.items()}
-        print(f"step {self.step}/{self.args.max_steps} | of {len(self.held_out)} held-out "
-              f"{'pairs' if self.args.verb == 'dpo' else 'problems'} | "
-              + " | ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
-        self.record({"step": self.step, **found})
-
-    def solve(self, last):
-        """The share of held-out problems that greedy responses solve; at the end, and before the
-        first step on rewards, also pass@1 and pass@eval_samples. Where problems are of several
-        kinds, of each as well."""
-        problems, entry, rollouts = self.held_out, {}, self.rollouts  # leaves the run as it is
-        sampled = last or self.step == 0 and self.args.verb in ("ei", "grpo")
-        samples, kinds = self.args.eval_samples * sampled, [p.get("kind") for p in problems]
-        for name, n, temperature in (("greedy", 1, 0), ("pass", samples, 1.0)):
-            if not n:
-                continue
-            rows = self.rollout(problems, n, temperature)
-            right = [sum(is_right(r) for r in rows[g]) for g in spans(len(rows), n)]
-            kind_of = [kinds[row["group"]] for row in rows[::n]]
-            for k, kind in itertools.product({1, n}, (None, *sorted({*kinds} - {None}))):
-                key = "greedy" if name == "greedy" else f"pass@{k}"
-                found = sum(pass_at_k(n, c, k) for c, of in zip(right, kind_of, strict=True)
-                            if kind in (None, of))
-                among = len(problems) if kind is None else kinds.count(kind)
-                entry[key + (f" {kind}" if kind else "")] = self.sum([found]).item() / among
-        self.rollouts = rollouts
-        return entry
-
-    @torch.no_grad()
-    def prefer(self, last):
-        """The DPO loss of the held-out pairs, and the share of them that is preferred rightly."""
-        total = torch.zeros(len(DPO_VALUES), dtype=torch.float64)
-        mine = self.held_out[self.share(len(self.held_out))]
-        for part in micro_batches(mine, self.args.micro_batch_size, self.args.micro_batch_tokens):
-            with lm.compute_context(self.device, self.dtype):
-                _, values = dpo_losses(self, part, len(self.held_out))
-            total += torch.stack(values).cpu()
-        loss, accuracy, *_ = self.sum(total).tolist()
-        return {"held_out_loss": loss, "held_out_accuracy": accuracy}
 
 
 def row_length(row):
@@ -2252,6 +2171,92 @@ def dpo_step(run):
 
 
 # -------------------------------------------------------------------------------------------------
+# the loop of all of them, and how a model does on what is held out
+
+
+def train_to_end(run):
+    """Trains to max_steps; returns 0, or 128 + the signal that stopped it after a save."""
+    args = run.args
+    validate(run)  # on resuming too: a kill may have come between saving and this
+    while run.step < args.max_steps:
+        began = time.perf_counter()
+        lr = lm.lr_cosine_schedule(run.step + 1, args.lr, args.min_lr, args.warmup_steps,
+                                   args.max_steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        entry = args.take_step(run)
+        run.step += 1
+        seconds = time.perf_counter() - began
+        tokens = entry.pop("tokens")
+        entry = {"step": run.step, "lr": lr, **entry, "step_ms": seconds * 1e3,
+                 "tokens_per_s": tokens / seconds}
+        if run.step % args.log_every == 0 or run.step in (1, args.max_steps):
+            print(log_line(entry, args.max_steps), flush=True)
+            run.record(entry)
+        signal = int(run.sum([max(run.signals, default=0)]))  # of any rank
+        if run.step % args.save_every == 0 or run.step == args.max_steps or signal:
+            run.save()
+        if signal:
+            signal = max(run.signals, default=signal)
+            print(f"signal {signal}: saved at step {run.step}, --resume goes on")
+            return 128 + signal
+        validate(run)
+    if run.rank == 0:
+        lm.save_pretrained(run.model, run.tokenizer, run.out_dir / "model")
+    print(f"wrote {run.out_dir / 'model'} after {time.perf_counter() - run.started:.0f} s")
+    return 0
+
+
+def validate(run):
+    """Where it is due and not yet done, prints and logs how the model does on what is held out."""
+    last = run.step == run.args.max_steps
+    due = run.step % run.args.eval_every == 0 or last
+    if not run.held_out or not due or run.step == run.evaluated:
+        return
+    found = run.args.measure(run, last)
+    shown = [f"{k} {v:.4f}" if k == "held_out_loss" else f"{k} {v:.1%}" for k, v in found.items()]
+    what = "pairs" if run.args.verb == "dpo" else "problems"
+    print(f"step {run.step}/{run.args.max_steps} | of {len(run.held_out)} held-out {what} | "
+          + " | ".join(shown), flush=True)
+    run.record({"step": run.step, **found})
+
+
+def solve_held_out(run, last):
+    """The share of held-out problems that greedy responses solve; at the end, and before the first
+    step on rewards, also pass@1 and pass@eval_samples. Where problems are of several kinds, of each
+    as well."""
+    problems, entry, rollouts = run.held_out, {}, run.rollouts  # leaves the run as it is
+    sampled = last or run.step == 0 and run.args.verb in ("ei", "grpo")
+    samples, kinds = run.args.eval_samples * sampled, [p.get("kind") for p in problems]
+    for name, n, temperature in (("greedy", 1, 0), ("pass", samples, 1.0)):
+        if not n:
+            continue
+        rows = run.rollout(problems, n, temperature)
+        right = [sum(is_right(r) for r in rows[g]) for g in spans(len(rows), n)]
+        kind_of = [kinds[row["group"]] for row in rows[::n]]
+        for k, kind in itertools.product({1, n}, (None, *sorted({*kinds} - {None}))):
+            key = "greedy" if name == "greedy" else f"pass@{k}"
+            found = sum(pass_at_k(n, c, k) for c, of in zip(right, kind_of, strict=True)
+                        if kind in (None, of))
+            among = len(problems) if kind is None else kinds.count(kind)
+            entry[key + (f" {kind}" if kind else "")] = run.sum([found]).item() / among
+    run.rollouts = rollouts
+    return entry
+
+
+@torch.no_grad()
+def prefer_held_out(run, last):
+    """The DPO loss of the held-out pairs, and the share of them that is preferred rightly."""
+    total = torch.zeros(len(DPO_VALUES), dtype=torch.float64)
+    for part in run.micro_batches(run.held_out[run.share(len(run.held_out))]):
+        with lm.compute_context(run.device, run.dtype):
+            _, values = dpo_losses(run, part, len(run.held_out))
+        total += torch.stack(values).cpu()
+    loss, accuracy, *_ = run.sum(total).tolist()
+    return {"held_out_loss": loss, "held_out_accuracy": accuracy}
+
+
+# -------------------------------------------------------------------------------------------------
 # small tasks that a program grades
 
 COUNTDOWN_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -2456,7 +2461,7 @@ def keep_fitting(rows, length, limit, what):
         print(f"dropped {len(rows) - len(fitting):,} of {len(rows):,} {what}: they are longer than "
               f"{limit} tokens, all that the context allows")
     if not fitting:
-        raise ValueError(f"some {what} must fit into {limit} tokens, got none; raise "
+        raise ValueError(f"some {what} must fit into {max(limit, 0)} tokens, got none; raise "
                          "--context_length or lower --max_new_tokens")
     return fitting
 
@@ -2670,7 +2675,8 @@ def generate_missing(args, examples, model, tokenizer, done, file, rank, ranks):
                 new += 1
         file.flush()
         rate = new / (time.perf_counter() - began)
-        print(f"{batch.stop}/{len(examples)} examples | {rate:.2f} responses/s", flush=True)
+        kind = f"{len(samples)} samples each" if temperature else "greedy"
+        print(f"{batch.stop}/{len(examples)} examples, {kind} | {rate:.2f} responses/s", flush=True)
 
 
 def evaluate(args):
@@ -2755,7 +2761,7 @@ def train(args):
     if unused:
         print(f"not used in this run: {', '.join(unused)}")
     with lm.stop_politely(run.signals):
-        return run.run()
+        return train_to_end(run)
 
 
 def unused_flags(args):
@@ -2781,7 +2787,11 @@ def plot(logs, out):
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     for axis, keys in zip(figure.subplots(1, 2), (("reward", "loss"), ("greedy",)), strict=True):
         for path in map(Path, logs):
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            try:
+                records = [*map(json.loads, path.read_text(encoding="utf-8").splitlines())]
+            except ValueError as error:
+                raise ValueError(f"{path} must be a run's log.jsonl, got: {error}; give another "
+                                 "file") from None
             key = next((k for k in keys if any(k in r for r in records)), None)
             points = [(r["elapsed_s"], r[key]) for r in records if key in r]
             if points:
@@ -2793,6 +2803,7 @@ def plot(logs, out):
         if axis.lines:
             axis.legend(fontsize=8)
     figure.savefig(out, dpi=120)
+    print(f"wrote {out}")
 
 
 def share(text):
@@ -2900,30 +2911,36 @@ DEMO_GRPO = ("--max_steps 600 --lr 1e-3 --min_lr 1e-4 --warmup_steps 10 --prompt
 def demo(args):
     """SFT on a few solved additions; then GRPO on unsolved ones and, beside it, more SFT."""
     out = Path(args.out_dir)
+    logs = [out / name / "log.jsonl" for name in ("sft", "control", "grpo")]
+    if any(log.exists() for log in logs) and not args.overwrite:
+        raise ValueError(f"out_dir must be a new folder, got {out}, which holds a demonstration; "
+                         "give --overwrite to start anew, or another --out_dir")
     torch.set_num_threads(1)  # the tensors are small, and the control has the other core
 
-    def command(verb, name, flags, *start):
+    def command(what, verb, name, flags, *start):
         folder = ["--out_dir", str(out / name), *["--overwrite"] * args.overwrite]
         words = [verb, *DEMO.split(), "--seed", str(args.seed), *flags.split(), *start, *folder]
-        print(f"\npython rl.py {' '.join(words)}", flush=True)
+        print(f"\n# {what}\npython rl.py {' '.join(words)}", flush=True)
         return words
 
-    if code := main(command("sft", "sft", DEMO_SFT)):
+    if code := main(command("a model from scratch learns from a few solved additions", "sft", "sft",
+                            DEMO_SFT)):
         return code
     start = "--model", str(out / "sft" / "model")
-    words = command("sft", "control", DEMO_CONTROL, *start)
+    words = command("control, in the background while the next one runs: more of the same", "sft",
+                    "control", DEMO_CONTROL, *start)
     control = subprocess.Popen([sys.executable, __file__, *words], stdout=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
-    logs = [out / name / "log.jsonl" for name in ("sft", "control", "grpo")]
     try:
-        if code := main(command("grpo", "grpo", DEMO_GRPO, *start)):
+        if code := main(command("that model practises on unsolved additions, for rewards", "grpo",
+                                "grpo", DEMO_GRPO, *start)):
             return code
         while control.poll() is None and not (logs[1].exists() and "greedy" in logs[1].read_text()):
             time.sleep(0.1)
     finally:
         control.terminate()
         control.wait()
-    print("\nheld-out problems solved")
+    print("\nheld-out problems solved, and seconds of the stage")
     for log in logs:
         records = [json.loads(line) for line in log.read_text().splitlines()]
         last = [r for r in records if "greedy" in r][-1]
@@ -3069,7 +3086,7 @@ def build_parser():
     def add_verb(name, text, **options):
         return verbs.add_parser(name, help=text, description=text, **options)
 
-    def training_verb(name, text, measure=Run.solve, **defaults):
+    def training_verb(name, text, measure=solve_held_out, **defaults):
         usage = f"rl.py {name} (--task TASK | --data FILE) [--model MODEL] [flags]"
         p = add_verb(name, text, usage=usage, epilog=LEGEND)
         p.set_defaults(measure=measure, **defaults)
@@ -3090,7 +3107,7 @@ def build_parser():
     add_rollout_flags(p)
     add_grpo_flags(p)
     p = training_verb("dpo", "learn from pairs of a chosen and a rejected response",
-                      prepare=prepare_preferences, take_step=dpo_step, measure=Run.prefer)
+                      prepare=prepare_preferences, take_step=dpo_step, measure=prefer_held_out)
     add_flags(p, "dpo", batch_size=(at_least_1, 32, "pairs an update"),
               beta=(above_0, 0.1, "how much a margin counts"))
     for p in verbs.choices.values():

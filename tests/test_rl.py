@@ -813,9 +813,9 @@ def test_a_run_that_is_killed_before_it_evaluates_does_so_when_it_goes_on(step, 
             raise KeyboardInterrupt
         plain(run)
 
-    plain = rl.Run.validate
+    plain = rl.validate
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(rl.Run, "validate", killed)
+        patch.setattr(rl, "validate", killed)
         rl.main(flags("sft", start, tmp_path / "killed"))
     assert rl.main(["sft", "--resume", "--out_dir", str(tmp_path / "killed"), *([] if step else flags(
         "sft", start, tmp_path)[1:-2])]) == 0  # fmt: skip
