@@ -8,6 +8,10 @@
 Responses are sampled by model.py's `generate` from the weights that are trained: no second engine,
 so nothing to keep in step. A run leaves log.jsonl, checkpoint.pt and model/ in its --out_dir.
 
+In this order: grading; prompts and data; log-probabilities; tokens; advantages and losses;
+rollouts; a run's state; the steps (sft_step, ei_step, grpo_step, dpo_step: the algorithms); the
+loop; tasks and files to learn from; evaluation; verbs and flags.
+
 Sources
 [1] CS336 assignment 5 (alignment) handout and its supplement, Stanford 2025
 [2] Shao et al. 2024, DeepSeekMath (GRPO), arXiv 2402.03300
@@ -98,15 +102,15 @@ PLAIN_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9
 THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
 FORMULA = re.compile(r"\$\$?[^$]{1,1000}\$\$?")
 UNION, LIST, RELATION = (
-    r"\\cup(?![A-Za-z])", r"[,;]|\b(?:and|or)\b", r"\\(?:le|ge|ne|neq|in|approx)(?![A-Za-z])|[=<>]")
+    r"\\cup(?![A-Za-z])", r"[,;]|\b(?:and|or)\b", r"\\(?:le|ge|ne|in|approx)(?![A-Za-z])|[=<>]")
 NAME = re.compile(  # what may be called something: x, x_1, f(x), (x, y), \theta, \text{Area}, a/b
     r"[A-Za-z]{1,2}/[A-Za-z]{1,2}|\\frac\{[A-Za-z]{1,2}\}\{[A-Za-z]{1,2}\}|(?:\\angle\s*)?(?:\\?(?!(?:pi|e|i|infty)\b)[A-Za-z]+|\\text\{[^{}]*\})"
     r"(?:_(?:\{[^{}]*\}|\w))?\s*(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?|"
     r"[fghpqFGHPQ]\s*\([+-]?[0-9]+\)|\([A-Za-z](?:,\s*[A-Za-z])+\)")
 UNIT = re.compile(  # words in \text, words behind a space, a few short ones right behind a digit
     r"(?P<head>.+?)\s*(?:\\text\{(?P<text>[^{}]*)\}|(?<=[0-9)}.!]) (?P<words>[A-Za-z]{2,}"
-    r"(?:(?: |/| per )[A-Za-z]+)?)|(?<=[0-9])(?P<short>[kcm]m|[km]g|ml|hrs?|mph|lbs?))"
-    r"\s*(?P<power>\^\s*\{?[23]\}?)?", re.DOTALL)
+    r"(?:(?: |/| per )[A-Za-z]+)?|m/(?:s|min|h))|"
+    r"(?<=[0-9])(?P<short>[kcm]m|[km]g|ml|hrs?|mph|lbs?))\s*(?P<power>\^\s*\{?[23]\}?)?", re.DOTALL)
 DEGREES = re.compile(r"((?!.*\\(?:sin|cos|tan|sec|csc|cot)).+?)\s*\^\s*\\circ\s*"
                      r"(?:\\text\{)?\s*([CFK]?)\s*\}?")  # a function's argument has them itself
 UNIT_NAMES = {"¤": "dollar", "usd": "dollar", "eur": "€", "euro": "€", "percent": "%",
@@ -141,7 +145,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\text\{\s*(and|or|,|;)\s*\}", r" \1 "),
     (r"\\(?:leqslant|leq)(?![A-Za-z])|<=", r"\\le "),
     (r"\\(?:geqslant|geq)(?![A-Za-z])|>=", r"\\ge "),
-    (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"),
+    (r"\\neq(?![A-Za-z])", r"\\ne "), (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"),
     (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"), (r"\\langle", "("), (r"\\rangle", ")"),
     (r"\\[lr]?vert(?![A-Za-z])", "|"), (r"\\%", "%"), (r"\{,\}", ","), (r"\*\*", "^"),
     (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
@@ -2901,6 +2905,9 @@ def add_run_flags(parser):
 # The demonstration: flags that both stages share, those of SFT, of its continuation, and of GRPO.
 DEMO = ("--task addition --digits 2 --examples 750 --max_new_tokens 4 --eval_problems 1000 "
         "--save_every 1000 --log_every 25")
+DEMO_STAGES = {"sft": "a model from scratch learns from a few solved additions",
+               "control": "it goes on with the same ones, in the background, meanwhile:",
+               "grpo": "it practises on unsolved additions, for rewards"}
 DEMO_SFT = "--max_steps 800 --lr 2e-3 --warmup_steps 50 --eval_every 200"
 DEMO_CONTROL = "--max_steps 1000000 --lr 1e-3 --eval_every 200"
 DEMO_GRPO = ("--max_steps 600 --lr 1e-3 --min_lr 1e-4 --warmup_steps 10 --prompts_per_step 128 "
@@ -2911,29 +2918,26 @@ DEMO_GRPO = ("--max_steps 600 --lr 1e-3 --min_lr 1e-4 --warmup_steps 10 --prompt
 def demo(args):
     """SFT on a few solved additions; then GRPO on unsolved ones and, beside it, more SFT."""
     out = Path(args.out_dir)
-    logs = [out / name / "log.jsonl" for name in ("sft", "control", "grpo")]
+    logs = [out / name / "log.jsonl" for name in DEMO_STAGES]
     if any(log.exists() for log in logs) and not args.overwrite:
         raise ValueError(f"out_dir must be a new folder, got {out}, which holds a demonstration; "
                          "give --overwrite to start anew, or another --out_dir")
     torch.set_num_threads(1)  # the tensors are small, and the control has the other core
 
-    def command(what, verb, name, flags, *start):
+    def command(verb, name, flags, *start):
         folder = ["--out_dir", str(out / name), *["--overwrite"] * args.overwrite]
         words = [verb, *DEMO.split(), "--seed", str(args.seed), *flags.split(), *start, *folder]
-        print(f"\n# {what}\npython rl.py {' '.join(words)}", flush=True)
+        print(f"\n# {DEMO_STAGES[name]}\npython rl.py {' '.join(words)}", flush=True)
         return words
 
-    if code := main(command("a model from scratch learns from a few solved additions", "sft", "sft",
-                            DEMO_SFT)):
+    if code := main(command("sft", "sft", DEMO_SFT)):
         return code
     start = "--model", str(out / "sft" / "model")
-    words = command("control, in the background while the next one runs: more of the same", "sft",
-                    "control", DEMO_CONTROL, *start)
+    words = command("sft", "control", DEMO_CONTROL, *start)
     control = subprocess.Popen([sys.executable, __file__, *words], stdout=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        if code := main(command("that model practises on unsolved additions, for rewards", "grpo",
-                                "grpo", DEMO_GRPO, *start)):
+        if code := main(command("grpo", "grpo", DEMO_GRPO, *start)):
             return code
         while control.poll() is None and not (logs[1].exists() and "greedy" in logs[1].read_text()):
             time.sleep(0.1)

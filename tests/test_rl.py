@@ -1105,8 +1105,11 @@ def test_a_plot_is_drawn_or_what_it_lacks_is_said(start, tmp_path, capsys, monke
     pytest.importorskip("matplotlib")
     assert not rl.main(argv)
     assert (tmp_path / "curves.png").stat().st_size > 1000
-    write_jsonl(tmp_path / "log.jsonl", [{"flags": {}}])
-    fails(capsys, ["plot", str(tmp_path / "log.jsonl")], "must hold steps to draw, got none")
+    assert "curves.png" in capsys.readouterr().out
+    log = write_jsonl(tmp_path / "log.jsonl", [{"flags": {}}])
+    fails(capsys, ["plot", log], "must hold steps to draw, got none")
+    Path(log).write_text("step,loss\n")
+    fails(capsys, ["plot", log], r"log\.jsonl must be a run's log")
 
 
 def test_the_demonstration_compares_grpo_with_more_sft(tmp_path, capsys, monkeypatch):
@@ -1119,6 +1122,15 @@ def test_the_demonstration_compares_grpo_with_more_sft(tmp_path, capsys, monkeyp
     out = capsys.readouterr().out
     table = out[out.index("held-out problems solved") :].splitlines()
     assert [line.split()[0] for line in table[1:4]] == ["sft", "control", "grpo"]
+    fails(capsys, ["demo", "--out_dir", str(tmp_path)], "holds a demonstration; give --overwrite")
+
+
+def test_every_flag_says_what_it_means():
+    _, verbs = rl.build_parser()
+    for name, parser in verbs.items():
+        flags = [a for a in parser._actions if a.option_strings and not a.required]
+        assert all(a.help for a in flags), (name, [a.dest for a in flags if not a.help])
+        assert parser.format_help()
 
 
 pytestmark = pytest.mark.usefixtures("same_random_numbers_in_every_order_of_tests", "one_thread")
@@ -1169,7 +1181,8 @@ SAME = [
     ("5 meters", "5 m"), ("5 m", "5m"), ("80 km/h", "80"), ("80 miles per hour", "80"), ("5€", "5"),
     (r"\angle ABC = 30^\circ", "30"),
     (r"1/3 \approx 0.333", "1/3"), (r"x = \sqrt2 ≈ 1.41", r"\sqrt2"), (r"\lg 100", "2"), ("a", "A"), ("(c)", "(C)"),
-    ("x = 2, 3", "3, 2"), ("x = 2, 3", "x=2, x=3"), ("-3<x<7", r"x \in (-3,7)"), (r"\cos 60^\circ", "1/2"),
+    ("x = 2, 3", "3, 2"), (r"x \ne 0", r"x\neq0"), (r"12\,\text{m/s}", "12 m/s"), (r"9.8 m/s^2", r"9.8\text{ m/s}^2"),
+    ("x = 2, 3", "x=2, x=3"), ("-3<x<7", r"x \in (-3,7)"), (r"\cos 60^\circ", "1/2"),
     (r"\pm1, \pm i", "1,-1,i,-i"), (r"\frac{p}{q}=\frac59", "5/9"), (r"\frac{dy}{dx}=2x", "2x"),
     (r"\{x \mid x>1\}", r"(1,\infty)"), (r"\{ t : 0 \le t < 2 \}", "[0,2)"),
 ]  # fmt: skip
