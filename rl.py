@@ -1599,12 +1599,14 @@ def log_generations(model, tokenizer, prompts, ground_truths, reward_fn, max_new
     training = [module for module in modules if module.training]
     for module in training:  # turns dropout off, in models of others
         module.training = False
-    rows = rollout(model, tokenizer, prompts, max_new_tokens, temperature, top_p, 1, stop, seed)
-    batches = [pad_pairs([(row["prompt_ids"], row["tokens"])], device=device_of(model))
-               for row in rows]
-    entropies = [token_log_probs(model, *b.values())[1] for b in batches]
-    for module in training:
-        module.training = True
+    try:
+        rows = rollout(model, tokenizer, prompts, max_new_tokens, temperature, top_p, 1, stop, seed)
+        batches = [pad_pairs([(row["prompt_ids"], row["tokens"])], device=device_of(model))
+                   for row in rows]
+        entropies = [token_log_probs(model, *b.values())[1] for b in batches]
+    finally:
+        for module in training:
+            module.training = True
     grades = grade(reward_fn, [r["text"] for r in rows], ground_truths)
     examples = [
         dict(prompt=prompt, response=row["text"], ground_truth=truth, **rewards,
