@@ -8,6 +8,10 @@
 Responses are sampled by model.py's `generate` from the weights that are trained: no second engine,
 so nothing to keep in step. A run leaves log.jsonl, checkpoint.pt and model/ in its --out_dir.
 
+In this order: grading; prompts and data; log-probabilities; tokens; advantages and losses;
+rollouts; a run's state; the steps (sft_step, ei_step, grpo_step, dpo_step: the algorithms); the
+loop; tasks and files to learn from; evaluation; verbs and flags.
+
 Sources
 [1] CS336 assignment 5 (alignment) handout and its supplement, Stanford 2025
 [2] Shao et al. 2024, DeepSeekMath (GRPO), arXiv 2402.03300
@@ -30,6 +34,7 @@ import copy
 import csv
 import functools
 import gzip
+import io
 import itertools
 import json
 import math
@@ -97,15 +102,17 @@ PLAIN_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9
 THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
 FORMULA = re.compile(r"\$\$?[^$]{1,1000}\$\$?")
 UNION, LIST, RELATION = (
-    r"\\cup(?![A-Za-z])", r"[,;]|\b(?:and|or)\b", r"\\(?:le|ge|ne|neq|in|approx)(?![A-Za-z])|[=<>]")
-NAME = re.compile(  # what may be called something: x, x_1, f(x), f(2), (x, y), \theta, \text{Area}
-    r"(?:\\angle\s*)?(?:\\?(?!(?:pi|e|i|infty)\b)[A-Za-z]+|\\text\{[^{}]*\})"
+    r"\\cup(?![A-Za-z])", r"[,;]|\b(?:and|or)\b", r"\\(?:le|ge|ne|in|approx)(?![A-Za-z])|[=<>]")
+NAME = re.compile(  # what may be called something: x, x_1, f(x), (x, y), \theta, \text{Area}, a/b
+    r"[A-Za-z]{1,2}/[A-Za-z]{1,2}|\\frac\{[A-Za-z]{1,2}\}\{[A-Za-z]{1,2}\}|(?:\\angle\s*)?(?:\\?(?!(?:pi|e|i|infty)\b)[A-Za-z]+|\\text\{[^{}]*\})"
     r"(?:_(?:\{[^{}]*\}|\w))?\s*(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?|"
     r"[fghpqFGHPQ]\s*\([+-]?[0-9]+\)|\([A-Za-z](?:,\s*[A-Za-z])+\)")
 UNIT = re.compile(  # words in \text, words behind a space, a few short ones right behind a digit
     r"(?P<head>.+?)\s*(?:\\text\{(?P<text>[^{}]*)\}|(?<=[0-9)}.!]) (?P<words>[A-Za-z]{2,}"
-    r"(?:(?: |/| per )[A-Za-z]+)?)|(?<=[0-9])(?P<short>[kcm]m|[km]g|ml|hrs?|mph|lbs?))"
-    r"\s*(?P<power>\^\s*\{?[23]\}?)?", re.DOTALL)
+    r"(?:(?: |/| per )[A-Za-z]+)?|m/(?:s|min|h))|"
+    r"(?<=[0-9])(?P<short>[kcm]m|[km]g|ml|hrs?|mph|lbs?))\s*(?P<power>\^\s*\{?[23]\}?)?", re.DOTALL)
+DEGREES = re.compile(r"((?!.*\\(?:sin|cos|tan|sec|csc|cot)).+?)\s*\^\s*\\circ\s*"
+                     r"(?:\\text\{)?\s*([CFK]?)\s*\}?")  # a function's argument has them itself
 UNIT_NAMES = {"¤": "dollar", "usd": "dollar", "eur": "€", "euro": "€", "percent": "%",
               "feet": "foot", "ft": "foot", "inche": "inch", "in": "inch", "yd": "yard",
               "mi": "mile", "mph": "mile/hour", "hr": "hour", "h": "hour", "min": "minute",
@@ -138,7 +145,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\text\{\s*(and|or|,|;)\s*\}", r" \1 "),
     (r"\\(?:leqslant|leq)(?![A-Za-z])|<=", r"\\le "),
     (r"\\(?:geqslant|geq)(?![A-Za-z])|>=", r"\\ge "),
-    (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"),
+    (r"\\neq(?![A-Za-z])", r"\\ne "), (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"),
     (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"), (r"\\langle", "("), (r"\\rangle", ")"),
     (r"\\[lr]?vert(?![A-Za-z])", "|"), (r"\\%", "%"), (r"\{,\}", ","), (r"\*\*", "^"),
     (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
@@ -205,8 +212,13 @@ def reward_dict(answer, ground_truth):
     """The rewards for an answer, None where the format was wrong; a list of ground truths accepts
     any of its items."""
     golds = ground_truth if isinstance(ground_truth, (list, tuple)) else [ground_truth]
-    right = float(answer is not None and any(answers_match(answer, gold) for gold in golds))
-    return {"reward": right, "format_reward": float(answer is not None), "answer_reward": right}
+    formatted = answer is not None
+    return rewards_of(formatted, formatted and any(answers_match(answer, g) for g in golds))
+
+
+def rewards_of(formatted, right):
+    return {"reward": float(right), "format_reward": float(formatted),
+            "answer_reward": float(right)}
 
 
 def parse_mmlu_response(mmlu_example, model_output):
@@ -429,7 +441,12 @@ def read_list(text, nesting):
     for kind, separators in (("union", UNION), ("set", LIST)):
         parts = [part for part in split(text, separators)[::2] if part]
         if len(parts) > 1:
-            return Value(kind, tuple(read(part, nesting) for part in parts))
+            values = [read(part, nesting) for part in parts]
+            if kind == "set" and {v.name for v in values[1:]} == {""}:  # x = 2, 3
+                values = [v._replace(name=values[0].name) for v in values]
+            lists = [v.value if r"\pm" in part and v.kind == "set" else (v,)
+                     for part, v in zip(parts, values, strict=True)]
+            return Value(kind, tuple(itertools.chain(*lists)))
     return None
 
 
@@ -500,6 +517,11 @@ def read_inequality(sides, signs):
 
 def read_bracketed(text, nesting):
     """Sets, tuples and intervals; a pair of brackets around one thing is taken off."""
+    if builder := re.fullmatch(r"\\\{ *[a-z] *(?:\\mid\b|[|:])(.+)\\\}", text):  # {x | x > 1}
+        value = read(builder[1], nesting)
+        if value.kind != "relation":
+            raise Unreadable("a condition that is no inequality")
+        return value._replace(kind="tuple")
     opening = re.match(r"\\\{|[({\[]", text)
     if not opening or not text.endswith((")", "]", "}")):
         return None
@@ -527,7 +549,7 @@ def read_number(text, nesting):
         return with_unit(m[1] + m[3], m[2], nesting)
     if text.endswith((*"%¤€£¥₹",)):
         return with_unit(text[:-1], text[-1], nesting)
-    if m := re.fullmatch(r"(.+?)\s*\^\s*\\circ\s*(?:\\text\{)?\s*([CFK]?)\s*\}?", text):
+    if m := DEGREES.fullmatch(text):
         return with_unit(m[1], f"degree {m[2]}", nesting)
     if m := re.fullmatch(r"([0-9]+)_\{?\s*([0-9]+)\s*\}?", text):
         return with_unit(m[1], f"base {m[2]}", nesting)
@@ -818,6 +840,8 @@ def exact_root(base, degree):
 
 def same(answer, gold):
     """Whether two Values are equal; see `answers_match` for where it is not symmetric."""
+    if gold.kind == "tuple" and gold.name:  # x in (1, 2)
+        gold = gold._replace(kind="relation")
     if gold.kind == "relation" and answer.kind == "tuple":
         answer = answer._replace(kind="relation")
     if answer.kind == "union" and gold.kind == "set" and (
@@ -920,6 +944,13 @@ PROMPTS = {
     "completes the request.\n\n### Instruction:\n{question}\n\n### Response:\n",
 }
 STOPS = {"r1_zero": ("</answer>",), "system": ("# Query:",)}
+
+
+def ask(prompt, question):
+    """The question in the template of that name, as it stands: its braces mean nothing."""
+    return PROMPTS[prompt].replace("{question}", question)
+
+
 MMLU_QUESTION = (
     "Answer the following multiple choice question about {subject}. Respond with a single sentence "
     'of the form "The correct answer is _", filling the blank with the letter of the correct '
@@ -930,34 +961,26 @@ ANSWER = ("answer", "ground_truth", "expected_answer", "solution")
 RESPONSE = ("response", "output", "completion", "answer")
 
 
-def read_table(path):
-    """The rows, lists of texts, of a csv file."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return [row for row in csv.reader(file) if row]
-
-
 def read_records(path):
     """[(place, dict)] of a JSONL file (.gz too), a JSON list, or a csv file with a header.
     raises ValueError, naming the place, for what is none of these"""
-    path, place = str(path), path
+    place = path = str(path)
     try:
+        opener = gzip.open if path.endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            text = file.read()
         if path.endswith(".csv"):
-            header, *rows = read_table(path)
-            records = [dict(zip(header, row, strict=False)) for row in rows]
+            records = [*csv.DictReader(io.StringIO(text))]
+        elif text.lstrip()[:1] == "[":
+            records = json.loads(text)
         else:
-            opener = gzip.open if path.endswith(".gz") else open
-            with opener(path, "rt", encoding="utf-8-sig") as file:
-                text = file.read()
-            if text.lstrip()[:1] == "[":
-                records = json.loads(text)
-            else:
-                records = []
-                for i, line in enumerate(text.split("\n"), 1):
-                    place = f"{path}:{i}"
-                    records += [json.loads(line)] if line.strip() else [None]
+            records = []
+            for i, line in enumerate(text.split("\n"), 1):
+                place = f"{path}:{i}"
+                records += [json.loads(line)] if line.strip() else [None]
     except (OSError, EOFError, ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{place} must be JSON or csv that can be read, got: {error}; give one "
-                         "object a line") from None
+        raise ValueError(f"{place} must be JSON or csv that can be read, got: {error}; give a "
+                         "file with one object a line") from None
     found = [(f"{path}:{i}", r) for i, r in enumerate(records, 1) if r is not None]
     for place, record in found:
         if not isinstance(record, dict):
@@ -995,8 +1018,8 @@ def read_pairs(path):
 
 
 def read_problems(path):
-    """[{"question", "answer"}] of GSM8K, MATH and their like, in JSONL."""
-    return [{"question": pick(place, r, *QUESTION), "answer": pick(place, r, *ANSWER)}
+    """[{"prompt", "answer"}] of GSM8K, MATH and their like, in JSONL."""
+    return [{"prompt": pick(place, r, *QUESTION), "answer": pick(place, r, *ANSWER)}
             for place, r in read_records(path)]
 
 
@@ -1031,7 +1054,8 @@ def read_mmlu(path):
     for file in sorted(Path(path).glob("*.csv")) if Path(path).is_dir() else [Path(path)]:
         subject = re.sub(r"_(?:test|val|dev)$", "", file.stem).replace("_", " ")
         try:
-            rows = read_table(file)
+            with open(file, encoding="utf-8-sig", newline="") as lines:
+                rows = [row for row in csv.reader(lines) if row]
         except (OSError, ValueError, csv.Error) as error:
             raise ValueError(f"{file} must be csv, got: {error}; give another file") from None
         for i, row in enumerate(rows, 1):
@@ -1060,9 +1084,9 @@ def read_examples(task, path, prompt):
         examples = read_problems(path)
         ending = "\nAnswer:" if task == "gsm8k" and prompt in ("system", "alpaca") else ""
         for e in examples:
-            e["asked"] = e["question"] + ending
+            e["asked"] = e["prompt"] + ending
     for e in examples:
-        e["prompt"] = PROMPTS[prompt].replace("{question}", e["asked"])
+        e["prompt"] = ask(prompt, e["asked"])
     return examples
 
 
@@ -1088,11 +1112,9 @@ def compute_entropy(logits):
     """The entropy (...) in nats of softmax(logits), logits (..., V); equal ones give ln V.
     source: [1] compute_entropy"""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    shifted = logits - logits.detach().amax(-1, keepdim=True)
-    shifted = shifted.clamp(min=torch.finfo(shifted.dtype).min)  # -inf has probability 0, not NaN
-    e = shifted.exp()
-    total = e.sum(-1)
-    return total.log() - (e * shifted).sum(-1) / total
+    log_p = logits - logits.logsumexp(-1, keepdim=True)
+    log_p = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # -inf has probability 0, not NaN
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 def spans(size, step):
@@ -1225,18 +1247,18 @@ def encode_text(tokenizer, text):
     return list(ids["input_ids"] if hasattr(ids, "keys") else getattr(ids, "ids", ids))
 
 
-def special_ids(tokenizer):
-    """{text: id} of the special tokens, where a tokenizer tells them."""
+def special_ids(tokenizer, *texts):
+    """The ids of those of `texts` that are special tokens, where a tokenizer tells them."""
     known = lm.special_ids(tokenizer) if hasattr(tokenizer, "special_tokens") else {}
-    return {text: i for i, text in known.items()}
+    ids = {text: i for i, text in known.items()}
+    return tuple(ids[text] for text in texts if text in ids)
 
 
 def end_ids(tokenizer):
     """The ids that end a text, the first one is appended to text; () where there is none."""
     if hasattr(tokenizer, "eos_token_id"):
         return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    ids = special_ids(tokenizer)
-    return tuple(ids[text] for text in END_TOKENS if text in ids)
+    return special_ids(tokenizer, *END_TOKENS)
 
 
 def begin_ids(tokenizer):
@@ -1244,7 +1266,7 @@ def begin_ids(tokenizer):
     if hasattr(tokenizer, "eos_token_id"):
         begin = getattr(tokenizer, "bos_token_id", None)
         return () if begin in (None, tokenizer.eos_token_id) else (begin,)
-    return tuple(i for text, i in special_ids(tokenizer).items() if text == "<|begin_of_text|>")
+    return special_ids(tokenizer, "<|begin_of_text|>")
 
 
 def encode_prompt(tokenizer, text):
@@ -1282,10 +1304,6 @@ def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
     return pad_pairs(pairs, pad_id(tokenizer))
 
 
-def alpaca_text(prompt, response):
-    return PROMPTS["alpaca"].replace("{question}", prompt) + response
-
-
 class PackedSFTDataset(torch.utils.data.Dataset):
     """Instruction pairs (JSONL with prompt and response) in the Alpaca template, each between the
     tokenizer's begin and end tokens, joined and cut every seq_length tokens: item i is
@@ -1301,7 +1319,7 @@ class PackedSFTDataset(torch.utils.data.Dataset):
         if not end:
             raise ValueError("the tokenizer must have an end-of-text token to part documents, got "
                              "none; add <|endoftext|>")
-        texts = (alpaca_text(pairs[i]["prompt"], pairs[i]["response"]) for i in order)
+        texts = (ask("alpaca", pairs[i]["prompt"]) + pairs[i]["response"] for i in order)
         ids = [np.array([*encode_prompt(tokenizer, text), *end], np.int32) for text in texts]
         self.ids, self.seq_length = torch.from_numpy(np.concatenate(ids)), seq_length
 
@@ -1510,7 +1528,7 @@ def compute_per_instance_dpo_loss(lm, lm_ref, tokenizer, beta, prompt, response_
     """The DPO loss of one pair, a scalar: prompt and response in the Alpaca template, and the end
     token. source: [1] supplement, dpo_loss"""
     end = list(end_ids(tokenizer)[:1])
-    ids = [encode_prompt(tokenizer, alpaca_text(prompt, response)) + end
+    ids = [encode_prompt(tokenizer, ask("alpaca", prompt) + response) + end
            for response in (response_chosen, response_rejected)]
 
     def log_probs(model):
@@ -1571,31 +1589,24 @@ def rollout(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.
                  logprobs=r.logprobs, text=r.text, finish_reason=r.finish_reason) for r in rows]
 
 
-@contextlib.contextmanager
-def in_eval_mode(model):
-    """Turns dropout off, for models of others, and on again where it was on."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    training = [module for module in modules if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 @torch.no_grad()
 def log_generations(model, tokenizer, prompts, ground_truths, reward_fn, max_new_tokens=256,
                     temperature=1.0, top_p=1.0, stop=(), seed=0):
     """{"examples": a dict for each prompt (prompt, response, ground_truth, rewards, mean entropy of
     its tokens, length in tokens), "summary": their means, lengths also of the right and the wrong
     (NaN where there is none)}. source: [1] log_generations"""
-    with in_eval_mode(model):
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    training = [module for module in modules if module.training]
+    for module in training:  # turns dropout off, in models of others
+        module.training = False
+    try:
         rows = rollout(model, tokenizer, prompts, max_new_tokens, temperature, top_p, 1, stop, seed)
         batches = [pad_pairs([(row["prompt_ids"], row["tokens"])], device=device_of(model))
                    for row in rows]
         entropies = [token_log_probs(model, *b.values())[1] for b in batches]
+    finally:
+        for module in training:
+            module.training = True
     grades = grade(reward_fn, [r["text"] for r in rows], ground_truths)
     examples = [
         dict(prompt=prompt, response=row["text"], ground_truth=truth, **rewards,
@@ -1645,7 +1656,7 @@ class Run:
                                   (args.beta1, args.beta2))
         # all that is random comes of the seed and these two counts, so that a run can go on
         self.step = self.position = self.rollouts = 0
-        self.saved, self.signals, self.said, self.gaps, self.dry = None, [], set(), [], 0
+        self.saved, self.signals, self.said, self.gaps, self.dry = 0, [], set(), [], 0
         self.sampler, self.log, self.evaluated = None, None, -1
         self.graphs = {} if self.has_room_for_caches() else None
         args.prepare(self)
@@ -1734,30 +1745,23 @@ class Run:
         """
         args, found = self.args, [torch.zeros(len(names), device=self.device)]
         self.optimizer.zero_grad(set_to_none=True)
-        for part in micro_batches(rows, args.micro_batch_size, args.micro_batch_tokens):
+        for part in self.micro_batches(rows):
             with lm.compute_context(self.device, self.dtype):
                 loss, values = loss_of(part)
             loss.backward()
             found.append(torch.stack([v.detach() for v in values]))
         total = torch.stack(found).cpu().double().sum(0)  # here the host waits, and only here
         params = [p for p in self.model.parameters() if p.requires_grad]
-        if self.ranks > 1:
-            self.sum_gradients(params)
+        for p in params if self.ranks > 1 else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without rows
+            dist.all_reduce(p.grad)
         norm = lm.clip_grad_norm_(params, args.grad_clip).item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient must be finite, got norm {norm} at step "
-                                     f"{self.step + 1}; lower --lr, the last checkpoint is of step "
+                                     f"{self.step + 1}; lower --lr, the last step that is saved is "
                                      f"{self.saved}")
         self.optimizer.step()
         return {**dict(zip(names, self.sum(total).tolist(), strict=True)), "grad_norm": norm}
-
-    def sum_gradients(self, params):
-        """All-reduces the gradients, in one piece; a rank without rows has none and gives 0."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
-            p.grad = g.view_as(p)
 
     def cast_model(self):
         """The model as autocast would compute it, its matrices cast once instead of every token."""
@@ -1797,7 +1801,7 @@ class Run:
         """Puts the log-probabilities of a row's tokens under `model` into row[name], a tensor;
         returns the sum of their entropies."""
         total = 0.0
-        for part in micro_batches(rows, self.args.micro_batch_size, self.args.micro_batch_tokens):
+        for part in self.micro_batches(rows):
             ids, labels, mask = self.collate(part)
             with lm.compute_context(self.device, self.dtype):
                 found, entropy = token_log_probs(model, ids, labels, mask, self.args.temperature)
@@ -1806,6 +1810,9 @@ class Run:
             for row, log_probs in zip(part, of_rows, strict=True):
                 row[name] = log_probs
         return total
+
+    def micro_batches(self, rows):
+        return micro_batches(rows, self.args.micro_batch_size, self.args.micro_batch_tokens)
 
     def collate(self, rows):
         """(input ids, labels, response mask), each (B, T)."""
@@ -1823,7 +1830,7 @@ class Run:
         self.tokenizer.save(self.out_dir / "tokenizer.json")
         first = {"flags": self.flags(), "device": str(self.device), "ranks": self.ranks,
                  "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-        return lm.open_log(self.out_dir / "log.jsonl", self.saved or 0, first)
+        return lm.open_log(self.out_dir / "log.jsonl", self.saved, first)
 
     def flags(self):
         skip = ("model_defaults", "resume", "overwrite", "run", "prepare", "take_step",
@@ -1869,88 +1876,6 @@ class Run:
             self.said.add(text)
             print(text, flush=True)
 
-    # the loop
-
-    def run(self):
-        """Trains to max_steps; returns 0, or 128 + the signal that stopped it after a save."""
-        args = self.args
-        self.validate()  # on resuming too: a kill may have come between saving and this
-        while self.step < args.max_steps:
-            began = time.perf_counter()
-            lr = lm.lr_cosine_schedule(self.step + 1, args.lr, args.min_lr, args.warmup_steps,
-                                       args.max_steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            entry = args.take_step(self)
-            self.step += 1
-            seconds = time.perf_counter() - began
-            tokens = entry.pop("tokens")
-            entry = {"step": self.step, "lr": lr, **entry, "step_ms": seconds * 1e3,
-                     "tokens_per_s": tokens / seconds}
-            if self.step % args.log_every == 0 or self.step in (1, args.max_steps):
-                print(log_line(entry, args.max_steps), flush=True)
-                self.record(entry)
-            stopping = int(self.sum([max(self.signals, default=0)]))
-            if self.step % args.save_every == 0 or self.step == args.max_steps or stopping:
-                self.save()
-            if stopping:
-                print(f"signal {max(self.signals, default=stopping)}: saved at step {self.step}, "
-                      "--resume goes on")
-                return 128 + max(self.signals, default=stopping)
-            self.validate()
-        if self.rank == 0:
-            lm.save_pretrained(self.model, self.tokenizer, self.out_dir / "model")
-        print(f"wrote {self.out_dir / 'model'} after {time.perf_counter() - self.started:.0f} s")
-        return 0
-
-    def validate(self):
-        """Where it is due and not yet done, prints and logs how the model does on what is held out.
-        """
-        last = self.step == self.args.max_steps
-        due = self.step % self.args.eval_every == 0 or last
-        if not self.held_out or not due or self.step == self.evaluated:
-            return
-        found = self.args.measure(self, last)
-        shown = {k: f"{v:.4f}" if k == "held_out_loss" else f"{v:.1%}" for k, v in found.items()}
-        print(f"step {self.step}/{self.args.max_steps} | of {len(self.held_out)} held-out "
-              f"{'pairs' if self.args.verb == 'dpo' else 'problems'} | "
-              + " | ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
-        self.record({"step": self.step, **found})
-
-    def solve(self, last):
-        """The share of held-out problems that greedy responses solve; at the end, and before the
-        first step on rewards, also pass@1 and pass@eval_samples. Where problems are of several
-        kinds, of each as well."""
-        problems, entry, rollouts = self.held_out, {}, self.rollouts  # leaves the run as it is
-        sampled = last or self.step == 0 and self.args.verb in ("ei", "grpo")
-        samples, kinds = self.args.eval_samples * sampled, [p.get("kind") for p in problems]
-        for name, n, temperature in (("greedy", 1, 0), ("pass", samples, 1.0)):
-            if not n:
-                continue
-            rows = self.rollout(problems, n, temperature)
-            right = [sum(is_right(r) for r in rows[g]) for g in spans(len(rows), n)]
-            kind_of = [kinds[row["group"]] for row in rows[::n]]
-            for k, kind in itertools.product({1, n}, (None, *sorted({*kinds} - {None}))):
-                key = "greedy" if name == "greedy" else f"pass@{k}"
-                found = sum(pass_at_k(n, c, k) for c, of in zip(right, kind_of, strict=True)
-                            if kind in (None, of))
-                among = len(problems) if kind is None else kinds.count(kind)
-                entry[key + (f" {kind}" if kind else "")] = self.sum([found]).item() / among
-        self.rollouts = rollouts
-        return entry
-
-    @torch.no_grad()
-    def prefer(self, last):
-        """The DPO loss of the held-out pairs, and the share of them that is preferred rightly."""
-        total = torch.zeros(len(DPO_VALUES), dtype=torch.float64)
-        mine = self.held_out[self.share(len(self.held_out))]
-        for part in micro_batches(mine, self.args.micro_batch_size, self.args.micro_batch_tokens):
-            with lm.compute_context(self.device, self.dtype):
-                _, values = dpo_losses(self, part, len(self.held_out))
-            total += torch.stack(values).cpu()
-        loss, accuracy, *_ = self.sum(total).tolist()
-        return {"held_out_loss": loss, "held_out_accuracy": accuracy}
-
 
 def row_length(row):
     return sum(len(row["prompt_ids"]) + len(row[k]) for k in ("tokens", "rejected") if k in row)
@@ -1977,12 +1902,19 @@ def shuffled(size, seed, epoch):
 LOG_FORMATS = {  # of a step, in the order of the line; what a verb does not give is left out
     "loss": "loss {:.4f}", "reward": "reward {:.3f}", "format_reward": "format {:.3f}",
     "answer_reward": "answer {:.3f}", "kept": "kept {:.0f}", "no_signal": "no signal {:.0%}",
-    "truncated": "cut {:.0%}", "length": "len {:.1f}", "length_right": "right {:.1f}",
-    "length_wrong": "wrong {:.1f}", "entropy": "entropy {:.3f}", "clip_low": "clip- {:.2%}",
+    "truncated": "cut {:.0%}", "length": "len {:.1f}", "length_right": "len right {:.1f}",
+    "length_wrong": "len wrong {:.1f}", "entropy": "entropy {:.3f}", "clip_low": "clip- {:.2%}",
     "clip_high": "clip+ {:.2%}", "kl": "kl {:.4f}", "accuracy": "accuracy {:.1%}",
     "margin": "margin {:.3f}", "chosen": "chosen {:.2f}", "rejected": "rejected {:.2f}",
-    "gap": "gap {:.1e}", "gap_max": "max {:.1e}", "grad_norm": "norm {:.2f}", "lr": "lr {:.1e}",
+    "gap": "gap {:.1e}", "gap_max": "gap max {:.1e}", "grad_norm": "norm {:.2f}", "lr": "lr {:.1e}",
     "step_ms": "{:.0f} ms", "tokens_per_s": "{:,.0f} tok/s", "rollout_share": "rollout {:.0%}"}
+
+LEGEND = (
+    "Lines of steps: format, answer: shares of well-formed and of right responses; no signal: of "
+    "groups whose responses all earn the same; cut: of responses that reached --max_new_tokens; "
+    "len: tokens of a response, of a right and of a wrong one; clip-, clip+: share of tokens "
+    "clipped below and above; gap, gap max: of log-probabilities when sampled and in training; "
+    "norm: of the gradient; rollout: share of the time that sampling took.")
 
 
 def log_line(entry, max_steps):
@@ -2245,6 +2177,92 @@ def dpo_step(run):
 
 
 # -------------------------------------------------------------------------------------------------
+# the loop of all of them, and how a model does on what is held out
+
+
+def train_to_end(run):
+    """Trains to max_steps; returns 0, or 128 + the signal that stopped it after a save."""
+    args = run.args
+    validate(run)  # on resuming too: a kill may have come between saving and this
+    while run.step < args.max_steps:
+        began = time.perf_counter()
+        lr = lm.lr_cosine_schedule(run.step + 1, args.lr, args.min_lr, args.warmup_steps,
+                                   args.max_steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        entry = args.take_step(run)
+        run.step += 1
+        seconds = time.perf_counter() - began
+        tokens = entry.pop("tokens")
+        entry = {"step": run.step, "lr": lr, **entry, "step_ms": seconds * 1e3,
+                 "tokens_per_s": tokens / seconds}
+        if run.step % args.log_every == 0 or run.step in (1, args.max_steps):
+            print(log_line(entry, args.max_steps), flush=True)
+            run.record(entry)
+        signal = int(run.sum([max(run.signals, default=0)]))  # of any rank
+        if run.step % args.save_every == 0 or run.step == args.max_steps or signal:
+            run.save()
+        if signal:
+            signal = max(run.signals, default=signal)
+            print(f"signal {signal}: saved at step {run.step}, --resume goes on")
+            return 128 + signal
+        validate(run)
+    if run.rank == 0:
+        lm.save_pretrained(run.model, run.tokenizer, run.out_dir / "model")
+    print(f"wrote {run.out_dir / 'model'} after {time.perf_counter() - run.started:.0f} s")
+    return 0
+
+
+def validate(run):
+    """Where it is due and not yet done, prints and logs how the model does on what is held out."""
+    last = run.step == run.args.max_steps
+    due = run.step % run.args.eval_every == 0 or last
+    if not run.held_out or not due or run.step == run.evaluated:
+        return
+    found = run.args.measure(run, last)
+    shown = [f"{k} {v:.4f}" if k == "held_out_loss" else f"{k} {v:.1%}" for k, v in found.items()]
+    what = "pairs" if run.args.verb == "dpo" else "problems"
+    print(f"step {run.step}/{run.args.max_steps} | of {len(run.held_out)} held-out {what} | "
+          + " | ".join(shown), flush=True)
+    run.record({"step": run.step, **found})
+
+
+def solve_held_out(run, last):
+    """The share of held-out problems that greedy responses solve; at the end, and before the first
+    step on rewards, also pass@1 and pass@eval_samples. Where problems are of several kinds, of each
+    as well."""
+    problems, entry, rollouts = run.held_out, {}, run.rollouts  # leaves the run as it is
+    sampled = last or run.step == 0 and run.args.verb in ("ei", "grpo")
+    samples, kinds = run.args.eval_samples * sampled, [p.get("kind") for p in problems]
+    for name, n, temperature in (("greedy", 1, 0), ("pass", samples, 1.0)):
+        if not n:
+            continue
+        rows = run.rollout(problems, n, temperature)
+        right = [sum(is_right(r) for r in rows[g]) for g in spans(len(rows), n)]
+        kind_of = [kinds[row["group"]] for row in rows[::n]]
+        for k, kind in itertools.product({1, n}, (None, *sorted({*kinds} - {None}))):
+            key = "greedy" if name == "greedy" else f"pass@{k}"
+            found = sum(pass_at_k(n, c, k) for c, of in zip(right, kind_of, strict=True)
+                        if kind in (None, of))
+            among = len(problems) if kind is None else kinds.count(kind)
+            entry[key + (f" {kind}" if kind else "")] = run.sum([found]).item() / among
+    run.rollouts = rollouts
+    return entry
+
+
+@torch.no_grad()
+def prefer_held_out(run, last):
+    """The DPO loss of the held-out pairs, and the share of them that is preferred rightly."""
+    total = torch.zeros(len(DPO_VALUES), dtype=torch.float64)
+    for part in run.micro_batches(run.held_out[run.share(len(run.held_out))]):
+        with lm.compute_context(run.device, run.dtype):
+            _, values = dpo_losses(run, part, len(run.held_out))
+        total += torch.stack(values).cpu()
+    loss, accuracy, *_ = run.sum(total).tolist()
+    return {"held_out_loss": loss, "held_out_accuracy": accuracy}
+
+
+# -------------------------------------------------------------------------------------------------
 # small tasks that a program grades
 
 COUNTDOWN_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -2319,8 +2337,7 @@ def countdown_reward(response, numbers, target):
         used = sorted(map(int, re.findall("[0-9]+", answer)))
         if used == sorted(numbers) and not re.search(r"[0-9)] *\(|\) *[0-9]|[0-9] +[0-9]", answer):
             right = plain_value(answer) == target
-    return {"reward": float(right), "format_reward": float(answer is not None),
-            "answer_reward": float(right)}
+    return rewards_of(answer is not None, right)
 
 
 @functools.lru_cache(maxsize=1 << 14)  # responses of a group often end alike
@@ -2414,20 +2431,26 @@ TASK_EXAMPLES = 3000
 DATA_SEED = 0  # of tasks: apart from --seed, so that what is held out is so in every run
 
 
+def encode_asked(run, problem):
+    """The ids of a problem's prompt: of a task as it is, of a file in the template."""
+    template = "question_only" if run.task else run.args.prompt
+    return encode_prompt(run.tokenizer, ask(template, problem["prompt"]))
+
+
 def encode_problems(run, problems):
     """Adds prompt_ids; drops, and counts, those that leave no room for a response."""
     limit = run.model.config.context_length - run.args.max_new_tokens
-    problems = [{**p, "prompt_ids": encode_prompt(run.tokenizer, p["prompt"])} for p in problems]
+    problems = [{**p, "prompt_ids": encode_asked(run, p)} for p in problems]
     return keep_fitting(problems, lambda p: len(p["prompt_ids"]), limit, "prompts")
 
 
 def encode_pairs(run, pairs):
-    """Dicts of prompt_ids and tokens (the response, and rejected where there is one, each with the
-    end token) of dicts with prompt and response; drops, and counts, those too long."""
+    """Dicts of prompt_ids, tokens (the response or what is chosen) and rejected where there is it,
+    each of these with the end token; drops, and counts, pairs that are too long."""
     end, rows = end_ids(run.tokenizer)[0], []
     for pair in pairs:
-        row = {"prompt_ids": encode_prompt(run.tokenizer, pair["prompt"])}
-        for name, key in (("tokens", "response"), ("rejected", "rejected")):
+        row = {"prompt_ids": encode_asked(run, pair)}
+        for name, key in (("tokens", "response"), ("tokens", "chosen"), ("rejected", "rejected")):
             if key in pair:
                 row[name] = [*encode_text(run.tokenizer, pair[key]), end]
         rows.append(row)
@@ -2444,7 +2467,7 @@ def keep_fitting(rows, length, limit, what):
         print(f"dropped {len(rows) - len(fitting):,} of {len(rows):,} {what}: they are longer than "
               f"{limit} tokens, all that the context allows")
     if not fitting:
-        raise ValueError(f"some {what} must fit into {limit} tokens, got none; raise "
+        raise ValueError(f"some {what} must fit into {max(limit, 0)} tokens, got none; raise "
                          "--context_length or lower --max_new_tokens")
     return fitting
 
@@ -2465,12 +2488,6 @@ def task_problems(args, task, extra=0):
             problems[end:])
 
 
-def file_problems(path, prompt):
-    question = PROMPTS[prompt].replace
-    return [dict(prompt=question("{question}", p["question"]), answer=p["answer"])
-            for p in read_problems(path)]
-
-
 def prepare_problems(run):
     """Problems to sample responses to, held-out ones, and their reward."""
     args = run.args
@@ -2479,11 +2496,11 @@ def prepare_problems(run):
         if args.overlong_buffer > args.max_new_tokens:
             raise ValueError("--overlong_buffer must be at most --max_new_tokens, got "
                              f"{args.overlong_buffer} and {args.max_new_tokens}; lower it")
-    held_out = None
+    held_out = []
     if run.task:
         held_out, _, problems = task_problems(args, run.task, args.problems)
     else:
-        problems = file_problems(args.data, args.prompt)[: args.examples]
+        problems = read_problems(args.data)[: args.examples]
         unreadable = sum(not is_gradable(p["answer"]) for p in problems)
         if unreadable:
             print(f"{unreadable:,} of {len(problems):,} answers cannot be read, and reward nothing")
@@ -2491,21 +2508,22 @@ def prepare_problems(run):
     hold_out(run, held_out)
 
 
-def hold_out(run, problems=None):
+def hold_out(run, problems):
     """Sets the reward, and the problems that are evaluated on: these, or those of --valid_data."""
-    args, run.reward_fn = run.args, run.task and run.task.reward_fn
-    if not run.task:
+    args = run.args
+    if run.task:
+        run.reward_fn = run.task.reward_fn
+    else:
         reward_fn = r1_zero_reward if args.prompt == "r1_zero" else question_only_reward
         run.reward_fn = functools.partial(reward_fn, strict=args.strict)
         args.stop = args.stop or list(STOPS.get(args.prompt, ()))
-        problems = file_problems(args.valid_data, args.prompt) if args.valid_data else []
-    problems = problems[: args.eval_problems]
+        problems = read_problems(args.valid_data)[: args.eval_problems] if args.valid_data else []
     run.held_out = encode_problems(run, problems) if problems else []
 
 
 def prepare_pairs(run):
     """Pairs to learn from, and held-out problems where there are some."""
-    args, held_out, run.held_out = run.args, None, []
+    args, held_out, run.held_out = run.args, [], []
     if run.task:
         held_out, pairs, _ = task_problems(args, run.task)
     elif args.packed:
@@ -2530,8 +2548,6 @@ def prepare_pairs(run):
                                  "others, or leave it out")
             print(f"{told}: the right ones are used")
             pairs = right
-        for pair in pairs:
-            pair["prompt"] = PROMPTS[args.prompt].replace("{question}", pair["prompt"])
     run.examples = encode_pairs(run, pairs[: args.examples])
     hold_out(run, held_out)
 
@@ -2547,8 +2563,8 @@ def prepare_preferences(run):
             task_preferences([p for p in solved if is_right(run.task.reward_fn(
                 p["response"], p["answer"]))]) for solved in (pairs, held_out))
     else:
-        pairs = file_preferences(args.data, args.prompt)
-        held_out = file_preferences(args.valid_data, args.prompt) if args.valid_data else []
+        pairs = read_preferences(args.data)
+        held_out = read_preferences(args.valid_data) if args.valid_data else []
     run.examples = encode_pairs(run, pairs[: args.examples])
     run.held_out = held_out and encode_pairs(run, held_out[: args.eval_problems])
 
@@ -2558,11 +2574,6 @@ def task_preferences(pairs):
     return [{**p, "rejected": other["response"]}
             for p, other in zip(pairs, [*pairs[1:], *pairs[:1]], strict=True)
             if p["response"] != other["response"]]
-
-
-def file_preferences(path, prompt):
-    return [{**p, "prompt": PROMPTS[prompt].replace("{question}", p["prompt"]),
-             "response": p["chosen"]} for p in read_preferences(path)]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2592,8 +2603,7 @@ def grade_response(task, prompt, example, response, strict=False):
         said, gold = (None if x is None else Fraction(x) for x in (said, gold))
     else:
         return question_only_reward(response, example["answer"], strict)
-    right = float(said is not None and said == gold)
-    return {"reward": right, "format_reward": float(said is not None), "answer_reward": right}
+    return rewards_of(said is not None, said is not None and said == gold)
 
 
 def generate_responses(model, tokenizer, prompts, max_new_tokens, temperature=0.0, top_p=1.0,
@@ -2653,25 +2663,26 @@ def generate_missing(args, examples, model, tokenizer, done, file, rank, ranks):
     batches = [(first, *s) for first in range(0, len(examples), args.batch_size) for s in samplings]
     stop = (*STOPS.get(args.prompt, ()), *args.stop)
     for first, samples, temperature in batches[rank::ranks]:
-        batch = examples[first : first + args.batch_size]
-        keys = [[(first + i, sample) for sample in samples] for i in range(len(batch))]
-        if all(key in done for group in keys for key in group):
+        batch = range(first, min(first + args.batch_size, len(examples)))
+        keys = [(index, sample) for index in batch for sample in samples]
+        if done.keys() >= {*keys}:
             continue
         groups = generate_responses(
-            model, tokenizer, [e["prompt"] for e in batch], args.max_new_tokens, temperature,
-            args.top_p, len(samples), stop, args.seed * 10**9 + first)
-        for e, group, rows in zip(batch, keys, groups, strict=True):
-            for key, row in zip(group, rows, strict=True):
+            model, tokenizer, [examples[i]["prompt"] for i in batch], args.max_new_tokens,
+            temperature, args.top_p, len(samples), stop, args.seed * 10**9 + first)
+        for (index, sample), row in zip(keys, itertools.chain(*groups), strict=True):
+            if (index, sample) not in done:
+                e = examples[index]
                 rewards = grade_response(args.task, args.prompt, e, row["text"], args.strict)
-                record = {"index": key[0], "sample": key[1], "prompt": e["prompt"],
+                record = {"index": index, "sample": sample, "prompt": e["prompt"],
                           "response": row["text"], "finish_reason": row["finish_reason"],
                           "ground_truth": e.get("answer"), **rewards}
-                if key not in done:
-                    file.write(json.dumps(record) + "\n")
-                    new += 1
+                file.write(json.dumps(record) + "\n")
+                new += 1
         file.flush()
         rate = new / (time.perf_counter() - began)
-        print(f"{first + len(batch)}/{len(examples)} examples | {rate:.2f} responses/s", flush=True)
+        kind = f"{len(samples)} samples each" if temperature else "greedy"
+        print(f"{batch.stop}/{len(examples)} examples, {kind} | {rate:.2f} responses/s", flush=True)
 
 
 def evaluate(args):
@@ -2731,39 +2742,13 @@ def report(args, examples, done, per_s):
                        for e, output in zip(examples, outputs, strict=True)],
                       folder / "alpaca_eval.json")
     if args.task == "sst":
+        lines = [json.dumps({"prompts_final": e["prompts_final"], "output": output}) + "\n"
+                 for e, output in zip(examples, outputs, strict=True)]
         with lm.atomic_write(folder / "sst.jsonl") as file:
-            for e, output in zip(examples, outputs, strict=True):
-                line = {"prompts_final": e["prompts_final"], "output": output}
-                file.write((json.dumps(line) + "\n").encode())
+            file.write("".join(lines).encode())
     lm.write_json(result, folder / "results.json")
     for name, value in result.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
-
-
-def add_eval_parser(subparsers):
-    p = subparsers.add_parser("eval", help="zero-shot accuracy, pass@k, outputs for graders")
-    add, counting, from_zero = p.add_argument, lm.positive(int), lm.positive(int, zero=True)
-    add("--task", required=True, choices=("math", "gsm8k", "mmlu", "alpaca_eval", "sst"))
-    add("--data", required=True, help="JSONL, JSON or csv; mmlu: or a folder of csv files")
-    add("--model", required=True, help="a Hugging Face folder, a checkpoint or its folder")
-    add("--prompt", default="r1_zero", choices=tuple(PROMPTS))
-    add("--strict", action="store_true", help="the handout's exact spacing of tags")
-    add("--num_examples", type=from_zero, default=0, help="the first ones (0: all)")
-    add("--num_samples", type=from_zero, default=0, help="beside the greedy response")
-    add("--pass_at", type=counting, nargs="*", default=[], metavar="K", help="of the samples")
-    add("--temperature", type=lm.positive(float), default=1.0, help="of the samples")
-    add("--top_p", type=share, default=1.0)
-    add("--max_new_tokens", type=counting, default=1024)
-    add("--stop", action="append", type=some_text, default=[],
-        help="ends a response, beside the prompt's own")
-    add("--batch_size", type=counting, default=32, help="prompts at a time")
-    add("--out_dir", default="out_eval")
-    add("--resume", action="store_true", help="go on where an evaluation was killed")
-    add("--overwrite", action="store_true", help="start anew in out_dir")
-    add("--seed", type=from_zero, default=0)
-    add("--device", default="auto")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    p.set_defaults(run=evaluate)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2782,7 +2767,7 @@ def train(args):
     if unused:
         print(f"not used in this run: {', '.join(unused)}")
     with lm.stop_politely(run.signals):
-        return run.run()
+        return train_to_end(run)
 
 
 def unused_flags(args):
@@ -2808,7 +2793,11 @@ def plot(logs, out):
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     for axis, keys in zip(figure.subplots(1, 2), (("reward", "loss"), ("greedy",)), strict=True):
         for path in map(Path, logs):
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            try:
+                records = [*map(json.loads, path.read_text(encoding="utf-8").splitlines())]
+            except ValueError as error:
+                raise ValueError(f"{path} must be a run's log.jsonl, got: {error}; give another "
+                                 "file") from None
             key = next((k for k in keys if any(k in r for r in records)), None)
             points = [(r["elapsed_s"], r[key]) for r in records if key in r]
             if points:
@@ -2820,6 +2809,7 @@ def plot(logs, out):
         if axis.lines:
             axis.legend(fontsize=8)
     figure.savefig(out, dpi=120)
+    print(f"wrote {out}")
 
 
 def share(text):
@@ -2842,50 +2832,84 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"rl.py: error: {message}; see {self.prog} --help\n")
 
 
-def add_run_flags(parser, measure=Run.solve, **defaults):
-    add, at_least_1 = parser.add_argument, lm.positive(int)
-    whole, rate = lm.positive(int, zero=True), lm.positive(float, zero=True)
-    add("--model", help="a Hugging Face folder, or what a script here left")
-    add("--task", choices=TASKS, help="problems made here, instead of --data")
-    add("--data", help="JSONL, JSON or csv of what the verb learns from")
-    add("--valid_data", help="problems to evaluate on, of dpo: pairs")
-    add("--prompt", choices=PROMPTS, default="question_only", help="the template of both")
-    add("--strict", action="store_true", help="the handout's exact spacing of tags")
-    add("--examples", type=at_least_1, help="the first ones of --data (default: all), or solved "
-        f"ones of --task (default: {TASK_EXAMPLES})")
-    add("--digits", type=at_least_1, default=3, help="of the numbers of the addition task")
-    add("--numbers", type=at_least_1, nargs="+", default=[3, 4], help="in a countdown problem")
-    add("--eval_problems", type=whole, default=500, help="held out")
-    add("--eval_samples", type=whole, default=8, help="to each at the end, for pass@k")
-    for name, steps in (("eval_every", 50), ("save_every", 50), ("log_every", 1)):
-        add(f"--{name}", type=at_least_1, default=steps, help="steps")
-    add("--max_new_tokens", type=at_least_1, default=256)
-    add("--stop", action="append", type=some_text, default=[], help="a string that ends a response")
-    add("--rollout_batch", type=at_least_1, default=512, help="responses sampled at a time")
-    add("--micro_batch_size", type=at_least_1, default=64, help="sequences a backward pass")
-    add("--micro_batch_tokens", type=whole, default=0, help="most in it, with padding; 0: any")
-    add("--max_steps", type=at_least_1, default=200)
-    add("--lr", type=lm.positive(float), default=1e-5)
-    add("--min_lr", type=rate, help="of a cosine at its end (default: --lr, no decay)")
-    add("--warmup_steps", type=whole, default=0)
-    for name, default in (("weight_decay", 0.0), ("beta1", 0.9), ("beta2", 0.95)):
-        add(f"--{name}", type=rate, default=default)
-    add("--grad_clip", type=lm.positive(float), default=1.0)
-    add("--checkpoint_every", type=at_least_1, nargs="*", default=[], help="recompute K blocks")
-    add("--out_dir", default="out_rl")
-    held = parser.add_mutually_exclusive_group().add_argument
+# types of flags
+at_least_1, whole = lm.positive(int), lm.positive(int, zero=True)
+above_0, from_0 = lm.positive(float), lm.positive(float, zero=True)
+
+DEVICE = dict(device=(str, "auto", "auto, cpu, cuda, cuda:1, mps"),
+              dtype=(("auto", "float32", "bfloat16"), "auto", "to compute in"))
+
+
+def add_flags(parser, title, **flags):
+    """Adds flags, name=(type or choices, default, meaning), as a group, which is returned."""
+    group = parser.add_argument_group(title)
+    for name, (kind, default, meaning) in flags.items():
+        if kind is bool:
+            group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default,
+                               help=meaning)
+            continue
+        options = {"type": kind} if callable(kind) else {"choices": tuple(kind)}
+        if kind not in (str, some_text) and callable(kind):
+            options["metavar"] = "N" if kind in (at_least_1, whole) else "X"
+        shown = "" if default is None else f" (default: {default})"
+        group.add_argument(f"--{name}", default=default, help=meaning + shown, **options)
+    return group
+
+
+def add_run_flags(parser):
+    """The flags of every verb that trains."""
+    group = add_flags(
+        parser, "model and data",
+        model=(str, None, "a Hugging Face folder, or what a script here left (default: a new one)"),
+        task=(TASKS, None, "learn from problems made here, instead of --data"),
+        data=(str, None, "JSONL, JSON or csv of what the verb learns from"),
+        valid_data=(str, None, "problems to evaluate on; of dpo: pairs"),
+        prompt=(PROMPTS, "question_only", "the template of the questions in both"),
+        strict=(bool, False, "want the handout's exact spacing of tags"),
+        examples=(at_least_1, None, "the first ones of --data (default: all), or solved ones of "
+                  f"--task (default: {TASK_EXAMPLES})"),
+        digits=(at_least_1, 3, "of the numbers of --task addition"))
+    group.add_argument("--numbers", type=at_least_1, nargs="+", default=[3, 4], metavar="N",
+                       help="in a problem of --task countdown: as many of each (default: 3 4)")
+    add_flags(parser, "evaluation on held-out problems",
+              eval_every=(at_least_1, 50, "steps from one to the next"),
+              eval_problems=(whole, 500, "at most"),
+              eval_samples=(whole, 8, "responses to each at the end, for pass@k"))
+    group = add_flags(
+        parser, "sampling and memory", max_new_tokens=(at_least_1, 256, "of a response"),
+        rollout_batch=(at_least_1, 512, "responses sampled at a time"),
+        micro_batch_size=(at_least_1, 64, "sequences in a backward pass"),
+        micro_batch_tokens=(whole, 0, "most tokens in it, with padding; 0: any"))
+    group.add_argument("--stop", action="append", type=some_text, default=[],
+                       help="text that ends a response, beside the end token")
+    group.add_argument("--checkpoint_every", type=at_least_1, nargs="*", default=[], metavar="K",
+                       help="keep only the input of groups of K blocks")
+    beta = lm.positive(float, zero=True, below=1)
+    add_flags(parser, "optimizer", max_steps=(at_least_1, 200, "updates, or steps of rollouts"),
+              lr=(above_0, 1e-5, "highest learning rate"),
+              min_lr=(from_0, None, "of a cosine at its end (default: --lr, no decay)"),
+              warmup_steps=(whole, 0, "in which the rate rises from 0"),
+              weight_decay=(from_0, 0.0, "of matrices"), beta1=(beta, 0.9, "of AdamW"),
+              beta2=(beta, 0.95, "of AdamW"),
+              grad_clip=(above_0, 1.0, "largest norm of the gradient"))
+    group = add_flags(
+        parser, "files and device", out_dir=(str, "out_rl", "of log, checkpoint and model"),
+        save_every=(at_least_1, 50, "steps from one checkpoint to the next"),
+        log_every=(at_least_1, 1, "steps from one line to the next"),
+        seed=(whole, 0, "of weights, order and samples"), **DEVICE)
+    held = group.add_mutually_exclusive_group().add_argument
     held("--resume", action="store_true", help="go on with the run in --out_dir, same flags")
     held("--overwrite", action="store_true", help="start anew in an --out_dir that holds a run")
-    add("--seed", type=whole, default=0)
-    add("--device", default="auto")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     lm.add_model_flags(parser, **TASK_MODEL)
-    parser.set_defaults(run=train, measure=measure, temperature=1.0, packed=False, **defaults)
+    parser.set_defaults(run=train, temperature=1.0, packed=False)
 
 
 # The demonstration: flags that both stages share, those of SFT, of its continuation, and of GRPO.
 DEMO = ("--task addition --digits 2 --examples 750 --max_new_tokens 4 --eval_problems 1000 "
         "--save_every 1000 --log_every 25")
+DEMO_STAGES = {"sft": "a model from scratch learns from a few solved additions",
+               "control": "it goes on with the same ones, in the background, meanwhile:",
+               "grpo": "it practises on unsolved additions, for rewards"}
 DEMO_SFT = "--max_steps 800 --lr 2e-3 --warmup_steps 50 --eval_every 200"
 DEMO_CONTROL = "--max_steps 1000000 --lr 1e-3 --eval_every 200"
 DEMO_GRPO = ("--max_steps 600 --lr 1e-3 --min_lr 1e-4 --warmup_steps 10 --prompts_per_step 128 "
@@ -2895,35 +2919,34 @@ DEMO_GRPO = ("--max_steps 600 --lr 1e-3 --min_lr 1e-4 --warmup_steps 10 --prompt
 
 def demo(args):
     """SFT on a few solved additions; then GRPO on unsolved ones and, beside it, more SFT."""
-    out, shared = Path(args.out_dir), [*DEMO.split(), "--seed", str(args.seed)]
+    out = Path(args.out_dir)
+    logs = [out / name / "log.jsonl" for name in DEMO_STAGES]
+    if any(log.exists() for log in logs) and not args.overwrite:
+        raise ValueError(f"out_dir must be a new folder, got {out}, which holds a demonstration; "
+                         "give --overwrite to start anew, or another --out_dir")
     torch.set_num_threads(1)  # the tensors are small, and the control has the other core
 
-    def command(verb, flags, name, model=None):
-        start = ["--model", str(out / model / "model")] if model else []
+    def command(verb, name, flags, *start):
         folder = ["--out_dir", str(out / name), *["--overwrite"] * args.overwrite]
-        words = [verb, *shared, *flags.split(), *start, *folder]
-        print(f"\npython rl.py {' '.join(words)}", flush=True)
+        words = [verb, *DEMO.split(), "--seed", str(args.seed), *flags.split(), *start, *folder]
+        print(f"\n# {DEMO_STAGES[name]}\npython rl.py {' '.join(words)}", flush=True)
         return words
 
-    def run(words):
-        arguments = parse(words)
-        return arguments.run(arguments)
-
-    if code := run(command("sft", DEMO_SFT, "sft")):
+    if code := main(command("sft", "sft", DEMO_SFT)):
         return code
-    words = command("sft", DEMO_CONTROL, "control", "sft")
+    start = "--model", str(out / "sft" / "model")
+    words = command("sft", "control", DEMO_CONTROL, *start)
     control = subprocess.Popen([sys.executable, __file__, *words], stdout=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
-    logs = [out / name / "log.jsonl" for name in ("sft", "control", "grpo")]
     try:
-        if code := run(command("grpo", DEMO_GRPO, "grpo", "sft")):
+        if code := main(command("grpo", "grpo", DEMO_GRPO, *start)):
             return code
         while control.poll() is None and not (logs[1].exists() and "greedy" in logs[1].read_text()):
             time.sleep(0.1)
     finally:
         control.terminate()
         control.wait()
-    print("\nheld-out problems solved")
+    print("\nheld-out problems solved, and seconds of the stage")
     for log in logs:
         records = [json.loads(line) for line in log.read_text().splitlines()]
         last = [r for r in records if "greedy" in r][-1]
@@ -2988,94 +3011,124 @@ def bench(args):
 
 
 def add_bench_flags(parser):
-    add, at_least_1 = parser.add_argument, lm.positive(int)
-    for name, default in (("prompts", 8), ("group_size", 8), ("prompt_tokens", 32),
-                          ("new_tokens", 64), ("micro_batch_size", 16), ("repeats", 5)):
-        add(f"--{name}", type=at_least_1, default=default)
-    add("--device", default="auto")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    add_flags(parser, "what to time", prompts=(at_least_1, 8, "prefilled once for their group"),
+              group_size=(at_least_1, 8, "responses to a prompt"),
+              prompt_tokens=(at_least_1, 32, "of a prompt"),
+              new_tokens=(at_least_1, 64, "of a response"),
+              micro_batch_size=(at_least_1, 16, "responses in a backward pass"),
+              repeats=(at_least_1, 5, "after one that warms up"), **DEVICE)
     lm.add_model_flags(parser, vocab_size=4096, context_length=256, d_model=256, num_layers=4,
                        num_heads=4)
+    parser.set_defaults(run=bench)
 
 
-def add_rollout_flags(add):
-    add("--prompts_per_step", type=lm.positive(int), default=32)
-    add("--group_size", type=lm.positive(int), default=8, help="responses to a prompt")
-    add("--epochs", type=lm.positive(int), default=1, help="passes over the responses of a step")
-    add("--temperature", type=lm.positive(float), default=1.0, help="in sampling and in training")
-    add("--top_p", type=share, default=1.0)
-    add("--problems", type=lm.positive(int), default=20_000, help="unsolved ones of --task")
+def add_eval_flags(parser):
+    needed = parser.add_argument_group("what to evaluate").add_argument
+    needed("--task", required=True, choices=("math", "gsm8k", "mmlu", "alpaca_eval", "sst"))
+    needed("--data", required=True, help="JSONL, JSON or csv; mmlu: or a folder of csv files")
+    needed("--model", required=True, help="a Hugging Face folder, a checkpoint or its folder")
+    group = add_flags(
+        parser, "responses", prompt=(PROMPTS, "r1_zero", "the template of the questions"),
+        strict=(bool, False, "want the handout's exact spacing of tags"),
+        num_examples=(whole, 0, "the first ones; 0: all"),
+        num_samples=(whole, 0, "responses to sample beside the greedy one"),
+        temperature=(above_0, 1.0, "of the samples"), top_p=(share, 1.0, "of the samples"),
+        max_new_tokens=(at_least_1, 1024, "of a response"),
+        batch_size=(at_least_1, 32, "prompts at a time"), seed=(whole, 0, "of the samples"))
+    group.add_argument("--pass_at", type=at_least_1, nargs="*", default=[], metavar="K",
+                       help="the chances that K of the samples hold a right one")
+    group.add_argument("--stop", action="append", type=some_text, default=[],
+                       help="text that ends a response, beside the prompt's own")
+    add_flags(parser, "files and device", out_dir=(str, "out_eval", "of generations and results"),
+              resume=(bool, False, "go on where an evaluation was killed"),
+              overwrite=(bool, False, "start anew in an --out_dir that holds one"), **DEVICE)
+    parser.set_defaults(run=evaluate)
 
 
-def add_grpo_flags(add):
-    add("--algorithm", choices=ALGORITHMS, help="a published set of the flags below")
-    add("--baseline", choices=("none", "mean", "leave_one_out"), default="mean")
-    add("--normalize_by_std", action=argparse.BooleanOptionalAction, default=False)
-    add("--advantage_eps", type=lm.positive(float), default=1e-6)
-    add("--surrogate", choices=("reinforce", "ratio", "clip", "cispo"), default="clip")
-    add("--ratio", choices=("token", "sequence"), default="token")
-    add("--clip_low", type=share, default=0.2)
-    add("--clip_high", type=lm.positive(float), default=0.2)
-    add("--dual_clip", type=lm.positive(float, zero=True), default=0.0, help="0: off; 3 is usual")
-    add("--length_norm", choices=("response", "tokens", "constant"), default="tokens")
-    add("--kl_coef", type=lm.positive(float, zero=True), default=0.0, help="0: no reference model")
-    add("--kl", choices=("k1", "k2", "k3"), default="k3", help="estimator")
-    add("--kl_in", choices=("loss", "reward"), default="loss")
-    add("--entropy_coef", type=lm.positive(float, zero=True), default=0.0, help="of a bonus")
-    add("--dynamic_sampling", type=lm.positive(int, zero=True), default=0, metavar="ROUNDS",
-        help="sample up to so many times for groups with a signal; 0: off")
-    add("--overlong", choices=("keep", "mask"), default="keep", help="responses that were cut off")
-    add("--overlong_buffer", type=lm.positive(int, zero=True), default=0,
-        help="last tokens of --max_new_tokens that cost reward; 0: off")
-    add("--updates_per_rollout", type=lm.positive(int), default=1,
-        help="parts that a step's responses are cut into")
-    add("--importance_cap", type=lm.positive(float, zero=True), default=0.0,
-        help="truncated weights against the gap between sampling and training; 0: off")
-    add("--max_gap", type=lm.positive(float, zero=True),
-        help="stop beyond this gap, of any token in float32, else the mean (default: "
-        + ", ".join(f"{gap} in {str(dtype)[6:]}" for dtype, gap in MAX_GAP.items()) + ")")
+def add_rollout_flags(parser):
+    add_flags(parser, "rollouts", prompts_per_step=(at_least_1, 32, "problems"),
+              group_size=(at_least_1, 8, "responses to each"),
+              epochs=(at_least_1, 1, "passes over the responses of a step"),
+              temperature=(above_0, 1.0, "in sampling and in training"),
+              top_p=(share, 1.0, "sample from the likeliest tokens of this mass"),
+              problems=(at_least_1, 20_000, "unsolved ones of --task"))
+
+
+def add_grpo_flags(parser):
+    gaps = ", ".join(f"{gap} in {str(dtype)[6:]}" for dtype, gap in MAX_GAP.items())
+    add_flags(
+        parser, "policy gradient",
+        algorithm=(ALGORITHMS, None, "a published set of the flags below; those given go first"),
+        baseline=(("none", "mean", "leave_one_out"), "mean", "what rewards are measured against"),
+        normalize_by_std=(bool, False, "divide advantages by the group's std"),
+        advantage_eps=(above_0, 1e-6, "beside the group's std"),
+        surrogate=(("reinforce", "ratio", "clip", "cispo"), "clip", "what is maximised"),
+        ratio=(("token", "sequence"), "token", "of probabilities now and when sampled, of what"),
+        clip_low=(share, 0.2, "ratios below 1 - this are clipped"),
+        clip_high=(above_0, 0.2, "ratios above 1 + this are clipped"),
+        dual_clip=(from_0, 0.0, "bound of the loss where the advantage is negative; 0: off; 3 is "
+                   "usual"),
+        length_norm=(("response", "tokens", "constant"), "tokens", "mean over each response's "
+                     "tokens, over all, or sum / --max_new_tokens"),
+        kl_coef=(from_0, 0.0, "of the KL to the model at the start; 0: off"),
+        kl=(("k1", "k2", "k3"), "k3", "its estimator"),
+        kl_in=(("loss", "reward"), "loss", "where it counts"),
+        entropy_coef=(from_0, 0.0, "of a bonus for entropy"),
+        dynamic_sampling=(whole, 0, "sample up to so many times for groups with a signal; 0: off"),
+        overlong=(("keep", "mask"), "keep", "responses that were cut off"),
+        overlong_buffer=(whole, 0, "last tokens of --max_new_tokens that cost reward; 0: off"),
+        updates_per_rollout=(at_least_1, 1, "parts that a step's responses are cut into"),
+        importance_cap=(from_0, 0.0, "of weights against the gap between sampling and training; "
+                        "0: off"),
+        max_gap=(from_0, None, "stop beyond this gap, of any token in float32, else the mean "
+                 f"(default: {gaps})"))
 
 
 def build_parser():
-    parser = Parser(prog="rl.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rl.py", description=__doc__.splitlines()[0], epilog="Without a verb: the "
+                    "demonstration, which is demo. VERB --help tells a verb's flags.")
     verbs = parser.add_subparsers(dest="verb", required=True)
 
-    def add_verb(name, text, **defaults):
-        p = verbs.add_parser(name, help=text)
-        if "take_step" in defaults:
-            add_run_flags(p, **defaults)
-        else:
-            p.set_defaults(**defaults)
-        return p.add_argument
+    def add_verb(name, text, **options):
+        return verbs.add_parser(name, help=text, description=text, **options)
 
-    add = add_verb("sft", "learn from prompt and response pairs", prepare=prepare_pairs,
-                   take_step=sft_step)
-    add("--batch_size", type=lm.positive(int), default=64, help="pairs an update")
-    add("--packed", action="store_true", help="instruction pairs in the Alpaca template, end to "
-        "end in windows of context_length; they do not see each other")
-    add("--correct_only", action="store_true", help="pairs whose response has the ground_truth")
-    add = add_verb("ei", "expert iteration: sample, keep the rewarded, learn from them",
-                   prepare=prepare_problems, take_step=ei_step)
-    add_rollout_flags(add)
-    add("--batch_size", type=lm.positive(int), default=64, help="responses an update")
-    add = add_verb("grpo", "policy gradients from groups of responses", prepare=prepare_problems,
-                   take_step=grpo_step)
-    add_rollout_flags(add)
-    add_grpo_flags(add)
-    add = add_verb("dpo", "learn from pairs of a chosen and a rejected response",
-                   prepare=prepare_preferences, take_step=dpo_step, measure=Run.prefer)
-    add("--batch_size", type=lm.positive(int), default=32, help="pairs an update")
-    add("--beta", type=lm.positive(float), default=0.1)
-    add_eval_parser(verbs)
-    add_verb("bench", "speed of rollouts, memory of log-probabilities", run=bench)
-    add_bench_flags(verbs.choices["bench"])
-    add = add_verb("plot", "learning curves of runs", run=lambda args: plot(args.logs, args.out))
-    add("logs", nargs="+", metavar="LOG", help="log.jsonl files")
-    add("--out", default="curves.png")
-    add = add_verb("demo", "what no verb does: SFT, GRPO and a control on additions", run=demo)
-    add("--seed", type=lm.positive(int, zero=True), default=0)
-    add("--out_dir", default="out_rl")
-    add("--overwrite", action="store_true", help="start anew in an --out_dir that holds one")
+    def training_verb(name, text, measure=solve_held_out, **defaults):
+        usage = f"rl.py {name} (--task TASK | --data FILE) [--model MODEL] [flags]"
+        p = add_verb(name, text, usage=usage, epilog=LEGEND)
+        p.set_defaults(measure=measure, **defaults)
+        return p
+
+    p = training_verb("sft", "learn from prompt and response pairs", prepare=prepare_pairs,
+                      take_step=sft_step)
+    add_flags(p, "sft", batch_size=(at_least_1, 64, "pairs an update"),
+              packed=(bool, False, "instruction pairs in the Alpaca template, end to end in "
+                      "windows of context_length; they do not see each other"),
+              correct_only=(bool, False, "only pairs whose response has the ground_truth"))
+    p = training_verb("ei", "expert iteration: sample, keep the rewarded, learn from them",
+                      prepare=prepare_problems, take_step=ei_step)
+    add_rollout_flags(p)
+    add_flags(p, "ei", batch_size=(at_least_1, 64, "responses an update"))
+    p = training_verb("grpo", "policy gradients from groups of responses",
+                      prepare=prepare_problems, take_step=grpo_step)
+    add_rollout_flags(p)
+    add_grpo_flags(p)
+    p = training_verb("dpo", "learn from pairs of a chosen and a rejected response",
+                      prepare=prepare_preferences, take_step=dpo_step, measure=prefer_held_out)
+    add_flags(p, "dpo", batch_size=(at_least_1, 32, "pairs an update"),
+              beta=(above_0, 0.1, "how much a margin counts"))
+    for p in verbs.choices.values():
+        add_run_flags(p)
+    add_eval_flags(add_verb("eval", "zero-shot accuracy, pass@k, outputs for graders"))
+    add_bench_flags(add_verb("bench", "speed of rollouts, memory of log-probabilities"))
+    p = add_verb("plot", "learning curves of runs, as a picture")
+    p.add_argument("logs", nargs="+", metavar="LOG", help="log.jsonl files")
+    add_flags(p, "result", out=(str, "curves.png", "the picture"))
+    p.set_defaults(run=lambda args: plot(args.logs, args.out))
+    p = add_verb("demo", "SFT, GRPO and a control on additions; some minutes on a CPU")
+    add_flags(p, "run", seed=(whole, 0, "of weights, order and samples"),
+              out_dir=(str, "out_rl", "of the three runs"),
+              overwrite=(bool, False, "start anew in an --out_dir that holds them"))
+    p.set_defaults(run=demo)
     return parser, verbs.choices
 
 

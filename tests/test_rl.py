@@ -753,7 +753,7 @@ def test_a_step_of_grpo_logs_what_happened(start, tmp_path, capsys):
     assert rl.main(flags("grpo", start, tmp_path / "plain", "--entropy_coef", "0", "--max_steps", "2")) == 0
     assert capsys.readouterr().out.count("a loss near zero is normal") == 1
     line = next(line for line in out.splitlines() if line.startswith("step 2/4 | loss"))
-    for word in ("reward", "format", "answer", "no signal", "len", "wrong", "entropy", "clip-", "clip+", "kl",
+    for word in ("reward", "format", "answer", "no signal", "len", "len wrong", "entropy", "clip-", "clip+", "kl",
                  "gap", "norm", "tok/s", "rollout"):  # fmt: skip
         assert f"| {word} " in line or word == "tok/s" and word in line, (word, line)
     assert all(r["gap"] <= r["gap_max"] < 1e-4 for r in records(tmp_path) if "gap" in r)
@@ -813,9 +813,9 @@ def test_a_run_that_is_killed_before_it_evaluates_does_so_when_it_goes_on(step, 
             raise KeyboardInterrupt
         plain(run)
 
-    plain = rl.Run.validate
+    plain = rl.validate
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(rl.Run, "validate", killed)
+        patch.setattr(rl, "validate", killed)
         rl.main(flags("sft", start, tmp_path / "killed"))
     assert rl.main(["sft", "--resume", "--out_dir", str(tmp_path / "killed"), *([] if step else flags(
         "sft", start, tmp_path)[1:-2])]) == 0  # fmt: skip
@@ -1105,8 +1105,11 @@ def test_a_plot_is_drawn_or_what_it_lacks_is_said(start, tmp_path, capsys, monke
     pytest.importorskip("matplotlib")
     assert not rl.main(argv)
     assert (tmp_path / "curves.png").stat().st_size > 1000
-    write_jsonl(tmp_path / "log.jsonl", [{"flags": {}}])
-    fails(capsys, ["plot", str(tmp_path / "log.jsonl")], "must hold steps to draw, got none")
+    assert "curves.png" in capsys.readouterr().out
+    log = write_jsonl(tmp_path / "log.jsonl", [{"flags": {}}])
+    fails(capsys, ["plot", log], "must hold steps to draw, got none")
+    Path(log).write_text("step,loss\n")
+    fails(capsys, ["plot", log], r"log\.jsonl must be a run's log")
 
 
 def test_the_demonstration_compares_grpo_with_more_sft(tmp_path, capsys, monkeypatch):
@@ -1119,6 +1122,15 @@ def test_the_demonstration_compares_grpo_with_more_sft(tmp_path, capsys, monkeyp
     out = capsys.readouterr().out
     table = out[out.index("held-out problems solved") :].splitlines()
     assert [line.split()[0] for line in table[1:4]] == ["sft", "control", "grpo"]
+    fails(capsys, ["demo", "--out_dir", str(tmp_path)], "holds a demonstration; give --overwrite")
+
+
+def test_every_flag_says_what_it_means():
+    _, verbs = rl.build_parser()
+    for name, parser in verbs.items():
+        flags = [a for a in parser._actions if a.option_strings and not a.required]
+        assert all(a.help for a in flags), (name, [a.dest for a in flags if not a.help])
+        assert parser.format_help()
 
 
 pytestmark = pytest.mark.usefixtures("same_random_numbers_in_every_order_of_tests", "one_thread")
@@ -1169,6 +1181,10 @@ SAME = [
     ("5 meters", "5 m"), ("5 m", "5m"), ("80 km/h", "80"), ("80 miles per hour", "80"), ("5€", "5"),
     (r"\angle ABC = 30^\circ", "30"),
     (r"1/3 \approx 0.333", "1/3"), (r"x = \sqrt2 ≈ 1.41", r"\sqrt2"), (r"\lg 100", "2"), ("a", "A"), ("(c)", "(C)"),
+    ("x = 2, 3", "3, 2"), (r"x \ne 0", r"x\neq0"), (r"12\,\text{m/s}", "12 m/s"), (r"9.8 m/s^2", r"9.8\text{ m/s}^2"),
+    ("x = 2, 3", "x=2, x=3"), ("-3<x<7", r"x \in (-3,7)"), (r"\cos 60^\circ", "1/2"),
+    (r"\pm1, \pm i", "1,-1,i,-i"), (r"\frac{p}{q}=\frac59", "5/9"), (r"\frac{dy}{dx}=2x", "2x"),
+    (r"\{x \mid x>1\}", r"(1,\infty)"), (r"\{ t : 0 \le t < 2 \}", "[0,2)"),
 ]  # fmt: skip
 DIFFERENT = [
     ("1, 1, 2", "1, 2"), ("C. 12 or D. 13", "C"), ("1.2.3", "12.3."), ("x > 5", "y > 5"), (r"x \ge 5", "x > 5"),
@@ -1191,7 +1207,9 @@ DIFFERENT = [
     ("x(2)=4", "4"), ("n!", "n"), ("n!", "m!"), ("5 m", "5 km"), ("5 m", "5 g"), ("80 km/h", "80 mph"), ("5€", "$5"),
     (r"1/3 \approx 0.333", "0.333"), (r"x \approx 0.333", "x"), (r"x \approx 0.333", "1/3"), (r"\approx 5", "5"),
     ("A", "a"), ("x", "X"),
-    ("on", "no"), ("5m", "5"),
+    ("on", "no"), ("5m", "5"), ("x=2, 3", "y=2, y=3"), ("x=2, 3", "x=2, y=3"), ("-3<y<7", r"x \in (-3,7)"),
+    (r"-3 \le x<7", r"x \in (-3,7)"), (r"\{x \mid x>1\}", r"[1,\infty)"), (r"\{3:4\}", "4"),
+    (r"\frac{q}{p}=5/9", "p/q=5/9"), (r"\{x \mid 5\}", "5"), (r"\cos 60^\circ", "60"), (r"\pm1, \pm i", "1,i"), ("1<v<2", "(1,2)"),
 ]  # fmt: skip
 
 
@@ -1375,7 +1393,7 @@ def write(path, *written):
 
 
 def test_records_are_read_from_jsonl_gz_json_and_csv(tmp_path):
-    written = [{"question": "2\u2028?", "answer": "2"}, {"question": "3?", "answer": "3"}]
+    written = [{"prompt": "2\u2028?", "answer": "2"}, {"prompt": "3?", "answer": "3"}]
     for path in (write(tmp_path / "a.jsonl", *written, ""), write(tmp_path / "a.jsonl.gz", *written),
                  write(tmp_path / "a.json", written)):  # fmt: skip
         assert rl.read_problems(path) == written
@@ -1385,7 +1403,7 @@ def test_records_are_read_from_jsonl_gz_json_and_csv(tmp_path):
 
 def test_fields_go_by_their_usual_names(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", {"problem": "p", "solution": r"so \boxed{1}"})
-    assert rl.read_problems(path) == [{"question": "p", "answer": r"so \boxed{1}"}]
+    assert rl.read_problems(path) == [{"prompt": "p", "answer": r"so \boxed{1}"}]
     path = write(tmp_path / "b.jsonl", {"instruction": "i", "output": "o", "ground_truth": "g"},
                  {"prompt": "p", "response": "r"}, {"instruction": "Add", "input": "2 3", "output": "5"})  # fmt: skip
     assert rl.read_pairs(path) == [dict(prompt="i", response="o", ground_truth="g"),
