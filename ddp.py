@@ -1769,6 +1769,7 @@ class Trainer:
             if need <= free or size % 2:
                 break
             size //= 2
+        lm.refuse_hopeless(over_ranks(need / free, device, dist.ReduceOp.MAX), size)
         least = int(over_ranks(size, device, dist.ReduceOp.MIN))
         if least < min(self.micro_batch_size, share):
             self.micro_batch_size = least

@@ -2037,6 +2037,15 @@ def free_memory(device):
     return math.inf
 
 
+def refuse_hopeless(times, batch_size):
+    """raises ValueError where a step needs `times` the free memory, at least two: the estimate is
+    not that wrong, and a system that runs out of memory may kill the process without a word."""
+    if times >= 2:
+        raise ValueError(f"a step must fit in the free memory, got one that needs {times:.1f} times "
+                         f"that with batch_size {batch_size}, which cannot be halved; lower "
+                         "--batch_size, --context_length or --d_model")
+
+
 def peak_flops(device):
     """The card's dense bf16 matrix rate, FLOP/s, or None for one that PEAK_FLOPS does not list."""
     if device.type != "cuda":

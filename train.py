@@ -112,7 +112,7 @@ class Trainer:
             print(f"memory: about {need / 2**30:.2f} of {free / 2**30:.1f} GiB free on {device}"
                   f"{lm.levels_in_words(self.levels)}")
             if need <= free or self.micro_batch_size % 2:
-                return
+                return lm.refuse_hopeless(need / free, self.micro_batch_size)
             self.halve_batch()
 
     def halve_batch(self):

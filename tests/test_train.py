@@ -318,6 +318,18 @@ def test_resume_before_the_first_checkpoint_starts_from_the_beginning(tmp_path, 
     assert "starting from the beginning" in capsys.readouterr().out
 
 
+def test_a_step_far_beyond_memory_is_refused_before_it_kills_the_process(
+    tmp_path, corpus, capsys, monkeypatch
+):
+    monkeypatch.setattr(train.lm, "free_memory", lambda device: 1000)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags(tmp_path, corpus, "--batch_size", "6"))
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert "batch_size halved to 3" in said.out
+    assert "with batch_size 3, which cannot be halved; lower --batch_size" in said.err
+
+
 @pytest.mark.parametrize("error", [  # a CPU's has no class of its own
     torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=str)
 def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_update(
