@@ -873,7 +873,8 @@ class AdamW(torch.optim.Optimizer):
       1 - beta2 is less than half of its last bit
     stochastic_rounding: bfloat16 parameters are rounded up or down by chance, by what lies nearer:
       right on average, where rounding to nearest would lose every update of less than half a bit.
-      The chance is of the step and the number's place: the same in each run on one kind of device.
+      The chance is of the step and the number's place among this process's parameters: the same
+      in each run on one kind of device and as many processes.
     source: [6] algorithm 2; stochastic rounding: Gupta et al. 2015, arXiv 1502.02551
     """
 
