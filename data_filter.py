@@ -240,17 +240,8 @@ def undo_encoding(body, encoding):
     if encoding != "deflate" and body[:2] != GZIP_MAGIC[:2]:
         return body, None  # some crawlers decode the body and keep the header
     for bits in ((15, -15) if encoding == "deflate" else (31,)):
-        inflater, parts, size = zlib.decompressobj(bits), [], 0
-        try:
-            for at in range(0, len(body), INFLATE_BYTES):  # what comes before an error is kept
-                parts.append(inflater.decompress(body[at:at + INFLATE_BYTES], MAX_BODY - size))
-                size += len(parts[-1])
-                if inflater.eof or size >= MAX_BODY:
-                    break
-        except zlib.error:
-            pass
-        if size:
-            return b"".join(parts), None
+        with suppress(zlib.error):
+            return zlib.decompressobj(bits).decompress(body, MAX_BODY), None
     return (body, None) if encoding == "deflate" else (b"", "broken content encoding")
 
 
@@ -1440,7 +1431,7 @@ FASTTEXT_ARGS = ("dim", "ws", "epoch", "min_count", "neg", "word_ngrams", "loss"
                  "bucket", "minn", "maxn", "lr_update_rate")
 END_OF_LINE = b"</s>"  # fastText's word for the end of each line
 LABEL_PREFIX = b"__label__"
-ENTRY = struct.Struct("<qb")  # after a word and its zero byte: its count, 0 a word or 1 a label
+
 MAX_CACHED_IDS = 1 << 23  # n-gram ids of words that a model remembers: 64 MB
 BATCH_BYTES = 1 << 20  # of text that predict looks at together
 # Length of an untrained label row: the larger, the sooner it learns; 1 to 4 end within 0.002 AUC.
@@ -1453,49 +1444,44 @@ class ModelFile:
     """A cursor over the bytes of a model file that says so where they end too early."""
 
     def __init__(self, path):
-        self.path, self.at = path, 0
-        self.size = os.path.getsize(path)
-        self.bytes = np.memmap(path, np.uint8, "r") if self.size else b""
+        self.path, self.at, self.size = path, 0, os.path.getsize(path)
+        with open(path, "rb") as file:
+            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+
+    def skip(self, size):
+        """Returns where the next `size` bytes begin, and goes to their end."""
+        start, self.at = self.at, self.at + size
+        if not start <= self.at <= self.size:
+            raise ValueError(f"{self.path} must be a whole fastText model, got {self.size} bytes "
+                             f"where {self.at} are due; copy it again")
+        return start
 
     def numbers(self, layout):
-        size = struct.calcsize("<" + layout)
-        values = struct.unpack("<" + layout, self.array(np.uint8, size).tobytes())
+        layout = "<" + layout
+        values = struct.unpack_from(layout, self.bytes, self.skip(struct.calcsize(layout)))
         return values if len(values) > 1 else values[0]
 
     def array(self, dtype, count):
-        end = self.at + np.dtype(dtype).itemsize * count
-        if count < 0 or end > self.size:
-            raise ValueError(f"{self.path} must be a whole fastText model, got {self.size} bytes "
-                             f"where {end} are due; copy it again")
-        part = np.frombuffer(self.bytes, dtype, count, self.at) if count else np.empty(0, dtype)
-        self.at = end
-        return part
+        start = self.skip(np.dtype(dtype).itemsize * count)
+        return np.frombuffer(self.bytes, dtype, count, start) if count else np.empty(0, dtype)
 
     def entries(self, count):
         """Returns [(word, count, type)] of the dictionary, strings ended by a zero byte."""
-        found, start, window = [], self.at, b""
-        while len(found) < count:
-            end = window.find(b"\0", self.at - start)
-            if end < 0 or end + 10 > len(window):
-                window, start = bytes(self.bytes[self.at:self.at + (1 << 20)]), self.at
-                end = window.find(b"\0")
-                if end < 0 or end + 10 > len(window):
-                    self.array(np.uint8, self.size)  # says what is wrong
-            found.append((window[self.at - start:end], *ENTRY.unpack_from(window, end + 1)))
-            self.at = start + end + 10
+        found = []
+        for _ in range(count):
+            word = self.bytes[self.at:self.bytes.find(b"\0", self.at)]
+            self.skip(len(word) + 1)
+            found.append((word, *self.numbers("qb")))
         return found
 
-
-class DenseMatrix:
-    """(m, n) float32, mapped from the file: opened at once, shared by processes."""
-
-    def __init__(self, file):
-        m, n = file.numbers("qq")
-        self.values = file.array("<f4", m * n).reshape(m, n)
-        self.shape = m, n
-
-    def rows(self, ids):
-        return self.values[ids]  # not np.take, which copies all of what a file has not aligned
+    def matrix(self, quantised):
+        """Returns a matrix of float32, mapped from the file, so that it opens at once and is shared
+        by processes; a quantised one of up to 64 MB is decoded once, larger ones row by row."""
+        if quantised:
+            matrix = QuantMatrix(self)
+            return matrix if math.prod(matrix.shape) > 1 << 24 else matrix[:]
+        m, n = self.numbers("qq")
+        return self.array("<f4", m * n).reshape(m, n)
 
 
 class QuantMatrix:
@@ -1517,21 +1503,10 @@ class QuantMatrix:
         return [flat[q * 256 * width:][:256 * (width if q < parts - 1 else last)].reshape(256, -1)
                 for q in range(parts)]
 
-    def rows(self, ids):
+    def __getitem__(self, ids):
         codes = self.codes[ids]
         rows = np.concatenate([t[codes[:, q]] for q, t in enumerate(self.tables)], axis=1)
         return rows if self.norms is None else rows * self.norms[self.norm_codes[ids]]
-
-
-def read_matrix(file, quantised):
-    """Returns a matrix with `rows`; a quantised one of up to 64 MB is decoded once."""
-    matrix = QuantMatrix(file) if quantised else DenseMatrix(file)
-    m, n = matrix.shape
-    if not quantised or m * n > 1 << 24:
-        return matrix
-    dense = object.__new__(DenseMatrix)
-    dense.shape, dense.values = matrix.shape, matrix.rows(np.arange(m))
-    return dense
 
 
 def fnv(data):
@@ -1545,21 +1520,6 @@ def fnv(data):
         h = ((h ^ (byte if byte < 128 else byte | 0xFFFFFF00)) * 16777619) & 0xFFFFFFFF
     return h
 
-
-def fnv_of_words(words):
-    """Returns `fnv` of each word, (words,) uint32: those of up to 64 bytes a byte at a time of all
-    of them."""
-    lengths = np.fromiter(map(len, words), np.int64, len(words))
-    data = np.frombuffer(b"".join(words), np.int8).astype(np.int32).view(np.uint32)
-    starts = np.cumsum(lengths) - lengths
-    hashes = np.full(len(words), 2166136261, np.uint32)
-    live = np.flatnonzero(lengths <= 64)
-    for k in range(64):
-        live = live[lengths[live] > k]
-        hashes[live] = (hashes[live] ^ data[starts[live] + k]) * np.uint32(16777619)
-    for i in np.flatnonzero(lengths > 64):
-        hashes[i] = fnv(words[i])
-    return hashes
 
 
 def character_ngram_hashes(words, minn, maxn):
@@ -1620,7 +1580,7 @@ class FastText:
 
     args: dict of FASTTEXT_ARGS; words: list of bytes; label_words: list of bytes, labels with
     their prefix; label_counts: list of int;
-    inputs: matrix with `rows`, (words + buckets, dim); output: (labels, dim) float32.
+    inputs: array or QuantMatrix, (words + buckets, dim); output: (labels, dim) float32.
     pruned: None, or (bucket,) int32, the row of each n-gram bucket, -1 where it was dropped.
     """
 
@@ -1670,9 +1630,8 @@ class FastText:
             pairs = file.array("<i4", 2 * n_pruned).reshape(-1, 2)
             pruned[pairs[:, 0] % max(1, args["bucket"])] = pairs[:, 1]
         quantised = file.numbers("?")
-        inputs = read_matrix(file, quantised)
-        output = read_matrix(file, file.numbers("?") and quantised)
-        output = np.ascontiguousarray(output.rows(np.arange(output.shape[0])))
+        inputs = file.matrix(quantised)
+        output = np.ascontiguousarray(file.matrix(file.numbers("?") and quantised)[:])
         rows = n_words + (n_pruned if n_pruned >= 0 else args["bucket"])
         if file.at != file.size or inputs.shape != (rows, args["dim"]) or (
                 output.shape != (n_labels, args["dim"])) or (
@@ -1701,9 +1660,9 @@ class FastText:
         try:
             with open(temporary, "wb") as file:
                 file.write(args + sizes)
-                file.write(b"".join(word + b"\0" + ENTRY.pack(count, kind)
+                file.write(b"".join(word + b"\0" + struct.pack("<qb", count, kind)
                                     for word, count, kind in entries))
-                for matrix in (self.inputs.values, self.output):
+                for matrix in (self.inputs, self.output):
                     file.write(struct.pack("<?2q", False, *matrix.shape))
                     np.ascontiguousarray(matrix, "<f4").tofile(file)
             os.replace(temporary, path)
@@ -1753,11 +1712,11 @@ class FastText:
         self.flat[self.used:self.used + len(flat)] = flat
         starts = self.used + np.cumsum(lengths) - lengths
         self.used += len(flat)
-        hashes = (fnv_of_words(words) if self.word_ngrams > 1 else
-                  np.zeros(len(words), np.uint32)).view(np.int32).astype(np.int64)
+        hashes = np.array([fnv(word) if self.word_ngrams > 1 else 0 for word in words], np.uint32)
         self.starts = np.concatenate([self.starts, starts])
         self.lengths = np.concatenate([self.lengths, lengths])
-        self.hashes = np.concatenate([self.hashes, hashes.view(np.uint64)])
+        self.hashes = np.concatenate(  # their sign is extended
+            [self.hashes, hashes.view(np.int32).astype(np.int64).view(np.uint64)])
         self.is_word = np.concatenate([self.is_word, ~np.array(skipped)])
 
     def bucket_rows(self, hashes):
@@ -1804,7 +1763,7 @@ class FastText:
         """Returns the mean of the rows, (dim,) float32, summed one by one as the library does."""
         block, total = max(1, BLOCK_FLOATS // self.dim), np.zeros(self.dim, np.float32)
         for at in range(0, len(ids), block):
-            rows = self.inputs.rows(ids[at:at + block])
+            rows = self.inputs[ids[at:at + block]]  # np.take copies all of what is not aligned
             rows[0] += total
             total = np.add.reduce(rows, axis=0)
         return total * np.float32(1 / len(ids))
@@ -1956,10 +1915,8 @@ def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket
     words = count_dictionary(map(blank.tokens, texts), min_count)
     args["ntokens"] = sum(n for _, n in words)
     rng = np.random.default_rng(seed)
-    inputs = object.__new__(DenseMatrix)
-    inputs.shape = len(words) + args["bucket"], dim
     # Zero rows, random labels, the reverse of the library: what no text has trained adds no noise.
-    inputs.values = np.zeros(inputs.shape, np.float32)
+    inputs = np.zeros((len(words) + args["bucket"], dim), np.float32)
     output = rng.standard_normal((len(names), dim), np.float32)
     output *= np.float32(OUTPUT_SCALE / math.sqrt(dim))
     model = FastText(args, [word for word, _ in words], label_words, counts, inputs, output)
@@ -1973,7 +1930,7 @@ def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket
     bar = bpe.Progress("train", steps, "texts", progress)
     for _ in range(epoch):
         for number in rng.permutation(len(examples)):
-            train_step(inputs.values, output, *examples[number], lr * (1 - done / steps))
+            train_step(inputs, output, *examples[number], lr * (1 - done / steps))
             done += 1
             bar.update(done)
     bar.close()
