@@ -1381,23 +1381,20 @@ def choose_rules(names, thresholds=()):
     for threshold in thresholds:
         name, _, value = threshold.partition("=")
         name, _, key = name.partition(".")
-        in_use = [settings for rules in chosen.values() for rule, settings in rules
-                  if rule.__name__ == name and key in settings]
         try:
-            values = [float(number) for number in value.split(",")]
+            values = tuple(float(number) for number in value.split(","))
         except ValueError:
-            values = []
-        if not in_use or not values:
-            raise ValueError("--threshold must be like word_count.low=30, of a rule in use, got "
-                             f"{threshold}; the rules are "
-                             + ", ".join(rule.__name__ for name in names for rule in RULES[name]))
-        for settings in in_use:
-            size = np.size(settings[key])  # 1 of a number
-            if len(values) != size or any(map(math.isnan, values)):
-                raise ValueError(f"--threshold {name}.{key} must be {size} number"
-                                 f"{'s, with commas' * (size > 1)}, got {value}; its default is "
-                                 f"{settings[key]}")
-            settings[key] = values[0] if np.ndim(settings[key]) == 0 else tuple(values)
+            values = (math.nan,)
+        of_rule = [settings for rules in chosen.values() for rule, settings in rules
+                   if rule.__name__ == name and np.size(settings.get(key, ())) == len(values)]
+        if not of_rule or any(map(math.isnan, values)):
+            raise ValueError(
+                "--threshold must be like word_count.low=30, of a rule in use and as many numbers "
+                f"as its default, got {threshold}; the rules in use have " + ", ".join(
+                    f"{rule.__name__}.{key}={default}" for name in names for rule in RULES[name]
+                    for key, default in rule.__kwdefaults__.items()))
+        for settings in of_rule:
+            settings[key] = values if isinstance(settings[key], tuple) else values[0]
     return chosen
 
 
@@ -1886,18 +1883,18 @@ def count_dictionary(documents, min_count):
                   key=lambda item: (-item[1], item[0]))
 
 
-def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket=200_000, minn=0,
-                   maxn=0, min_count=1, lower=True, seed=0, progress=False):
+def train_fasttext(texts, labels, *, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket=200_000,
+                   minn=0, maxn=0, min_count=1, lower=True, seed=0, progress=False):
     """Returns (model, counts of its words): a FastText with softmax, trained one text at a time.
 
     texts: list of str; labels: list of str, one a text. The settings are fastText's, its defaults
     dim 100, word_ngrams 1, bucket 2,000,000, not lower-cased. Memory: the input matrix, (words +
     bucket) * dim * 4 bytes, and 16 bytes an id of the texts. source: [8], section 2
     """
-    for name, value, least in (("dim", dim, 1), ("epoch", epoch, 1), ("min_count", min_count, 1),
-                               ("word_ngrams", word_ngrams, 1), ("bucket", bucket, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}; give a larger one")
+    for name, value in (("dim", dim), ("epoch", epoch), ("min_count", min_count),
+                        ("word_ngrams", word_ngrams), ("bucket", bucket)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}; give a larger one")
     if not 0 <= minn <= maxn or not lr > 0:
         raise ValueError(f"minn, maxn and lr must be 0 <= minn <= maxn and lr > 0, got {minn}, "
                          f"{maxn}, {lr}; correct them")
@@ -3255,8 +3252,92 @@ def work(number, path, judge, folder, shared, skipped, careful, errors):
         if local != Path(path) and not stop:
             local.unlink()
     except (ValueError, OSError) as error:
-        errors.put((number, str(error)))
+        errors.put(str(error))
         sys.exit(1)
+
+
+class Workers:
+    """The processes that filter a run's files, one a file; who dies or hangs is replaced."""
+
+    def __init__(self, run):
+        self.run, self.context = run, multiprocessing.get_context(bpe.START_METHOD)
+        self.errors, self.active = self.context.SimpleQueue(), {}  # {file: (process, shared)}
+        self.careful, self.deaths = set(), Counter()  # files with a death, deaths at each record
+
+    def filter_files(self, files):
+        """Keeps num_workers processes at work until each of the numbered files is done."""
+        run, states = self.run, {n: Shard(self.run.parts, n).state for n in files}
+        self.waiting = [n for n in files if not states[n]["done"]][::-1]
+        done = {n: state["place"][0] for n, state in states.items()}
+        documents = Counter()
+        line = bpe.Progress("filter", sum(run.sizes[n] for n in files), "bytes",
+                            done=sum(done.values()))
+        try:
+            while (self.waiting and not run.stop) or self.active:
+                while self.waiting and not run.stop and len(self.active) < run.args.num_workers:
+                    self.start(self.waiting.pop())
+                time.sleep(0.02)
+                for number, (process, shared) in list(self.active.items()):
+                    done[number], documents[number, process.pid] = int(shared[0]), int(shared[3])
+                    if run.stop:
+                        process.terminate()
+                    self.watch(number, process, shared)
+                rate = documents.total() / (time.perf_counter() - line.started)
+                line.name = f"filter, {documents.total():,} documents, {rate:,.0f} a second"
+                line.update(sum(done.values()))
+        finally:
+            for process, _ in self.active.values():
+                process.terminate()
+            for process, _ in self.active.values():
+                process.join(10)
+                process.kill()
+        line.close()
+
+    def start(self, number):
+        run, shared = self.run, self.context.Array("d", [0, -1, time.monotonic(), 0], lock=False)
+        process = self.context.Process(target=work, args=(
+            number, run.inputs[number], run.judge, run.parts, shared, self.skipped(number),
+            number in self.careful, self.errors))
+        process.start()
+        self.active[number] = process, shared
+
+    def skipped(self, number):
+        """Returns the places of records that killed their worker, of one file."""
+        path = self.run.parts / f"{number:05d}.skip"
+        return json.loads(path.read_text()) if path.exists() else []
+
+    def watch(self, number, process, shared):
+        """Sees to one worker: at work, done, stuck, or dead."""
+        stuck = shared[1] >= 0 and time.monotonic() - shared[2] > STUCK_S
+        if process.is_alive() and not stuck:
+            return
+        if stuck:
+            process.kill()
+        process.join()
+        del self.active[number]
+        if process.exitcode == 1:
+            message = "see above" if self.errors.empty() else self.errors.get()
+            raise OSError(f"{self.run.inputs[number]}: {message}")
+        if self.run.stop or process.exitcode == 0 and Shard(self.run.parts, number).state["done"]:
+            return
+        self.waiting.append(number)
+        if process.exitcode:
+            self.note_death(number, (int(shared[0]), int(shared[1])), stuck)
+
+    def note_death(self, number, place, stuck):
+        """A worker died: its file is read with care, then the record that kills again is left."""
+        if number not in self.careful:
+            self.careful.add(number)
+            return
+        self.deaths[number, place] += 2 if stuck else 1
+        if self.deaths[number, place] > 1 and place[1] >= 0:
+            bpe.write_atomically(self.run.parts / f"{number:05d}.skip", json.dumps(
+                [*self.skipped(number), list(place)]).encode())
+            print(f"{self.run.inputs[number]}: the record at {place} killed its worker; skipped",
+                  flush=True)
+        elif self.deaths[number, place] > 3:
+            raise OSError("a worker must live, got one that died thrice before its first record of "
+                          f"{self.run.inputs[number]}; see the system's log")
 
 
 # ---------------------------------------------------------------- inputs
@@ -3372,7 +3453,6 @@ class Run:
             if "://" not in path:
                 next(read_records(path), None)
         self.judge, self.funnel = Judge(args), Funnel()
-        self.careful, self.deaths = set(), Counter()
 
     def run(self):
         """Filters files, then all documents together; returns 0, or 128 + a signal."""
@@ -3380,7 +3460,7 @@ class Run:
         before = [signal.signal(number, lambda number, frame: self.stop.append(number))
                   for number in (signal.SIGTERM, signal.SIGINT)]
         try:
-            self.filter_files()
+            Workers(self).filter_files(range(self.rank, len(self.inputs), self.world))
         finally:  # the rest may end anywhere, and is then done anew
             signal.signal(signal.SIGTERM, before[0])
             signal.signal(signal.SIGINT, before[1])
@@ -3426,86 +3506,6 @@ class Run:
             remove_run(self.out_dir)
         if not path.exists():
             bpe.write_atomically(path, json.dumps(plan, indent=1).encode())
-
-    def filter_files(self):
-        """Keeps num_workers processes at work until each of this rank's files is done."""
-        mine = range(self.rank, len(self.inputs), self.world)
-        states = {n: Shard(self.parts, n).state for n in mine}
-        waiting = [n for n in mine if not states[n]["done"]][::-1]
-        context = multiprocessing.get_context(bpe.START_METHOD)
-        errors, active = context.SimpleQueue(), {}
-        done = {n: state["place"][0] for n, state in states.items()}
-        line = bpe.Progress("filter", sum(self.sizes[n] for n in mine), "bytes",
-                            done=sum(done.values()))
-        documents = Counter()
-        try:
-            while (waiting and not self.stop) or active:
-                while waiting and not self.stop and len(active) < self.args.num_workers:
-                    number = waiting.pop()
-                    active[number] = self.start_worker(context, number, errors)
-                time.sleep(0.02)
-                for number, (process, shared) in list(active.items()):
-                    done[number], documents[number, process.pid] = int(shared[0]), int(shared[3])
-                    if self.stop:
-                        process.terminate()
-                    self.watch(number, process, shared, active, waiting, errors)
-                rate = documents.total() / (time.perf_counter() - line.started)
-                line.name = f"filter, {documents.total():,} documents, {rate:,.0f} a second"
-                line.update(sum(done.values()))
-        finally:
-            for process, _ in active.values():
-                process.terminate()
-            for process, _ in active.values():
-                process.join(10)
-                if process.is_alive():
-                    process.kill()
-        line.close()
-
-    def skipped(self, number):
-        """Returns the places of records that killed their worker, of one file."""
-        path = self.parts / f"{number:05d}.skip"
-        return json.loads(path.read_text()) if path.exists() else []
-
-    def start_worker(self, context, number, errors):
-        shared = context.Array("d", [0, -1, time.monotonic(), 0], lock=False)
-        process = context.Process(target=work, args=(
-            number, self.inputs[number], self.judge, self.parts, shared, self.skipped(number),
-            number in self.careful, errors))
-        process.start()
-        return process, shared
-
-    def watch(self, number, process, shared, active, waiting, errors):
-        """Sees to one worker: at work, done, stuck, or dead."""
-        stuck = shared[1] >= 0 and time.monotonic() - shared[2] > STUCK_S
-        if process.is_alive() and not stuck:
-            return
-        if stuck:
-            process.kill()
-        process.join()
-        del active[number]
-        if process.exitcode == 1:
-            _, message = errors.get() if not errors.empty() else (number, "see above")
-            raise OSError(f"{self.inputs[number]}: {message}")
-        if self.stop or process.exitcode == 0 and Shard(self.parts, number).state["done"]:
-            return
-        waiting.append(number)
-        if process.exitcode:
-            self.note_death(number, (int(shared[0]), int(shared[1])), stuck)
-
-    def note_death(self, number, place, stuck):
-        """A worker died: its file is read with care, then the record that kills again is left."""
-        if number not in self.careful:
-            self.careful.add(number)
-            return
-        self.deaths[number, place] += 2 if stuck else 1
-        if self.deaths[number, place] > 1 and place[1] >= 0:
-            bpe.write_atomically(self.parts / f"{number:05d}.skip", json.dumps(
-                [*self.skipped(number), list(place)]).encode())
-            print(f"{self.inputs[number]}: the record at {place} killed its worker; skipped",
-                  flush=True)
-        elif self.deaths[number, place] > 3:
-            raise OSError(f"a worker must live, got one killed {self.deaths[number, place]} times "
-                          f"before its first record of {self.inputs[number]}; see the system's log")
 
     def barrier(self):
         """Waits for the other ranks, where there are any."""
@@ -3867,8 +3867,8 @@ def refuse_unused(args, where, names):
             raise ValueError(f"--{name} must have a use, got {value} with {where}; leave it out")
 
 
-TRAINING = {"dim": 50, "epoch": 5, "lr": 0.1, "word_ngrams": 2, "bucket": 200_000, "minn": 0,
-            "maxn": 0, "min_count": 1}
+TRAINING = {name: default for name, default in train_fasttext.__kwdefaults__.items()
+            if name not in ("lower", "seed", "progress")}
 
 
 def read_texts(path):
@@ -3984,9 +3984,13 @@ def bench_page(text):
             f"<footer><ul>{menu}</ul></footer></body></html>").encode()
 
 
-def bench_record(kind, url, content_type, body):
-    return (f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {url}\r\nContent-Type: "
-            f"{content_type}\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body + b"\r\n\r\n"
+def bench_archive(path, kind, content_type, bodies):
+    """Writes an archive, a gzip member for each body; returns its size in MB."""
+    path.write_bytes(b"".join(gzip.compress(
+        f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: http://example.com/{n}\r\nContent-Type:"
+        f" {content_type}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body + b"\r\n\r\n")
+        for n, body in enumerate(bodies)))
+    return path.stat().st_size / 1e6
 
 
 def check_before_bench(texts, model, minhash):
@@ -3996,41 +4000,36 @@ def check_before_bench(texts, model, minhash):
     assert model.predict(texts[:5]) == [model.predict([text])[0] for text in texts[:5]]
     assert gopher_quality_filter(texts[0]) and not gopher_quality_filter(texts[0][:200])
     assert mask_phone_numbers(f"{texts[0]} 283-182-3829")[1] == 1
-    a, b = (minhash.shingle_set(text) for text in texts[:2])
-    high = [int(s) >> 32 for s in a]
-    assert minhash.signature(a).tolist() == [
+    shingles = minhash.shingle_set(texts[0])
+    high = [int(shingle) >> 32 for shingle in shingles]
+    assert minhash.signature(shingles).tolist() == [
         min((int(f) * x + int(o)) % 2**32 for x in high)
         for f, o in zip(minhash.factors[:, 0], minhash.offsets[:, 0], strict=True)]
-    assert jaccard(a, b) == len(set(a) & set(b)) / len(set(a) | set(b))
 
 
-def bench_jobs(texts, folder, options):
+def bench_jobs(texts, folder):
     """Returns {name: (amount of work, its unit a second, function)}."""
     model, _ = train_fasttext(texts[:20], ["a", "b"] * 10, dim=16, word_ngrams=1, minn=2, maxn=4)
     minhash, pages = MinHash(128, 16), [bench_page(text) for text in texts]
     check_before_bench(texts, model, minhash)
     http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n"
-    paths = folder / "a.warc.gz", folder / "a.warc.wet.gz"
-    for path, kind, type_, bodies in (
-            (paths[0], "response", "application/http", [http + page for page in pages]),
-            (paths[1], "conversion", "text/plain", [text.encode() for text in texts])):
-        path.write_bytes(b"".join(gzip.compress(bench_record(kind, f"http://example.com/{n}", type_,
-                                                             body))
-                                  for n, body in enumerate(bodies)))
-    assert [record.data for record in read_records(paths[0])] == pages
-    judge, sizes = Judge(options), [path.stat().st_size / 1e6 for path in paths]
-    rules = [rule for rules in choose_rules(RULES).values() for rule in rules]
-    (folder / "parts").mkdir()
+    warc, wet = folder / "a.warc.gz", folder / "a.warc.wet.gz"
+    warc_mb = bench_archive(warc, "response", "application/http", [http + page for page in pages])
+    wet_mb = bench_archive(wet, "conversion", "text/plain", map(str.encode, texts))
+    assert [record.data for record in read_records(warc)] == pages
+    options = build_parser().parse_args(["run", "--input", "-"])
+    options.languages, options.rules = LANGUAGES, ["gopher"]
+    options.language_score, options.harm_score = 0.0, 2.0  # nothing falls: all stages are timed
+    judge, rules = Judge(options), list(chain.from_iterable(choose_rules(RULES).values()))
 
     def funnel():
-        shutil.rmtree(folder / "parts")
-        (folder / "parts").mkdir()
-        filter_file(0, paths[1], judge, folder / "parts", [0] * 4)
+        with tempfile.TemporaryDirectory(dir=folder) as parts:
+            filter_file(0, wet, judge, Path(parts), [0] * 4)
         assert judge.funnel.stages["pii"]["documents_out"] > 0
 
     text_mb, html_mb = sum(map(len, texts)) / 1e6, sum(map(len, pages)) / 1e6
     return {
-        "records": (sizes[0], "MB gz/s", lambda: list(read_records(paths[0]))),
+        "records": (warc_mb, "MB gz/s", lambda: list(read_records(warc))),
         "text plain": (html_mb, "MB/s", lambda: [*map(extract_text_from_html_bytes, pages)]),
         "text main": (html_mb, "MB/s",
                       lambda: [extract_text_from_html_bytes(page, "main") for page in pages]),
@@ -4042,31 +4041,30 @@ def bench_jobs(texts, folder, options):
                       lambda: [rule(Document(t), **s) for t in texts for rule, s in rules]),
         "word list": (text_mb, "MB/s", lambda: [word_list_score(t, TOXIC_WORDS) for t in texts]),
         "minhash": (len(texts), "documents/s", lambda: [minhash.keys(text) for text in texts]),
-        "wet funnel": (sizes[1], "MB gz/s", funnel)}
+        "wet funnel": (wet_mb, "MB gz/s", funnel)}
 
 
 def bench(args):
     """Times each stage on random texts, and the funnel on a WET file of them."""
     texts = bench_texts(args.documents, 1261)
-    options = build_parser().parse_args(["run", "--input", "-"])
-    options.languages, options.rules = LANGUAGES, ["gopher"]
-    options.language_score, options.harm_score = 0.0, 2.0  # nothing falls: all stages are timed
     print(f"{len(texts)} texts of 1,261 words, one process, {args.repeats} repeats after one that "
           "fills caches; a second of CPU time")
     result = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (amount, unit, job) in bench_jobs(texts, Path(folder), options).items():
-            times = []
+        for name, (amount, unit, job) in bench_jobs(texts, Path(folder)).items():
+            rates = []
             for _ in range(args.repeats + 1):
                 started = time.process_time()
                 job()
-                times.append(time.process_time() - started)
-            rates = sorted(amount / seconds for seconds in times[1:])
+                rates.append(amount / (time.process_time() - started))
+            first, *rates = rates
             result[name] = round(float(np.median(rates)), 2)
-            print(f"{name:<12}{result[name]:>10,.2f} {unit:<12} ({rates[0]:,.2f} to "
-                  f"{rates[-1]:,.2f}, first {amount / times[0]:,.2f})")
+            print(f"{name:<12}{result[name]:>10,.2f} {unit:<12} ({min(rates):,.2f} to "
+                  f"{max(rates):,.2f}, first {first:,.2f})")
     print(json.dumps(result))
 
+
+# ---------------------------------------------------------------- the command line
 
 def add_run_flags(add):
     add("--input", nargs="+", required=True,
