@@ -350,13 +350,22 @@ XML_CHARSET = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]+)
 HEADER_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
 META_BYTES = 4096  # where a meta tag is looked for; browsers look at 1,024
 NEARLY = 1e-3  # share of the bytes that may be wrong in what is still taken for UTF-8
-# Letters of each code page's language in order of use: a wrong code page gives other characters.
+# Characters that each encoding's languages use, the most used before a space: read by a wrong one,
+# the same bytes are other characters.
+TWO_BYTES = ("euc_jp", "cp932", "cp949", "gb18030", "big5hkscs")
+LATIN = ("cp1250", "cp1252", "cp1254")
+KANA = "、。" + "".join(map(chr, range(0x3041, 0x30fd)))
+HAN = "，。、的一不在人有我他中大上到子和你地出道也年日要以會会個个國国這这來来時时說说們们為为了是"
+CYRILLIC = "оеаинтсрвлкм дпуяыьгзбчйхжшюцщэфё"
 DETECTED = {
-    "cp1251": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфё", "koi8-r": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфё",
-    "cp1250": "áéíóúěščřžýůąęłńśźżőűöüă", "cp1253": "αοιετσνηυρπκμλωςγδθάέήίόύώ",
-    "cp1255": "יוהלאתרבמשנכדעחקפגטזסצםןךףץ", "cp1256": "اليمونرتبةعدسفهكقحجشطصخأإ",
-    "cp1254": "ıışğüöçİŞĞÜÖÇ", "cp874": "านรอกเงมยลวดทสตะปบคหแจพชขใไโผ",
-    "cp1252": "éàèäöüçñáíóúêâîôûåøæßëï’“”–",
+    "euc_jp": KANA, "cp932": KANA, "gb18030": HAN, "big5hkscs": HAN,
+    "cp949": "이다의는에을가를한고지로하사은도기으서어자대시인리해있스아나그정수보일부라것상전제구"
+             "장만과주니들마면여와게습성원했",
+    "cp1251": CYRILLIC, "koi8-r": CYRILLIC, "cp1252": "éàèäöüçñáíóúãåøòùì êæõâîôûßëïÉ",
+    "cp1250": "áéíóúěščřžýůąęłśż ńźőűöüă",
+    "cp1253": "αοιετσνηυρπκ μλωςγδθάέήίόύώ", "cp1255": "יוהלאתרבמשנכ דעחקפגטזסצםןךףץ",
+    "cp1256": "اليمونرتبةعد سفهكقحجشطصخأإ", "cp1254": "ıışğüöçİŞĞÜÖÇ",
+    "cp874": "านรอกเงมยลวด ทสตะปบคหแจพชขใไโผ",
 }
 
 
@@ -373,12 +382,11 @@ def python_encoding(label):
 
 def decode_leniently(data, encoding):
     """Returns the text, or None if more than NEARLY of the bytes are wrong in this encoding."""
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError:
-        text = data.decode(encoding, "replace")
-    limit = max(1, NEARLY * len(data)) if not encoding.startswith("cp12") else len(data)
-    return text if text.count("\ufffd") <= limit else None
+    text = data.decode(encoding, "replace")
+    if not (wrong := text.count("\ufffd")) or encoding.startswith("cp12"):
+        return text
+    right = len(text) - wrong - len(text.encode("ascii", "ignore"))  # of what is beyond ASCII
+    return text if wrong <= min(max(1, NEARLY * len(data)), right) else None
 
 
 def detect_encoding(data):
@@ -386,42 +394,25 @@ def detect_encoding(data):
     sample = data[:1 << 16]
     if sample.count(0) > len(sample) // 8:
         return "utf-16-le" if sample[1::2].count(0) > sample[::2].count(0) else "utf-16-be"
-    high = sum(map(len, re.findall(rb"[\x80-\xff]+", sample)))
-    if b"\x1b$" in sample:
-        return "iso2022_jp"
-    best, best_score = "cp1252", 0.25
-    for encoding in ("euc_jp", "cp932", "gb18030", "cp949", "big5hkscs"):
-        text = sample.decode(encoding, "replace")
-        wide = [c for c in text if c >= "\x80"]
-        if not wide or wide.count("\ufffd") > 0.01 * len(wide) + 1:
-            continue
-        common = len(EAST_ASIAN[encoding].findall(text))
-        score = common / len(wide) * (2 * len(wide) / max(high, 1) > 0.9)
-        if score > best_score:
-            best, best_score = encoding, score
+    runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", sample)]
     # Letters beyond ASCII stand alone in Latin words, and side by side in those of other scripts.
-    beside = sum(map(len, re.findall(rb"[\x80-\xff]{2,}", sample)))
-    latin = beside < 0.5 * high
-    for encoding, letters in DETECTED.items():
-        if latin != (encoding in ("cp1250", "cp1252", "cp1254")):
+    latin = runs.count(1) > 0.5 * sum(runs)
+    best, best_score = "cp1252", 0.25
+    for encoding, characters in DETECTED.items():
+        wide = Counter(sample.decode(encoding, "replace"))
+        wide = {c: n for c, n in wide.items() if c >= "\x80" and c not in "\xa0–’“”"}
+        total, wrong = max(sum(wide.values()), 1), wide.get("\ufffd", 0)
+        most_used, _, used = characters.partition(" ")
+        score = sum(n * ((c in most_used) + (c in used) / 3) for c, n in wide.items()) / total
+        if encoding in TWO_BYTES:
+            score *= 2 * total > 0.9 * sum(runs) and wrong <= 0.01 * total + 1
+        elif latin != (encoding in LATIN):
             continue
-        text = sample.decode(encoding, "replace")
-        wide = [c for c in text if c >= "\x80" and c not in "\xa0\u2013\u2019\u201c\u201d"]
-        head = set(letters[:12] if len(letters) > 20 else letters)
-        score = sum((c in head) + 0.5 * (c in letters) for c in wide) / max(len(wide), 1) / 1.5
+        if characters is HAN:
+            score *= 2  # a quarter of a text or more is of these few
         if score > best_score + 0.02:
             best, best_score = encoding, score
     return best
-
-
-# Characters that are common in the script that an encoding is for, and rare in what it misreads.
-EAST_ASIAN = {
-    "euc_jp": re.compile("[ぁ-んァ-ヶー、。]"), "cp932": re.compile("[ぁ-んァ-ヶー、。]"),
-    "gb18030": re.compile("[的一是不了在人有我他这中大来上国个到说们为子和你地出道也时，。、]"),
-    "cp949": re.compile("[이다의는에을가를한고지로하사은도기으서어자대시인리해있스아나그정수보일부"
-                        "라것상전제구장만과주니들마면여와게습기유성원했]"),
-    "big5hkscs": re.compile("[的一是不了在人有我他這中大來上國個到說們為子和你地出道也時，。、]"),
-}
 
 
 def decode_html(data, content_type=None):

@@ -233,6 +233,10 @@ def test_a_file_that_is_no_warc_is_refused(tmp_path, data):
      "これは日本語の文章です。とてもおもしろい。"),
     ("<p>これは日本語の文章です。とてもおもしろい。".encode("cp932"), None,
      "これは日本語の文章です。とてもおもしろい。"),
+    ("<p>孩子们在花园里玩，因为今天的天气非常好。".encode("gb18030"), None, "孩子们在花园里玩，因为今天的天气非常好。"),
+    ("<p>孩子們在花園裡玩，因為今天的天氣非常好。".encode("big5"), None, "孩子們在花園裡玩，因為今天的天氣非常好。"),
+    ("<p>Il treno è partito con dieci minuti di ritardo".encode("cp1252"), None,
+     "Il treno è partito con dieci minuti di ritardo"),
 ])
 def test_the_encoding_is_found_in_the_order_of_the_standard(data, content_type, text):
     assert extract_text_from_html_bytes(data, content_type=content_type) == text
