@@ -953,7 +953,7 @@ EXTENSION = r"(?: ?(?:x|ext\.?|extension) ?\d{1,6}\b)?"
 # any separator is an identifier more often than a telephone, groups among others are a card's.
 PHONE = re.compile(
     rf"(?<![\w.+#$€£&-])(?<!\d[,:/])(?<![^\W\d]/)(?<!//)(?:(?:\+1|\b(?:00)?1){DASH}?{DASH}?)?"
-    rf"(?:\( ?[2-9]\d\d ?\){DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}|[2-9]\d\d/\d{{3}}-\d{{4}}"
+    rf"(?:[([] ?[2-9]\d\d ?[])]{DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}|[2-9]\d\d/\d{{3}}-\d{{4}}"
     rf"|[2-9]\d\d(?P<s>{DASH}|[ ]-[ ])\d{{3}}(?:(?P=s)|-)\d{{4}}|(?P<bare>[2-9]\d\d\d{{7}}))"
     rf"{EXTENSION}"
     rf"(?![\w@]|[-=][\w|]|/[^\W\d]|\.(?:\d|(?-i:[a-z]))|(?<=[ \d]\d{{4}})[ ,:]\d{{4}}\b|%)", re.I)
@@ -973,10 +973,11 @@ PLUS_PHONE = re.compile(rf"(?<![\w+])\+1{DASH}?(?:\([2-9]\d\d\)|[2-9]\d\d){DASH}
 # without any it needs one of PHONE_WORDS or what BARE_BEFORE and BARE_AFTER say.
 PHONE_WORDS = r"""(?:tele)?phone tel ph call(?:s|ed|ing)? cell mobile fax(?:ed)? contact dial
 text(?:ed)? reach whatsapp sms ring toll desk office helpline hotline landline pager voicemail
-message emergency (?:my|our|his|her|their)\snumber"""
+message emergency (?:my|our|his|her|their|new|old)\snumber"""
 IDENTIFIERS = r"""isbn isbn-1[03] issn (?<!to\s)order invoice ticket tracking serial sku part upc
 asin doi barcode patent version build case ref reference transaction confirmation acct account
-routing pp pages price batch docket document item model passport permit vin lot device sample"""
+routing pp pages price batch docket document item model passport permit vin lot device sample
+renumbered compute calculate"""
 NUMBERED = IDENTIFIERS + """ id product member policy customer iban card ssn key article record
 employee student user licen[sc]e job population zip ein npi tin vat mrn claim membership reservation
 booking nhs medicare bug issue track"""  # before "number", "no." or "#"
@@ -1021,10 +1022,12 @@ VERSION_AFTER = re.compile(r" (?:alpha|beta|rc|releases?d?|update|upgrade|patch|
                            r"driver|firmware|schema|for (?:windows|mac|linux|android|ios))\b", re.I)
 PINNED_OR_DOI = re.compile(r"\w==$|\b10\.\d{4,9}/\S*$")
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-# Not after the epoch of a package's version (1:2.3.4.5), and no money (12.345.678.901,23).
+# Not after the epoch of a package's version (1:2.3.4.5), and no money (12.345.678.901,23); a port
+# may follow as tcpdump writes it (10.1.1.7.443 > 10.1.1.9.80: ).
 IP = re.compile(rf"(?<![A-Za-z0-9_.])(?<![A-Za-z][-_])(?<!(?<![\w:.])\d:)"
                 rf"(?<!\d-)(?:{OCTET}\.){{3}}{OCTET}"
-                r"(?![A-Za-z0-9_]|\.\w|-[A-Za-z]|(?<=(?:\.\d\d\d){3}),\d\d(?![\d.,]))")
+                r"(?![A-Za-z0-9_]|\.(?!\d{1,5}(?: >|: ))\w|-[A-Za-z]|"
+                r"(?<=(?:\.\d\d\d){3}),\d\d(?![\d.,]))")
 PORT, PORT_OR_NET = re.compile(r":\d"), re.compile(r":\d|/\d\d?\b| - - ")
 LISTED = re.compile(r"\d(?:\.\d{1,5}){3}([^\n\d]{0,40})$")
 MAYBE_IP = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
