@@ -742,10 +742,10 @@ def layout(page, keep=None):
 
 MAX_BLOCKS = 20_000  # of a page that are judged; what follows is dropped in mode "main"
 WORD = re.compile(r"\w+")
-HEAD_CHARS = 1 << 14  # of a page, within which it names its software
+HEAD_CHARS = 1 << 15  # of a page, within which it names its software
 FORUM_TYPES = ("DiscussionForumPosting", "QAPage")
 FORUM_SOFTWARE = re.compile(r'generator"?[^<>]{0,20}?(?:phpBB|vBulletin|Discourse|XenForo|MyBB|SMF|'
-                            r'Invision|Flarum|NodeBB)|id="(?:phpbb|XF|vbulletin)')
+                            r'Invision|Flarum|NodeBB)|id="(?:phpbb|XF|vbulletin)|class="question-page')
 ARTICLE_BODY = re.compile(r'"articleBody"\s*:\s*"((?:[^"\\]|\\.){0,400000}+)"')
 SURROGATE = re.compile(r"[\ud800-\udfff]")  # half of a pair, which JSON can hold and text cannot
 NOT_CONTENT = ("<nav>", "<footer>", "side", "comment", "share", "related", "ads", "cookie")
@@ -771,7 +771,8 @@ NO_PROSE = re.compile(
     r"©|\(c\) \d{4}|all rights reserved|privacy policy|terms of (?:use|service)|cookies?\b|captcha|"
     r"your email address will not|required fields|javascript|sign ?(?:up|in)|log ?in\b|subscri|"
     r"newsletter|unsubscribe|follow us|affiliate|commission|click here|share this|e-?mail address|"
-    r"add to cart|(?:view|see|learn|load|show|read) (?:all|more)|advertis|sponsor", re.I)
+    r"add to cart|(?:view|see|learn|load|show|read) (?:all|more)|advertis|sponsor|"
+    r"\bmin(?:ute)?s? read\b", re.I)
 
 
 def is_forum(html):
@@ -804,11 +805,11 @@ def held_words(page, words):
 
 
 def telling_bits(page, good):
-    """Returns the bits that each element has or inherits, but for what elements that hold nearly
-    all good words say of themselves: the classes of a <body> tell nothing of its parts."""
+    """Returns the bits that each element has or inherits, but for what elements that hold most of
+    the good words say of themselves: the classes of a <body> tell nothing of its parts."""
     held, bits = held_words(page, good), [0]
     for n in range(1, len(held)):
-        own = page.own[n] if held[n] <= 0.9 * held[0] else page.own[n] & UNSEEN_BIT
+        own = page.own[n] if held[n] <= 0.8 * held[0] else page.own[n] & UNSEEN_BIT
         bits.append(bits[page.parents[n]] | own | TAG_BITS.get(page.names[n], 0))
     return np.array(bits)
 
