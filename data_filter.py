@@ -34,6 +34,7 @@ import codecs
 import glob
 import gzip
 import hashlib
+import heapq
 import json
 import math
 import mmap
@@ -50,7 +51,7 @@ import tempfile
 import time
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -340,10 +341,8 @@ ENCODING_NAMES = {
     "tis-620": "cp874", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932",
     "euc_kr": "cp949", "big5": "big5hkscs", "utf-16": "utf-16-le",
 }
-TEXT_ENCODINGS = """utf-8 utf-16 utf-16-le utf-16-be cp1250 cp1251 cp1252 cp1253 cp1254 cp1255
-cp1256 cp1257 cp1258 cp866 cp874 cp932 cp949 gb18030 big5hkscs euc_jp iso2022_jp iso8859-2 iso8859-3
-iso8859-4 iso8859-5 iso8859-6 iso8859-7 iso8859-8 iso8859-10 iso8859-13 iso8859-14 iso8859-15
-iso8859-16 koi8-r koi8-u mac-roman mac_roman mac-cyrillic"""
+# How names of encodings of text start; Python has others, punycode among them.
+TEXT_ENCODINGS = ("utf-8", "utf-16", "cp", "gb18030", "big5", "euc_", "iso", "koi8", "mac")
 BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
 META_CHARSET = re.compile(rb"<meta[^>]{0,500}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
 XML_CHARSET = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]+)", re.I)
@@ -377,7 +376,7 @@ def python_encoding(label):
     except (LookupError, ValueError):
         return None
     name = ENCODING_NAMES.get(name, name)
-    return name if name in TEXT_ENCODINGS.split() else None
+    return name if name.startswith(TEXT_ENCODINGS) else None
 
 
 def decode_leniently(data, encoding):
@@ -1559,13 +1558,6 @@ def expand(starts, lengths):
     return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
 
 
-class WordNumbers(dict):
-    """{word: its number}, in the order in which they are first asked for."""
-
-    def __missing__(self, word):
-        self[word] = number = len(self)
-        return number
-
 
 class FastText:
     """A supervised fastText model in NumPy: what the library answers, without the library.
@@ -1665,7 +1657,8 @@ class FastText:
 
     def forget(self):
         """Empties the memory of words: number of each, where its ids lie, its hash."""
-        self.numbers, self.flat = WordNumbers(), np.empty(1 << 16, np.int64)
+        self.numbers, self.flat = defaultdict(), np.empty(1 << 16, np.int64)
+        self.numbers.default_factory = self.numbers.__len__
         self.starts, self.lengths = np.empty(0, np.int64), np.empty(0, np.int64)
         self.hashes, self.is_word = np.empty(0, np.uint64), np.empty(0, bool)
         self.used = 0
@@ -1840,30 +1833,18 @@ def huffman_paths(counts):
     """Returns for each level from the root (node, side), each (labels,): the row of the output
     matrix that decides there (-1: the path has ended) and 1 for the right-hand side.
 
-    counts: of labels, descending. Two queues, leaves from the end and nodes as they are made; each
-    takes the smaller, of equals the node. source: [8] HierarchicalSoftmaxLoss::buildTree
+    counts: of labels, descending. Of equal counts nodes come first, in the order in which they are
+    made, then leaves from the last. source: [8] HierarchicalSoftmaxLoss::buildTree
     """
-    n = len(counts)
-    weight = list(counts) + [10 ** 15] * (n - 1)
-    parent, side = [-1] * (2 * n - 1), [0] * (2 * n - 1)
-    leaf, node = n - 1, n
-    for new in range(n, 2 * n - 1):
-        total = 0
-        for right in (0, 1):
-            if leaf >= 0 and weight[leaf] < weight[node]:
-                taken, leaf = leaf, leaf - 1
-            else:
-                taken, node = node, node + 1
-            parent[taken], side[taken] = new, right
-            total += weight[taken]
-        weight[new] = total
-    paths = []
-    for label in range(n):
-        path, at = [], label
-        while parent[at] >= 0:
-            path.append((parent[at] - n, side[at]))
-            at = parent[at]
-        paths.append(path[::-1])
+    heap = [(count, 1, -label, [label]) for label, count in enumerate(counts)]
+    heapq.heapify(heap)
+    paths = [[] for _ in counts]
+    for node in range(len(counts) - 1):
+        left, right = heapq.heappop(heap), heapq.heappop(heap)
+        for side, (_, _, _, labels) in enumerate((left, right)):
+            for label in labels:
+                paths[label].insert(0, (node, side))
+        heapq.heappush(heap, (left[0] + right[0], 0, node, left[3] + right[3]))
     depth = max(map(len, paths))
     padded = np.array([path + [(-1, 0)] * (depth - len(path)) for path in paths], np.int64)
     return [(padded[:, level, 0], padded[:, level, 1]) for level in range(depth)]
@@ -2064,7 +2045,7 @@ ACCENTED = {  # letters beyond a to z, or beyond the script's shared ones
     "vi": "àáâãèéêìíòóôõùúýăđĩũơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ",
     "sv": "åäöé", "cs": "áčďéěíňóřšťúůýž", "ru": "ыэъё", "uk": "іїєґ",
     "ar": "ةىإأكي", "fa": "پچژگکی"}
-LANGUAGES = list(FUNCTION_WORDS)
+LANGUAGES, ENGLISH_WORDS = list(FUNCTION_WORDS), frozenset(FUNCTION_WORDS["en"].split())
 LETTER_RUNS = re.compile(r"[^\W\d_]+")
 LANGUAGE_CHARS = 2000  # of a text that are looked at, and as many from its middle
 WORD_WEIGHT, GRAM_WEIGHT, LETTER_WEIGHT = 4.0, 1.0, 2.5  # log odds: best on half of a dev set
@@ -2205,17 +2186,12 @@ def prose_score(text):
     if not words:
         return 0.0
     ended = sum(len(line) for line in lines if line.rstrip().endswith(TERMINAL[:5]))
-    listed = english_function_words()
-    common = sum(word.lower().strip(string.punctuation) in listed for word in words) / len(words)
+    common = sum(w.lower().strip(string.punctuation) in ENGLISH_WORDS for w in words) / len(words)
     letters = sum(map(str.isalpha, text)) / max(1, sum(not c.isspace() for c in text))
     shares = (ended / sum(map(len, lines)), min(1, common / 0.4), min(1, len(words) / 300),
               min(1, len(words) / len(lines) / 20), min(1, max(0, (letters - 0.8) / 0.15)))
     return round(sum(shares) / len(shares), 6)
 
-
-@lru_cache(1)
-def english_function_words():
-    return frozenset(FUNCTION_WORDS["en"].split())
 
 
 # ---------------------------------------------------------------- classifiers, one manner for all
@@ -2691,25 +2667,19 @@ def verify_groups(groups, settings, threshold):
     groups: [[(document, root of its cluster, path, offset)]], each a group that shares a band. A
     pair within one cluster is not looked at; every other pair is, until its clusters are one.
     """
-    minhash, sets, pairs = MinHash(*settings), {}, []
-
-    def shingle_set(document, path, offset):
-        if document not in sets:
-            if len(sets) >= CACHED_SETS:
-                sets.clear()
-            sets[document] = minhash.shingle_set(read_document(path, offset))
-        return sets[document]
-
+    minhash, pairs = MinHash(*settings), []
+    shingles = lru_cache(CACHED_SETS)(lambda document, path, offset: minhash.shingle_set(
+        read_document(path, offset)))
     for group in groups:
-        clusters = {}
+        clusters = defaultdict(list)
         for document, root, *place in group:
-            clusters.setdefault(root, []).append((document, *place))
+            clusters[root].append((document, *place))
         merged = []
         for cluster in clusters.values():
             apart = []
             for other in merged:
                 pair = next(((a[0], b[0]) for a in other for b in cluster
-                             if jaccard(shingle_set(*a), shingle_set(*b)) >= threshold), None)
+                             if jaccard(shingles(*a), shingles(*b)) >= threshold), None)
                 if pair is None:
                     apart.append(other)
                 else:
@@ -2864,13 +2834,13 @@ def minhash_deduplication(input_files, num_hashes, num_bands, ngrams, jaccard_th
             num_workers, memory_mb, progress=progress)
         gone = np.flatnonzero(survivor != np.arange(len(survivor)))
         duplicates = [(*signed.locate(i), *signed.locate(survivor[i])) for i in gone]
-        dropped = {}
+        dropped = defaultdict(set)
         for path, offset, *_ in duplicates:
-            dropped.setdefault(path, set()).add(offset)
+            dropped[path].add(offset)
         for path in inputs:
             part = Path(temporary) / "output"
             if path.suffix == ".jsonl":
-                copy_lines(path, part, dropped.get(str(path), ()))
+                copy_lines(path, part, dropped[str(path)])
             elif str(path) in dropped:
                 outputs[path].unlink(missing_ok=True)  # of an earlier run
                 continue
@@ -2993,22 +2963,20 @@ class Judge:
         self.rules = choose_rules(options.rules, options.threshold)
         self.blocked = set(Path(options.blocklist).read_text("utf-8").lower().split()) \
             if options.blocklist else set()
-        # models are read once, before workers start
-        self.classifiers = {kind: load_classifier(kind, getattr(options, f"{kind}_model"))
-                            for kind in CLASSIFIERS}
-        used = {"language": options.languages, "nsfw": not options.no_harm,
-                "toxic": not options.no_harm, "quality": options.quality_model}
-        for kind, wanted in (("language", options.languages), ("nsfw", HARMFUL), ("toxic", HARMFUL),
-                             ("quality", [options.quality_label])):
-            model = used[kind] and self.classifiers[kind].model
-            if model and not set(wanted) & set(model.labels):
+        harmful = () if options.no_harm else HARMFUL
+        wanted = {"language": options.languages, "nsfw": harmful, "toxic": harmful,
+                  "quality": [options.quality_label] if options.quality_model else ()}
+        self.classifiers, self.methods = {}, {}  # models are read once, before workers start
+        for kind, labels in wanted.items():
+            judge = load_classifier(kind, getattr(options, f"{kind}_model"))
+            self.classifiers[kind] = judge
+            self.methods[kind] = judge.method if labels else "not judged"
+            if judge.model and labels and not set(labels) & set(judge.model.labels):
                 flag = {"language": "--languages", "quality": "--quality_label"}.get(kind)
                 raise ValueError(
-                    f"--{kind}_model must have a label of {', '.join(wanted)}, got a model with "
-                    f"{', '.join(sorted(model.labels)[:9])}; name "
+                    f"--{kind}_model must have a label of {', '.join(labels)}, got a model with "
+                    f"{', '.join(sorted(judge.model.labels)[:9])}; name "
                     f"{f'one of its labels by {flag}' if flag else 'a model of harmful text'}")
-        self.methods = {kind: self.classifiers[kind].method if on else "not judged"
-                        for kind, on in used.items()}
         self.stages = [(name, function) for name, function, on in (
             ("address", self.check_address, self.blocked),
             ("language", self.check_language, options.languages),
