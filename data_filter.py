@@ -1512,7 +1512,6 @@ def fnv(data):
     return h
 
 
-
 def character_ngram_hashes(words, minn, maxn):
     """Returns (hashes, counts): uint32 hashes of the character n-grams of "<word>", all words' in
     a row, and how many each word has. Valid UTF-8 only.
@@ -1558,102 +1557,22 @@ def expand(starts, lengths):
     return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
 
 
-
-class FastText:
-    """A supervised fastText model in NumPy: what the library answers, without the library.
+class Dictionary:
+    """The words and labels of a fastText model: a text into the rows of the input matrix that stand
+    for its words and n-grams.
 
     args: dict of FASTTEXT_ARGS; words: list of bytes; label_words: list of bytes, labels with
-    their prefix; label_counts: list of int;
-    inputs: array or QuantMatrix, (words + buckets, dim); output: (labels, dim) float32.
-    pruned: None, or (bucket,) int32, the row of each n-gram bucket, -1 where it was dropped.
+    their prefix; pruned: None, or (bucket,) int32, the row of each n-gram bucket, -1 where it was
+    dropped; lower: texts are lower-cased first, of our own models only
     """
 
-    def __init__(self, args, words, label_words, label_counts, inputs, output, pruned=None):
-        self.__dict__.update(args)
-        self.args, self.words, self.label_counts = args, words, label_counts
-        self.inputs, self.output, self.pruned = inputs, output, pruned
+    def __init__(self, args, words, label_words, pruned=None, lower=False):
+        self.args, self.words, self.pruned, self.lower = args, words, pruned, lower
+        self.minn, self.maxn, self.word_ngrams, self.bucket = (
+            args[name] for name in ("minn", "maxn", "word_ngrams", "bucket"))
         self.word_ids = {word: number for number, word in enumerate(words)}
-        self.label_words = dict.fromkeys(label_words)
-        self.labels = [label.removeprefix(LABEL_PREFIX).decode("utf-8", "surrogateescape")
-                       for label in label_words]
-        self.lower = False  # text is to be lower-cased first: of our own models only
+        self.label_words, self.is_label = label_words, frozenset(label_words).__contains__
         self.forget()
-        if self.loss == HS:
-            self.paths = huffman_paths(label_counts)
-
-    @classmethod
-    def load(cls, path):
-        """Returns the model in a .bin or .ftz file. raises: ValueError, with magic and version."""
-        if not os.path.isfile(path):
-            raise ValueError(f"a model must be a file, got {path}; check the path")
-        file = ModelFile(path)
-        magic, version = file.numbers("ii") if file.size >= 8 else (0, 0)
-        if magic != FASTTEXT_MAGIC or not 11 <= version <= FASTTEXT_VERSION:
-            raise ValueError(f"{path} must be a fastText model of version 11 or 12 with magic "
-                             f"{FASTTEXT_MAGIC}, got magic {magic}, version {version}; name a .bin "
-                             "or .ftz file that fastText or `classify --train` wrote")
-        args = dict(zip(FASTTEXT_ARGS, file.numbers("12i"), strict=True)) | {
-            "t": file.numbers("d")}
-        if args["model"] != SUPERVISED or args["loss"] not in (HS, NS, SOFTMAX, OVA):
-            raise ValueError(f"{path} must be a supervised model (3) with a loss from 1 to 4, got "
-                             f"model {args['model']}, loss {args['loss']}; name a classifier")
-        args["maxn"] = 0 if version == 11 else args["maxn"]
-        lengths = {name: args[name] for name in ("minn", "maxn", "word_ngrams")}
-        if not all(0 <= length <= MAX_NGRAM for length in lengths.values()):
-            raise ValueError(f"{path} must have n-grams of 0 to {MAX_NGRAM}, got {lengths}; copy "
-                             "it again")
-        size, n_words, n_labels = file.numbers("3i")
-        args["ntokens"], n_pruned = file.numbers("qq")
-        entries = file.entries(size)
-        if n_words + n_labels != size or any(e[2] != (i >= n_words) for i, e in enumerate(entries)):
-            raise ValueError(f"{path} must hold its words before its labels, got {n_words} words "
-                             f"and {n_labels} labels in {size} entries; copy it again")
-        pruned = None
-        if n_pruned >= 0:
-            pruned = np.full(args["bucket"], -1, np.int32)
-            pairs = file.array("<i4", 2 * n_pruned).reshape(-1, 2)
-            pruned[pairs[:, 0] % max(1, args["bucket"])] = pairs[:, 1]
-        quantised = file.numbers("?")
-        inputs = file.matrix(quantised)
-        output = np.ascontiguousarray(file.matrix(file.numbers("?") and quantised)[:])
-        rows = n_words + (n_pruned if n_pruned >= 0 else args["bucket"])
-        if file.at != file.size or inputs.shape != (rows, args["dim"]) or (
-                output.shape != (n_labels, args["dim"])) or (
-                n_pruned > 0 and not 0 <= pairs[:, 1].min() <= pairs[:, 1].max() < n_pruned):
-            raise ValueError(f"{path} must end after matrices of {rows} and {n_labels} rows of "
-                             f"{args['dim']}, got {inputs.shape}, {output.shape} and "
-                             f"{file.size - file.at} bytes more; copy it again")
-        words, counts = [entry[0] for entry in entries], [entry[1] for entry in entries]
-        model = cls(args, words[:n_words], words[n_words:], counts[n_words:], inputs, output,
-                    pruned)
-        notes = Path(f"{path}.json")
-        model.lower = notes.exists() and json.loads(notes.read_text("utf-8")).get("lower", False)
-        return model
-
-    def save(self, path, word_counts):
-        """Writes a dense .bin that the library loads too."""
-        args = struct.pack("<2i12id", FASTTEXT_MAGIC, FASTTEXT_VERSION,
-                           *(self.args[name] for name in FASTTEXT_ARGS), self.args["t"])
-        entries = [(word, count, 0) for word, count in zip(self.words, word_counts, strict=True)]
-        entries += [(label, count, 1)
-                    for label, count in zip(self.label_words, self.label_counts, strict=True)]
-        sizes = struct.pack("<3i2q", len(entries), len(self.words), len(self.labels),
-                            self.args["ntokens"], -1)
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(args + sizes)
-                file.write(b"".join(word + b"\0" + struct.pack("<qb", count, kind)
-                                    for word, count, kind in entries))
-                for matrix in (self.inputs, self.output):
-                    file.write(struct.pack("<?2q", False, *matrix.shape))
-                    np.ascontiguousarray(matrix, "<f4").tofile(file)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    # ------------------------------------------------------------ text into ids of rows
 
     def forget(self):
         """Empties the memory of words: number of each, where its ids lie, its hash."""
@@ -1676,7 +1595,7 @@ class FastText:
     def learn_words(self, words):
         """Remembers the ids of new words: its own, if it has one, then those of its n-grams."""
         own = np.array([self.word_ids.get(word, -1) for word in words])
-        skipped = [word in self.label_words or (word.startswith(LABEL_PREFIX)
+        skipped = [self.is_label(word) or (word.startswith(LABEL_PREFIX)
                                                 and word not in self.word_ids) for word in words]
         rows, counts = np.empty(0, np.int64), np.zeros(len(words), np.int64)
         whole = [i for i, word in enumerate(words) if not skipped[i] and word != END_OF_LINE]
@@ -1742,11 +1661,98 @@ class FastText:
             found.append(ids)
         return found
 
-    # ------------------------------------------------------------ ids into probabilities
+
+class FastText:
+    """A supervised fastText model in NumPy: what the library answers, without the library.
+
+    label_counts: list of int; inputs: array or QuantMatrix, (words + buckets, dim);
+    output: (labels, dim) float32
+    """
+
+    def __init__(self, dictionary, label_counts, inputs, output):
+        self.dictionary, self.label_counts = dictionary, label_counts
+        self.inputs, self.output, self.loss = inputs, output, dictionary.args["loss"]
+        self.labels = [label.removeprefix(LABEL_PREFIX).decode("utf-8", "surrogateescape")
+                       for label in dictionary.label_words]
+        if self.loss == HS:
+            self.paths = huffman_paths(label_counts)
+
+    @classmethod
+    def load(cls, path):
+        """Returns the model in a .bin or .ftz file. raises: ValueError, with magic and version."""
+        if not os.path.isfile(path):
+            raise ValueError(f"a model must be a file, got {path}; check the path")
+        file = ModelFile(path)
+        magic, version = file.numbers("ii") if file.size >= 8 else (0, 0)
+        if magic != FASTTEXT_MAGIC or not 11 <= version <= FASTTEXT_VERSION:
+            raise ValueError(f"{path} must be a fastText model of version 11 or 12 with magic "
+                             f"{FASTTEXT_MAGIC}, got magic {magic}, version {version}; name a .bin "
+                             "or .ftz file that fastText or `classify --train` wrote")
+        args = dict(zip(FASTTEXT_ARGS, file.numbers("12i"), strict=True)) | {
+            "t": file.numbers("d")}
+        if args["model"] != SUPERVISED or args["loss"] not in (HS, NS, SOFTMAX, OVA):
+            raise ValueError(f"{path} must be a supervised model (3) with a loss from 1 to 4, got "
+                             f"model {args['model']}, loss {args['loss']}; name a classifier")
+        args["maxn"] = 0 if version == 11 else args["maxn"]
+        lengths = {name: args[name] for name in ("minn", "maxn", "word_ngrams")}
+        if not all(0 <= length <= MAX_NGRAM for length in lengths.values()):
+            raise ValueError(f"{path} must have n-grams of 0 to {MAX_NGRAM}, got {lengths}; copy "
+                             "it again")
+        size, n_words, n_labels = file.numbers("3i")
+        args["ntokens"], n_pruned = file.numbers("qq")
+        entries = file.entries(size)
+        if n_words + n_labels != size or any(e[2] != (i >= n_words) for i, e in enumerate(entries)):
+            raise ValueError(f"{path} must hold its words before its labels, got {n_words} words "
+                             f"and {n_labels} labels in {size} entries; copy it again")
+        pruned = None
+        if n_pruned >= 0:
+            pruned = np.full(args["bucket"], -1, np.int32)
+            pairs = file.array("<i4", 2 * n_pruned).reshape(-1, 2)
+            pruned[pairs[:, 0] % max(1, args["bucket"])] = pairs[:, 1]
+        quantised = file.numbers("?")
+        inputs = file.matrix(quantised)
+        output = np.ascontiguousarray(file.matrix(file.numbers("?") and quantised)[:])
+        rows = n_words + (n_pruned if n_pruned >= 0 else args["bucket"])
+        if file.at != file.size or inputs.shape != (rows, args["dim"]) or (
+                output.shape != (n_labels, args["dim"])) or (
+                n_pruned > 0 and not 0 <= pairs[:, 1].min() <= pairs[:, 1].max() < n_pruned):
+            raise ValueError(f"{path} must end after matrices of {rows} and {n_labels} rows of "
+                             f"{args['dim']}, got {inputs.shape}, {output.shape} and "
+                             f"{file.size - file.at} bytes more; copy it again")
+        words, counts = [entry[0] for entry in entries], [entry[1] for entry in entries]
+        notes = Path(f"{path}.json")
+        lower = notes.exists() and json.loads(notes.read_text("utf-8")).get("lower", False)
+        dictionary = Dictionary(args, words[:n_words], words[n_words:], pruned, lower)
+        return cls(dictionary, counts[n_words:], inputs, output)
+
+    def save(self, path, word_counts):
+        """Writes a dense .bin that the library loads too."""
+        words, labels, args = self.dictionary.words, self.dictionary.label_words, (
+            self.dictionary.args)
+        head = struct.pack("<2i12id", FASTTEXT_MAGIC, FASTTEXT_VERSION,
+                           *(args[name] for name in FASTTEXT_ARGS), args["t"])
+        head += struct.pack("<3i2q", len(words) + len(labels), len(words), len(labels),
+                            args["ntokens"], -1)
+        entries = [(word, count, 0) for word, count in zip(words, word_counts, strict=True)]
+        entries += [(word, count, 1) for word, count in zip(labels, self.label_counts, strict=True)]
+        temporary = Path(f"{path}.{os.getpid()}.tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(head)
+                file.write(b"".join(word + b"\0" + struct.pack("<qb", count, kind)
+                                    for word, count, kind in entries))
+                for matrix in (self.inputs, self.output):
+                    file.write(struct.pack("<?2q", False, *matrix.shape))
+                    np.ascontiguousarray(matrix, "<f4").tofile(file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def hidden(self, ids):
         """Returns the mean of the rows, (dim,) float32, summed one by one as the library does."""
-        block, total = max(1, BLOCK_FLOATS // self.dim), np.zeros(self.dim, np.float32)
+        dim = self.output.shape[1]
+        block, total = max(1, BLOCK_FLOATS // dim), np.zeros(dim, np.float32)
         for at in range(0, len(ids), block):
             rows = self.inputs[ids[at:at + block]]  # np.take copies all of what is not aligned
             rows[0] += total
@@ -1799,7 +1805,7 @@ class FastText:
         answers = []
         k = len(self.labels) if k == -1 else k
         for batch in batches(texts, BATCH_BYTES):
-            ids = self.ids(batch)
+            ids = self.dictionary.ids(batch)
             known = [i for i, found in enumerate(ids) if len(found)]
             batch_answers = [([], [])] * len(batch)
             if known:
@@ -1883,8 +1889,7 @@ def train_fasttext(texts, labels, *, dim=50, epoch=5, lr=0.1, word_ngrams=2, buc
                     strict=True)) | {"t": 1e-4, "ntokens": 0}
     names, counts = zip(*label_counts, strict=True)
     label_words = [LABEL_PREFIX + name.encode() for name in names]
-    blank = FastText(args, [], label_words, counts, None, None)
-    blank.lower = lower
+    blank = Dictionary(args, [], label_words, lower=lower)
     words = count_dictionary(map(blank.tokens, texts), min_count)
     args["ntokens"] = sum(n for _, n in words)
     rng = np.random.default_rng(seed)
@@ -1892,13 +1897,12 @@ def train_fasttext(texts, labels, *, dim=50, epoch=5, lr=0.1, word_ngrams=2, buc
     inputs = np.zeros((len(words) + args["bucket"], dim), np.float32)
     output = rng.standard_normal((len(names), dim), np.float32)
     output *= np.float32(OUTPUT_SCALE / math.sqrt(dim))
-    model = FastText(args, [word for word, _ in words], label_words, counts, inputs, output)
-    model.lower = lower
+    dictionary = Dictionary(args, [word for word, _ in words], label_words, lower=lower)
     examples = [(*np.unique(ids, return_counts=True), names.index(label))
                 for batch in batches(zip(texts, labels, strict=True), 1024)
-                for ids, (_, label) in zip(model.ids([text for text, _ in batch]), batch,
+                for ids, (_, label) in zip(dictionary.ids([text for text, _ in batch]), batch,
                                            strict=True) if len(ids)]
-    model.forget()
+    dictionary.forget()
     steps, done = epoch * len(examples), 0
     bar = bpe.Progress("train", steps, "texts", progress)
     for _ in range(epoch):
@@ -1907,7 +1911,7 @@ def train_fasttext(texts, labels, *, dim=50, epoch=5, lr=0.1, word_ngrams=2, buc
             done += 1
             bar.update(done)
     bar.close()
-    return model, [n for _, n in words]
+    return FastText(dictionary, counts, inputs, output), [n for _, n in words]
 
 
 def train_step(inputs, output, ids, counts, label, lr):
@@ -2191,7 +2195,6 @@ def prose_score(text):
     shares = (ended / sum(map(len, lines)), min(1, common / 0.4), min(1, len(words) / 300),
               min(1, len(words) / len(lines) / 20), min(1, max(0, (letters - 0.8) / 0.15)))
     return round(sum(shares) / len(shares), 6)
-
 
 
 # ---------------------------------------------------------------- classifiers, one manner for all
@@ -3859,10 +3862,10 @@ def train_classifier(args):
     answers = model.predict([text for text, _ in parts[1]], k=-1)
     scores = [dict(zip(*answer, strict=True)).get(args.labels[0], 0.5) for answer in answers]
     auc = area_under_curve(scores, [label == args.labels[0] for _, label in parts[1]])
-    notes = {"lower": model.lower, "labels": args.labels, "texts": len(parts[0]), "held_out":
+    notes = {"lower": not args.cased, "labels": args.labels, "texts": len(parts[0]), "held_out":
              len(parts[1]), "auc": None if math.isnan(auc) else round(auc, 4), **settings}
     bpe.write_atomically(f"{args.model}.json", (json.dumps(notes) + "\n").encode())
-    print(f"{args.model}: {len(parts[0]):,} texts, {len(model.words):,} words | AUC {auc:.4f} on "
+    print(f"{args.model}: {len(parts[0]):,} texts, {len(counts):,} words | AUC {auc:.4f} on "
           f"{len(parts[1]):,} held out | {time.perf_counter() - started:.1f} s")
 
 

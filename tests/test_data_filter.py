@@ -1052,7 +1052,7 @@ def test_predictions_of_model_files_are_those_of_the_definition(tmp_path, loss, 
 def test_one_text_or_many_give_the_same_predictions():
     model, _ = toy_model(minn=2, maxn=3)
     together = model.predict(TEXTS)
-    model.forget()
+    model.dictionary.forget()
     assert together == [model.predict([text])[0] for text in TEXTS]
 
 
