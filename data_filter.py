@@ -78,7 +78,7 @@ HTTP_FIELD = re.compile(rb"^(Content-Type|Content-Encoding|Transfer-Encoding)[ \
                         rb"([^\r\n]*)", re.I | re.M)
 CONTENT_LENGTH = re.compile(rb"^Content-Length[ \t]*:[ \t]*(\d{1,18})\s*$", re.I | re.M)
 EMPTY_LINE = re.compile(rb"\n\r?\n")  # the first ends a header, whatever ends its other lines
-GZIP_MAGIC = b"\x1f\x8b\x08"
+LINE_ENDS, GZIP_MAGIC = re.compile(rb"[\r\n]+"), b"\x1f\x8b\x08"
 DOCUMENT_KINDS = (b"response", b"conversion", b"resource")
 
 
@@ -94,28 +94,49 @@ class Record:
     problem: str | None = None  # why there is no data
 
 
-def inflate_member(data, offset, held=b"", inflater=None):
-    """Returns (bytes, end offset, inflater, problem) of the gzip member at `offset`.
+class Member:
+    """The bytes of a gzip member, inflated as they are asked for, or of a file that is plain."""
 
-    inflater: None where the member is whole; else it goes on at the end offset, after MAX_RECORD
-    """
-    inflater = inflater or zlib.decompressobj(31)
-    pieces, size = [held], len(held)
-    while not inflater.eof:
-        window = data[offset:offset + INFLATE_BYTES]
-        if not window:
-            return b"".join(pieces), offset, None, "truncated gzip member"
-        try:
-            piece = inflater.decompress(window, MAX_RECORD)
-        except zlib.error:
-            return b"".join(pieces), offset, None, "broken gzip member"
-        left = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
-        offset += len(window) - len(left)
-        pieces.append(piece)
-        size += len(piece)
-        if size > MAX_RECORD and not inflater.eof:
-            return b"".join(pieces), offset, inflater, None
-    return b"".join(pieces), offset, None, None
+    def __init__(self, data, offset, packed=True):
+        self.data, self.end, self.problem = data, offset, None  # end: of what has been inflated
+        self.held, self.at = (b"", 0) if packed else (data, offset)
+        self.inflater = zlib.decompressobj(31) if packed else None  # None: all is held
+
+    def ahead(self, size):
+        """Returns whether `size` bytes are held from `at` on, or as many of them as there are."""
+        pieces, found = [self.held], len(self.held) - self.at
+        while found < size and self.inflater:
+            window = self.data[self.end:self.end + INFLATE_BYTES]
+            try:
+                pieces.append(self.inflater.decompress(window, MAX_RECORD))
+            except zlib.error:
+                self.inflater, self.problem = None, "broken gzip member"
+                break
+            found += len(pieces[-1])
+            left = self.inflater.unused_data or self.inflater.unconsumed_tail
+            self.end += len(window) - len(left)
+            if self.inflater.eof:
+                self.inflater = None
+            elif not window:
+                self.inflater, self.problem = None, "truncated gzip member"
+        if len(pieces) > 1:
+            self.held, self.at = b"".join(pieces)[self.at:], 0
+        return found >= size
+
+    def skip(self, size):
+        while size > 0 and self.ahead(1):
+            step = min(size, len(self.held) - self.at)
+            self.at, size = self.at + step, size - step
+
+    def skip_to_record(self, start):
+        """Goes to the next line from held[start] on that begins a record, or to the end."""
+        while (found := self.held.find(b"\nWARC/", start)) < 0:
+            self.at = max(start, len(self.held) - 5)  # where one may have begun
+            if not self.ahead(6):
+                self.at = len(self.held)
+                return
+            start = self.at
+        self.at = found + 1
 
 
 def next_member(data, offset):
@@ -130,44 +151,29 @@ def next_member(data, offset):
     return len(data)
 
 
-def split_records(data, at, whole=True):
-    """Yields (start, header, body start, body end, problem, next) of the records in data[at:].
-
-    next: where the search for the next record starts
-    whole: nothing follows data; else the last tuple has header None and where the rest starts
-    """
-    size = len(data)
-    while at < size:
-        if data[at:at + 1] in (b"\r", b"\n"):
-            at += 1
-            continue
-        fields, body, length = record_head(data, at)
-        if not length and body == size and not whole and size - at < MAX_HEAD:
-            yield at, None, 0, 0, None, at
-            return
-        stop, problem = body + (length or 0), None
-        if stop > size and not whole:
-            yield at, None, 0, stop - at, None, at
-            return
-        follows = stop
-        if length is None:
-            problem = "no content length" if fields else "no record header"
-        elif stop > size:
-            problem = "truncated record"
-        if problem:
-            after = data.find(b"\nWARC/", at + 1 if length is None else body)
-            follows = after + 1 if after >= 0 else size
-        yield at, fields, body, stop, problem, follows
-        at = follows
-
-
-def record_head(data, at):
-    """Returns (header, where the body starts, its length) of the record at `at`: (b"", end of the
-    data, None) where no header is whole."""
-    if WARC_HEAD.match(data, at) and (gap := EMPTY_LINE.search(data, at, at + MAX_HEAD)):
-        length = CONTENT_LENGTH.search(data, at, gap.start())
-        return data[at:gap.start()], gap.end(), int(length[1]) if length else None
-    return b"", len(data), None
+def next_record(member):
+    """Returns (header, body, problem) of a Member's next record, or None at its end."""
+    while member.ahead(1) and (ends := LINE_ENDS.match(member.held, member.at)):
+        member.at = ends.end()
+    if member.at == len(member.held):
+        return None
+    member.ahead(MAX_HEAD)
+    held, at = member.held, member.at
+    gap = WARC_HEAD.match(held, at) and EMPTY_LINE.search(held, at, at + MAX_HEAD)
+    length = gap and CONTENT_LENGTH.search(held, at, gap.start())
+    if not length:
+        member.skip_to_record(at + 1)
+        return b"", b"", "no content length" if gap else "no record header"
+    header, size = held[at:gap.start()], int(length[1])
+    member.at = gap.end()
+    if not member.ahead(min(size, MAX_RECORD) if member.inflater else size):
+        member.skip_to_record(member.at)
+        return header, b"", "truncated record"
+    if size > MAX_RECORD:
+        member.skip(size)
+        return header, b"", "record too large"
+    start, member.at = member.at, member.at + size
+    return header, member.held[start:member.at], None
 
 
 def raw_records(data, place=(0, 0)):
@@ -176,44 +182,24 @@ def raw_records(data, place=(0, 0)):
     data: bytes or mmap, plain or gzip, with one record a member (as archives are written) or all
     in one; place: where to go on, as read_records gives it
     """
-    offset, skip = place
+    offset, done = place
     if data[:3] != GZIP_MAGIC:
-        for _, fields, body, stop, problem, follows in split_records(data, offset):
-            large = stop - body > MAX_RECORD
-            yield ((follows, 0), fields, b"" if large or problem else data[body:stop],
-                   problem or ("record too large" if large else None))
+        member = Member(data, offset, packed=False)
+        while record := next_record(member):
+            yield (member.at, 0), *record
         return
     while offset < len(data):
-        start, number, held, inflater, discard = offset, 0, b"", None, 0
-        while True:
-            held, offset, inflater, broken = inflate_member(data, offset, held, inflater)
-            problem = broken  # named once: by the record that it cuts, or else by itself
-            if discard:  # inside a record that is too large to hold
-                discard, held = max(0, discard - len(held)), held[discard:]
-            rest = len(held)
-            for at, fields, body, stop, wrong, _ in split_records(held, 0,
-                                                                  whole=inflater is None):
-                if fields is None:
-                    rest = at
-                    if stop > MAX_RECORD:
-                        number += 1
-                        if number > skip:
-                            yield (start, number), b"", b"", "record too large"
-                        discard, rest = stop - (len(held) - at), len(held)
-                    break
-                number += 1
-                if wrong and problem:
-                    wrong, problem = problem, None
-                if number > skip:
-                    yield (start, number), fields, held[body:stop], wrong
-            if inflater is None:
-                break
-            held = held[rest:]
-        if problem and number + 1 > skip:
-            yield (start, number + 1), b"", b"", problem
-        if broken:
-            offset = next_member(data, start + 1)
-        skip = 0
+        member, number, named = Member(data, offset), 0, False
+        while record := next_record(member):
+            header, body, problem = record
+            if problem and member.problem and not named:  # the record that the break cuts names it
+                problem, named = member.problem, True
+            number += 1
+            if number > done:
+                yield (offset, number), header, body, problem
+        if member.problem and not named and number >= done:
+            yield (offset, number + 1), b"", b"", member.problem
+        offset, done = next_member(data, offset + 1) if member.problem else member.end, 0
 
 
 def undo_chunks(body):
