@@ -727,10 +727,10 @@ def layout(page, keep=None):
 
 MAX_BLOCKS = 20_000  # of a page that are judged; what follows is dropped in mode "main"
 WORD = re.compile(r"\w+")
-HEAD_CHARS = 1 << 15  # of a page, within which it names its software
-FORUM_TYPES = ("DiscussionForumPosting", "QAPage")
+HEAD_CHARS = 1 << 14  # of a page, within which it names its software
+FORUM_MARKS = ("DiscussionForumPosting", "QAPage", 'class="question-page')
 FORUM_SOFTWARE = re.compile(r'generator"?[^<>]{0,20}?(?:phpBB|vBulletin|Discourse|XenForo|MyBB|SMF|'
-                            r'Invision|Flarum|NodeBB)|id="(?:phpbb|XF|vbulletin)|class="question-page')
+                            r'Invision|Flarum|NodeBB)|id="(?:phpbb|XF|vbulletin)')
 ARTICLE_BODY = re.compile(r'"articleBody"\s*:\s*"((?:[^"\\]|\\.){0,400000}+)"')
 SURROGATE = re.compile(r"[\ud800-\udfff]")  # half of a pair, which JSON can hold and text cannot
 NOT_CONTENT = ("<nav>", "<footer>", "side", "comment", "share", "related", "ads", "cookie")
@@ -757,13 +757,13 @@ NO_PROSE = re.compile(
     r"your email address will not|required fields|javascript|sign ?(?:up|in)|log ?in\b|subscri|"
     r"newsletter|unsubscribe|follow us|affiliate|commission|click here|share this|e-?mail address|"
     r"add to cart|(?:view|see|learn|load|show|read) (?:all|more)|advertis|sponsor|"
-    r"\bmin(?:ute)?s? read\b", re.I)
+    r"min(?:ute)?s? read\b", re.I)
 
 
 def is_forum(html):
-    """Returns whether a page says, by a type of schema.org or its generator, that it is a forum's:
+    """Returns whether a page says, by a type of schema.org or its software, that it is a forum's:
     what is below its first text is no less content."""
-    return any(name in html for name in FORUM_TYPES) or bool(
+    return any(mark in html for mark in FORUM_MARKS) or bool(
         FORUM_SOFTWARE.search(html, 0, HEAD_CHARS))
 
 
