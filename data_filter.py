@@ -34,6 +34,7 @@ import codecs
 import glob
 import gzip
 import hashlib
+import heapq
 import json
 import math
 import mmap
@@ -50,7 +51,7 @@ import tempfile
 import time
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,7 +78,7 @@ HTTP_FIELD = re.compile(rb"^(Content-Type|Content-Encoding|Transfer-Encoding)[ \
                         rb"([^\r\n]*)", re.I | re.M)
 CONTENT_LENGTH = re.compile(rb"^Content-Length[ \t]*:[ \t]*(\d{1,18})\s*$", re.I | re.M)
 EMPTY_LINE = re.compile(rb"\n\r?\n")  # the first ends a header, whatever ends its other lines
-GZIP_MAGIC = b"\x1f\x8b\x08"
+LINE_ENDS, GZIP_MAGIC = re.compile(rb"[\r\n]+"), b"\x1f\x8b\x08"
 DOCUMENT_KINDS = (b"response", b"conversion", b"resource")
 
 
@@ -93,28 +94,49 @@ class Record:
     problem: str | None = None  # why there is no data
 
 
-def inflate_member(data, offset, held=b"", inflater=None):
-    """Returns (bytes, end offset, inflater, problem) of the gzip member at `offset`.
+class Member:
+    """The bytes of a gzip member, inflated as they are asked for, or of a file that is plain."""
 
-    inflater: None where the member is whole; else it goes on at the end offset, after MAX_RECORD
-    """
-    inflater = inflater or zlib.decompressobj(31)
-    pieces, size = [held], len(held)
-    while not inflater.eof:
-        window = data[offset:offset + INFLATE_BYTES]
-        if not window:
-            return b"".join(pieces), offset, None, "truncated gzip member"
-        try:
-            piece = inflater.decompress(window, MAX_RECORD)
-        except zlib.error:
-            return b"".join(pieces), offset, None, "broken gzip member"
-        left = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
-        offset += len(window) - len(left)
-        pieces.append(piece)
-        size += len(piece)
-        if size > MAX_RECORD and not inflater.eof:
-            return b"".join(pieces), offset, inflater, None
-    return b"".join(pieces), offset, None, None
+    def __init__(self, data, offset, packed=True):
+        self.data, self.end, self.problem = data, offset, None  # end: of what has been inflated
+        self.held, self.at = (b"", 0) if packed else (data, offset)
+        self.inflater = zlib.decompressobj(31) if packed else None  # None: all is held
+
+    def ahead(self, size):
+        """Returns whether `size` bytes are held from `at` on, or as many of them as there are."""
+        pieces, found = [self.held], len(self.held) - self.at
+        while found < size and self.inflater:
+            window = self.data[self.end:self.end + INFLATE_BYTES]
+            try:
+                pieces.append(self.inflater.decompress(window, MAX_RECORD))
+            except zlib.error:
+                self.inflater, self.problem = None, "broken gzip member"
+                break
+            found += len(pieces[-1])
+            left = self.inflater.unused_data or self.inflater.unconsumed_tail
+            self.end += len(window) - len(left)
+            if self.inflater.eof:
+                self.inflater = None
+            elif not window:
+                self.inflater, self.problem = None, "truncated gzip member"
+        if len(pieces) > 1:
+            self.held, self.at = b"".join(pieces)[self.at:], 0
+        return found >= size
+
+    def skip(self, size):
+        while size > 0 and self.ahead(1):
+            step = min(size, len(self.held) - self.at)
+            self.at, size = self.at + step, size - step
+
+    def skip_to_record(self, start):
+        """Goes to the next line from held[start] on that begins a record, or to the end."""
+        while (found := self.held.find(b"\nWARC/", start)) < 0:
+            self.at = max(start, len(self.held) - 5)  # where one may have begun
+            if not self.ahead(6):
+                self.at = len(self.held)
+                return
+            start = self.at
+        self.at = found + 1
 
 
 def next_member(data, offset):
@@ -129,44 +151,29 @@ def next_member(data, offset):
     return len(data)
 
 
-def split_records(data, at, whole=True):
-    """Yields (start, header, body start, body end, problem, next) of the records in data[at:].
-
-    next: where the search for the next record starts
-    whole: nothing follows data; else the last tuple has header None and where the rest starts
-    """
-    size = len(data)
-    while at < size:
-        if data[at:at + 1] in (b"\r", b"\n"):
-            at += 1
-            continue
-        fields, body, length = record_head(data, at)
-        if not length and body == size and not whole and size - at < MAX_HEAD:
-            yield at, None, 0, 0, None, at
-            return
-        stop, problem = body + (length or 0), None
-        if stop > size and not whole:
-            yield at, None, 0, stop - at, None, at
-            return
-        follows = stop
-        if length is None:
-            problem = "no content length" if fields else "no record header"
-        elif stop > size:
-            problem = "truncated record"
-        if problem:
-            after = data.find(b"\nWARC/", at + 1 if length is None else body)
-            follows = after + 1 if after >= 0 else size
-        yield at, fields, body, stop, problem, follows
-        at = follows
-
-
-def record_head(data, at):
-    """Returns (header, where the body starts, its length) of the record at `at`: (b"", end of the
-    data, None) where no header is whole."""
-    if WARC_HEAD.match(data, at) and (gap := EMPTY_LINE.search(data, at, at + MAX_HEAD)):
-        length = CONTENT_LENGTH.search(data, at, gap.start())
-        return data[at:gap.start()], gap.end(), int(length[1]) if length else None
-    return b"", len(data), None
+def next_record(member):
+    """Returns (header, body, problem) of a Member's next record, or None at its end."""
+    while member.ahead(1) and (ends := LINE_ENDS.match(member.held, member.at)):
+        member.at = ends.end()
+    if member.at == len(member.held):
+        return None
+    member.ahead(MAX_HEAD)
+    held, at = member.held, member.at
+    gap = WARC_HEAD.match(held, at) and EMPTY_LINE.search(held, at, at + MAX_HEAD)
+    length = gap and CONTENT_LENGTH.search(held, at, gap.start())
+    if not length:
+        member.skip_to_record(at + 1)
+        return b"", b"", "no content length" if gap else "no record header"
+    header, size = held[at:gap.start()], int(length[1])
+    member.at = gap.end()
+    if not member.ahead(min(size, MAX_RECORD) if member.inflater else size):
+        member.skip_to_record(member.at)
+        return header, b"", "truncated record"
+    if size > MAX_RECORD:
+        member.skip(size)
+        return header, b"", "record too large"
+    start, member.at = member.at, member.at + size
+    return header, member.held[start:member.at], None
 
 
 def raw_records(data, place=(0, 0)):
@@ -175,44 +182,24 @@ def raw_records(data, place=(0, 0)):
     data: bytes or mmap, plain or gzip, with one record a member (as archives are written) or all
     in one; place: where to go on, as read_records gives it
     """
-    offset, skip = place
+    offset, done = place
     if data[:3] != GZIP_MAGIC:
-        for _, fields, body, stop, problem, follows in split_records(data, offset):
-            large = stop - body > MAX_RECORD
-            yield ((follows, 0), fields, b"" if large or problem else data[body:stop],
-                   problem or ("record too large" if large else None))
+        member = Member(data, offset, packed=False)
+        while record := next_record(member):
+            yield (member.at, 0), *record
         return
     while offset < len(data):
-        start, number, held, inflater, discard = offset, 0, b"", None, 0
-        while True:
-            held, offset, inflater, broken = inflate_member(data, offset, held, inflater)
-            problem = broken  # named once: by the record that it cuts, or else by itself
-            if discard:  # inside a record that is too large to hold
-                discard, held = max(0, discard - len(held)), held[discard:]
-            rest = len(held)
-            for at, fields, body, stop, wrong, _ in split_records(held, 0,
-                                                                  whole=inflater is None):
-                if fields is None:
-                    rest = at
-                    if stop > MAX_RECORD:
-                        number += 1
-                        if number > skip:
-                            yield (start, number), b"", b"", "record too large"
-                        discard, rest = stop - (len(held) - at), len(held)
-                    break
-                number += 1
-                if wrong and problem:
-                    wrong, problem = problem, None
-                if number > skip:
-                    yield (start, number), fields, held[body:stop], wrong
-            if inflater is None:
-                break
-            held = held[rest:]
-        if problem and number + 1 > skip:
-            yield (start, number + 1), b"", b"", problem
-        if broken:
-            offset = next_member(data, start + 1)
-        skip = 0
+        member, number, named = Member(data, offset), 0, False
+        while record := next_record(member):
+            header, body, problem = record
+            if problem and member.problem and not named:  # the record that the break cuts names it
+                problem, named = member.problem, True
+            number += 1
+            if number > done:
+                yield (offset, number), header, body, problem
+        if member.problem and not named and number >= done:
+            yield (offset, number + 1), b"", b"", member.problem
+        offset, done = next_member(data, offset + 1) if member.problem else member.end, 0
 
 
 def undo_chunks(body):
@@ -240,17 +227,8 @@ def undo_encoding(body, encoding):
     if encoding != "deflate" and body[:2] != GZIP_MAGIC[:2]:
         return body, None  # some crawlers decode the body and keep the header
     for bits in ((15, -15) if encoding == "deflate" else (31,)):
-        inflater, parts, size = zlib.decompressobj(bits), [], 0
-        try:
-            for at in range(0, len(body), INFLATE_BYTES):  # what comes before an error is kept
-                parts.append(inflater.decompress(body[at:at + INFLATE_BYTES], MAX_BODY - size))
-                size += len(parts[-1])
-                if inflater.eof or size >= MAX_BODY:
-                    break
-        except zlib.error:
-            pass
-        if size:
-            return b"".join(parts), None
+        with suppress(zlib.error):
+            return zlib.decompressobj(bits).decompress(body, MAX_BODY), None
     return (body, None) if encoding == "deflate" else (b"", "broken content encoding")
 
 
@@ -349,23 +327,30 @@ ENCODING_NAMES = {
     "tis-620": "cp874", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932",
     "euc_kr": "cp949", "big5": "big5hkscs", "utf-16": "utf-16-le",
 }
-TEXT_ENCODINGS = """utf-8 utf-16 utf-16-le utf-16-be cp1250 cp1251 cp1252 cp1253 cp1254 cp1255
-cp1256 cp1257 cp1258 cp866 cp874 cp932 cp949 gb18030 big5hkscs euc_jp iso2022_jp iso8859-2 iso8859-3
-iso8859-4 iso8859-5 iso8859-6 iso8859-7 iso8859-8 iso8859-10 iso8859-13 iso8859-14 iso8859-15
-iso8859-16 koi8-r koi8-u mac-roman mac_roman mac-cyrillic"""
+# How names of encodings of text start; Python has others, punycode among them.
+TEXT_ENCODINGS = ("utf-8", "utf-16", "cp", "gb18030", "big5", "euc_", "iso", "koi8", "mac")
 BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
 META_CHARSET = re.compile(rb"<meta[^>]{0,500}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
 XML_CHARSET = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]+)", re.I)
 HEADER_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
 META_BYTES = 4096  # where a meta tag is looked for; browsers look at 1,024
 NEARLY = 1e-3  # share of the bytes that may be wrong in what is still taken for UTF-8
-# Letters of each code page's language in order of use: a wrong code page gives other characters.
+# Characters that each encoding's languages use, the most used before a space: read by a wrong one,
+# the same bytes are other characters.
+TWO_BYTES = ("euc_jp", "cp932", "cp949", "gb18030", "big5hkscs")
+LATIN = ("cp1250", "cp1252", "cp1254")
+KANA = "、。" + "".join(map(chr, range(0x3041, 0x30fd)))
+HAN = "，。、的一不在人有我他中大上到子和你地出道也年日要以會会個个國国這这來来時时說说們们為为了是"
+CYRILLIC = "оеаинтсрвлкм дпуяыьгзбчйхжшюцщэфё"
 DETECTED = {
-    "cp1251": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфё", "koi8-r": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфё",
-    "cp1250": "áéíóúěščřžýůąęłńśźżőűöüă", "cp1253": "αοιετσνηυρπκμλωςγδθάέήίόύώ",
-    "cp1255": "יוהלאתרבמשנכדעחקפגטזסצםןךףץ", "cp1256": "اليمونرتبةعدسفهكقحجشطصخأإ",
-    "cp1254": "ıışğüöçİŞĞÜÖÇ", "cp874": "านรอกเงมยลวดทสตะปบคหแจพชขใไโผ",
-    "cp1252": "éàèäöüçñáíóúêâîôûåøæßëï’“”–",
+    "euc_jp": KANA, "cp932": KANA, "gb18030": HAN, "big5hkscs": HAN,
+    "cp949": "이다의는에을가를한고지로하사은도기으서어자대시인리해있스아나그정수보일부라것상전제구"
+             "장만과주니들마면여와게습성원했",
+    "cp1251": CYRILLIC, "koi8-r": CYRILLIC, "cp1252": "éàèäöüçñáíóúãåøòùì êæõâîôûßëïÉ",
+    "cp1250": "áéíóúěščřžýůąęłśż ńźőűöüă",
+    "cp1253": "αοιετσνηυρπκ μλωςγδθάέήίόύώ", "cp1255": "יוהלאתרבמשנכ דעחקפגטזסצםןךףץ",
+    "cp1256": "اليمونرتبةعد سفهكقحجشطصخأإ", "cp1254": "ıışğüöçİŞĞÜÖÇ",
+    "cp874": "านรอกเงมยลวด ทสตะปบคหแจพชขใไโผ",
 }
 
 
@@ -377,17 +362,16 @@ def python_encoding(label):
     except (LookupError, ValueError):
         return None
     name = ENCODING_NAMES.get(name, name)
-    return name if name in TEXT_ENCODINGS.split() else None
+    return name if name.startswith(TEXT_ENCODINGS) else None
 
 
 def decode_leniently(data, encoding):
     """Returns the text, or None if more than NEARLY of the bytes are wrong in this encoding."""
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError:
-        text = data.decode(encoding, "replace")
-    limit = max(1, NEARLY * len(data)) if not encoding.startswith("cp12") else len(data)
-    return text if text.count("\ufffd") <= limit else None
+    text = data.decode(encoding, "replace")
+    if not (wrong := text.count("\ufffd")) or encoding.startswith("cp12"):
+        return text
+    right = len(text) - wrong - len(text.encode("ascii", "ignore"))  # of what is beyond ASCII
+    return text if wrong <= min(max(1, NEARLY * len(data)), right) else None
 
 
 def detect_encoding(data):
@@ -395,42 +379,25 @@ def detect_encoding(data):
     sample = data[:1 << 16]
     if sample.count(0) > len(sample) // 8:
         return "utf-16-le" if sample[1::2].count(0) > sample[::2].count(0) else "utf-16-be"
-    high = sum(map(len, re.findall(rb"[\x80-\xff]+", sample)))
-    if b"\x1b$" in sample:
-        return "iso2022_jp"
-    best, best_score = "cp1252", 0.25
-    for encoding in ("euc_jp", "cp932", "gb18030", "cp949", "big5hkscs"):
-        text = sample.decode(encoding, "replace")
-        wide = [c for c in text if c >= "\x80"]
-        if not wide or wide.count("\ufffd") > 0.01 * len(wide) + 1:
-            continue
-        common = len(EAST_ASIAN[encoding].findall(text))
-        score = common / len(wide) * (2 * len(wide) / max(high, 1) > 0.9)
-        if score > best_score:
-            best, best_score = encoding, score
+    runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", sample)]
     # Letters beyond ASCII stand alone in Latin words, and side by side in those of other scripts.
-    beside = sum(map(len, re.findall(rb"[\x80-\xff]{2,}", sample)))
-    latin = beside < 0.5 * high
-    for encoding, letters in DETECTED.items():
-        if latin != (encoding in ("cp1250", "cp1252", "cp1254")):
+    latin = runs.count(1) > 0.5 * sum(runs)
+    best, best_score = "cp1252", 0.25
+    for encoding, characters in DETECTED.items():
+        wide = Counter(sample.decode(encoding, "replace"))
+        wide = {c: n for c, n in wide.items() if c >= "\x80" and c not in "\xa0–’“”"}
+        total, wrong = max(sum(wide.values()), 1), wide.get("\ufffd", 0)
+        most_used, _, used = characters.partition(" ")
+        score = sum(n * ((c in most_used) + (c in used) / 3) for c, n in wide.items()) / total
+        if encoding in TWO_BYTES:
+            score *= 2 * total > 0.9 * sum(runs) and wrong <= 0.01 * total + 1
+        elif latin != (encoding in LATIN):
             continue
-        text = sample.decode(encoding, "replace")
-        wide = [c for c in text if c >= "\x80" and c not in "\xa0\u2013\u2019\u201c\u201d"]
-        head = set(letters[:12] if len(letters) > 20 else letters)
-        score = sum((c in head) + 0.5 * (c in letters) for c in wide) / max(len(wide), 1) / 1.5
+        if characters is HAN:
+            score *= 2  # a quarter of a text or more is of these few
         if score > best_score + 0.02:
             best, best_score = encoding, score
     return best
-
-
-# Characters that are common in the script that an encoding is for, and rare in what it misreads.
-EAST_ASIAN = {
-    "euc_jp": re.compile("[ぁ-んァ-ヶー、。]"), "cp932": re.compile("[ぁ-んァ-ヶー、。]"),
-    "gb18030": re.compile("[的一是不了在人有我他这中大来上国个到说们为子和你地出道也时，。、]"),
-    "cp949": re.compile("[이다의는에을가를한고지로하사은도기으서어자대시인리해있스아나그정수보일부"
-                        "라것상전제구장만과주니들마면여와게습기유성원했]"),
-    "big5hkscs": re.compile("[的一是不了在人有我他這中大來上國個到說們為子和你地出道也時，。、]"),
-}
 
 
 def decode_html(data, content_type=None):
@@ -761,7 +728,7 @@ def layout(page, keep=None):
 MAX_BLOCKS = 20_000  # of a page that are judged; what follows is dropped in mode "main"
 WORD = re.compile(r"\w+")
 HEAD_CHARS = 1 << 14  # of a page, within which it names its software
-FORUM_TYPES = ("DiscussionForumPosting", "QAPage")
+FORUM_MARKS = ("DiscussionForumPosting", "QAPage", 'class="question-page')
 FORUM_SOFTWARE = re.compile(r'generator"?[^<>]{0,20}?(?:phpBB|vBulletin|Discourse|XenForo|MyBB|SMF|'
                             r'Invision|Flarum|NodeBB)|id="(?:phpbb|XF|vbulletin)')
 ARTICLE_BODY = re.compile(r'"articleBody"\s*:\s*"((?:[^"\\]|\\.){0,400000}+)"')
@@ -789,13 +756,14 @@ NO_PROSE = re.compile(
     r"©|\(c\) \d{4}|all rights reserved|privacy policy|terms of (?:use|service)|cookies?\b|captcha|"
     r"your email address will not|required fields|javascript|sign ?(?:up|in)|log ?in\b|subscri|"
     r"newsletter|unsubscribe|follow us|affiliate|commission|click here|share this|e-?mail address|"
-    r"add to cart|(?:view|see|learn|load|show|read) (?:all|more)|advertis|sponsor", re.I)
+    r"add to cart|(?:view|see|learn|load|show|read) (?:all|more)|advertis|sponsor|"
+    r"min(?:ute)?s? read\b", re.I)
 
 
 def is_forum(html):
-    """Returns whether a page says, by a type of schema.org or its generator, that it is a forum's:
+    """Returns whether a page says, by a type of schema.org or its software, that it is a forum's:
     what is below its first text is no less content."""
-    return any(name in html for name in FORUM_TYPES) or bool(
+    return any(mark in html for mark in FORUM_MARKS) or bool(
         FORUM_SOFTWARE.search(html, 0, HEAD_CHARS))
 
 
@@ -822,11 +790,11 @@ def held_words(page, words):
 
 
 def telling_bits(page, good):
-    """Returns the bits that each element has or inherits, but for what elements that hold nearly
-    all good words say of themselves: the classes of a <body> tell nothing of its parts."""
+    """Returns the bits that each element has or inherits, but for what elements that hold most of
+    the good words say of themselves: the classes of a <body> tell nothing of its parts."""
     held, bits = held_words(page, good), [0]
     for n in range(1, len(held)):
-        own = page.own[n] if held[n] <= 0.9 * held[0] else page.own[n] & UNSEEN_BIT
+        own = page.own[n] if held[n] <= 0.8 * held[0] else page.own[n] & UNSEEN_BIT
         bits.append(bits[page.parents[n]] | own | TAG_BITS.get(page.names[n], 0))
     return np.array(bits)
 
@@ -971,7 +939,7 @@ EXTENSION = r"(?: ?(?:x|ext\.?|extension) ?\d{1,6}\b)?"
 # any separator is an identifier more often than a telephone, groups among others are a card's.
 PHONE = re.compile(
     rf"(?<![\w.+#$€£&-])(?<!\d[,:/])(?<![^\W\d]/)(?<!//)(?:(?:\+1|\b(?:00)?1){DASH}?{DASH}?)?"
-    rf"(?:\( ?[2-9]\d\d ?\){DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}|[2-9]\d\d/\d{{3}}-\d{{4}}"
+    rf"(?:[([] ?[2-9]\d\d ?[])]{DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}|[2-9]\d\d/\d{{3}}-\d{{4}}"
     rf"|[2-9]\d\d(?P<s>{DASH}|[ ]-[ ])\d{{3}}(?:(?P=s)|-)\d{{4}}|(?P<bare>[2-9]\d\d\d{{7}}))"
     rf"{EXTENSION}"
     rf"(?![\w@]|[-=][\w|]|/[^\W\d]|\.(?:\d|(?-i:[a-z]))|(?<=[ \d]\d{{4}})[ ,:]\d{{4}}\b|%)", re.I)
@@ -991,10 +959,11 @@ PLUS_PHONE = re.compile(rf"(?<![\w+])\+1{DASH}?(?:\([2-9]\d\d\)|[2-9]\d\d){DASH}
 # without any it needs one of PHONE_WORDS or what BARE_BEFORE and BARE_AFTER say.
 PHONE_WORDS = r"""(?:tele)?phone tel ph call(?:s|ed|ing)? cell mobile fax(?:ed)? contact dial
 text(?:ed)? reach whatsapp sms ring toll desk office helpline hotline landline pager voicemail
-message emergency (?:my|our|his|her|their)\snumber"""
+message emergency (?:my|our|his|her|their|new|old)\snumber"""
 IDENTIFIERS = r"""isbn isbn-1[03] issn (?<!to\s)order invoice ticket tracking serial sku part upc
 asin doi barcode patent version build case ref reference transaction confirmation acct account
-routing pp pages price batch docket document item model passport permit vin lot device sample"""
+routing pp pages price batch docket document item model passport permit vin lot device sample
+renumbered compute calculate"""
 NUMBERED = IDENTIFIERS + """ id product member policy customer iban card ssn key article record
 employee student user licen[sc]e job population zip ein npi tin vat mrn claim membership reservation
 booking nhs medicare bug issue track"""  # before "number", "no." or "#"
@@ -1039,10 +1008,12 @@ VERSION_AFTER = re.compile(r" (?:alpha|beta|rc|releases?d?|update|upgrade|patch|
                            r"driver|firmware|schema|for (?:windows|mac|linux|android|ios))\b", re.I)
 PINNED_OR_DOI = re.compile(r"\w==$|\b10\.\d{4,9}/\S*$")
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-# Not after the epoch of a package's version (1:2.3.4.5), and no money (12.345.678.901,23).
+# Not after the epoch of a package's version (1:2.3.4.5), and no money (12.345.678.901,23); a port
+# may follow as tcpdump writes it (10.1.1.7.443 > 10.1.1.9.80: ).
 IP = re.compile(rf"(?<![A-Za-z0-9_.])(?<![A-Za-z][-_])(?<!(?<![\w:.])\d:)"
                 rf"(?<!\d-)(?:{OCTET}\.){{3}}{OCTET}"
-                r"(?![A-Za-z0-9_]|\.\w|-[A-Za-z]|(?<=(?:\.\d\d\d){3}),\d\d(?![\d.,]))")
+                r"(?![A-Za-z0-9_]|\.(?!\d{1,5}(?: >|: ))\w|-[A-Za-z]|"
+                r"(?<=(?:\.\d\d\d){3}),\d\d(?![\d.,]))")
 PORT, PORT_OR_NET = re.compile(r":\d"), re.compile(r":\d|/\d\d?\b| - - ")
 LISTED = re.compile(r"\d(?:\.\d{1,5}){3}([^\n\d]{0,40})$")
 MAYBE_IP = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
@@ -1390,23 +1361,20 @@ def choose_rules(names, thresholds=()):
     for threshold in thresholds:
         name, _, value = threshold.partition("=")
         name, _, key = name.partition(".")
-        in_use = [settings for rules in chosen.values() for rule, settings in rules
-                  if rule.__name__ == name and key in settings]
         try:
-            values = [float(number) for number in value.split(",")]
+            values = tuple(float(number) for number in value.split(","))
         except ValueError:
-            values = []
-        if not in_use or not values:
-            raise ValueError("--threshold must be like word_count.low=30, of a rule in use, got "
-                             f"{threshold}; the rules are "
-                             + ", ".join(rule.__name__ for name in names for rule in RULES[name]))
-        for settings in in_use:
-            size = np.size(settings[key])  # 1 of a number
-            if len(values) != size or any(map(math.isnan, values)):
-                raise ValueError(f"--threshold {name}.{key} must be {size} number"
-                                 f"{'s, with commas' * (size > 1)}, got {value}; its default is "
-                                 f"{settings[key]}")
-            settings[key] = values[0] if np.ndim(settings[key]) == 0 else tuple(values)
+            values = (math.nan,)
+        of_rule = [settings for rules in chosen.values() for rule, settings in rules
+                   if rule.__name__ == name and np.size(settings.get(key, ())) == len(values)]
+        if not of_rule or any(map(math.isnan, values)):
+            raise ValueError(
+                "--threshold must be like word_count.low=30, of a rule in use and as many numbers "
+                f"as its default, got {threshold}; the rules in use have " + ", ".join(
+                    f"{rule.__name__}.{key}={default}" for name in names for rule in RULES[name]
+                    for key, default in rule.__kwdefaults__.items()))
+        for settings in of_rule:
+            settings[key] = values if isinstance(settings[key], tuple) else values[0]
     return chosen
 
 
@@ -1440,7 +1408,7 @@ FASTTEXT_ARGS = ("dim", "ws", "epoch", "min_count", "neg", "word_ngrams", "loss"
                  "bucket", "minn", "maxn", "lr_update_rate")
 END_OF_LINE = b"</s>"  # fastText's word for the end of each line
 LABEL_PREFIX = b"__label__"
-ENTRY = struct.Struct("<qb")  # after a word and its zero byte: its count, 0 a word or 1 a label
+
 MAX_CACHED_IDS = 1 << 23  # n-gram ids of words that a model remembers: 64 MB
 BATCH_BYTES = 1 << 20  # of text that predict looks at together
 # Length of an untrained label row: the larger, the sooner it learns; 1 to 4 end within 0.002 AUC.
@@ -1453,49 +1421,44 @@ class ModelFile:
     """A cursor over the bytes of a model file that says so where they end too early."""
 
     def __init__(self, path):
-        self.path, self.at = path, 0
-        self.size = os.path.getsize(path)
-        self.bytes = np.memmap(path, np.uint8, "r") if self.size else b""
+        self.path, self.at, self.size = path, 0, os.path.getsize(path)
+        with open(path, "rb") as file:
+            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+
+    def skip(self, size):
+        """Returns where the next `size` bytes begin, and goes to their end."""
+        start, self.at = self.at, self.at + size
+        if not start <= self.at <= self.size:
+            raise ValueError(f"{self.path} must be a whole fastText model, got {self.size} bytes "
+                             f"where {self.at} are due; copy it again")
+        return start
 
     def numbers(self, layout):
-        size = struct.calcsize("<" + layout)
-        values = struct.unpack("<" + layout, self.array(np.uint8, size).tobytes())
+        layout = "<" + layout
+        values = struct.unpack_from(layout, self.bytes, self.skip(struct.calcsize(layout)))
         return values if len(values) > 1 else values[0]
 
     def array(self, dtype, count):
-        end = self.at + np.dtype(dtype).itemsize * count
-        if count < 0 or end > self.size:
-            raise ValueError(f"{self.path} must be a whole fastText model, got {self.size} bytes "
-                             f"where {end} are due; copy it again")
-        part = np.frombuffer(self.bytes, dtype, count, self.at) if count else np.empty(0, dtype)
-        self.at = end
-        return part
+        start = self.skip(np.dtype(dtype).itemsize * count)
+        return np.frombuffer(self.bytes, dtype, count, start) if count else np.empty(0, dtype)
 
     def entries(self, count):
         """Returns [(word, count, type)] of the dictionary, strings ended by a zero byte."""
-        found, start, window = [], self.at, b""
-        while len(found) < count:
-            end = window.find(b"\0", self.at - start)
-            if end < 0 or end + 10 > len(window):
-                window, start = bytes(self.bytes[self.at:self.at + (1 << 20)]), self.at
-                end = window.find(b"\0")
-                if end < 0 or end + 10 > len(window):
-                    self.array(np.uint8, self.size)  # says what is wrong
-            found.append((window[self.at - start:end], *ENTRY.unpack_from(window, end + 1)))
-            self.at = start + end + 10
+        found = []
+        for _ in range(count):
+            word = self.bytes[self.at:self.bytes.find(b"\0", self.at)]
+            self.skip(len(word) + 1)
+            found.append((word, *self.numbers("qb")))
         return found
 
-
-class DenseMatrix:
-    """(m, n) float32, mapped from the file: opened at once, shared by processes."""
-
-    def __init__(self, file):
-        m, n = file.numbers("qq")
-        self.values = file.array("<f4", m * n).reshape(m, n)
-        self.shape = m, n
-
-    def rows(self, ids):
-        return self.values[ids]  # not np.take, which copies all of what a file has not aligned
+    def matrix(self, quantised):
+        """Returns a matrix of float32, mapped from the file, so that it opens at once and is shared
+        by processes; a quantised one of up to 64 MB is decoded once, larger ones row by row."""
+        if quantised:
+            matrix = QuantMatrix(self)
+            return matrix if math.prod(matrix.shape) > 1 << 24 else matrix[:]
+        m, n = self.numbers("qq")
+        return self.array("<f4", m * n).reshape(m, n)
 
 
 class QuantMatrix:
@@ -1517,21 +1480,10 @@ class QuantMatrix:
         return [flat[q * 256 * width:][:256 * (width if q < parts - 1 else last)].reshape(256, -1)
                 for q in range(parts)]
 
-    def rows(self, ids):
+    def __getitem__(self, ids):
         codes = self.codes[ids]
         rows = np.concatenate([t[codes[:, q]] for q, t in enumerate(self.tables)], axis=1)
         return rows if self.norms is None else rows * self.norms[self.norm_codes[ids]]
-
-
-def read_matrix(file, quantised):
-    """Returns a matrix with `rows`; a quantised one of up to 64 MB is decoded once."""
-    matrix = QuantMatrix(file) if quantised else DenseMatrix(file)
-    m, n = matrix.shape
-    if not quantised or m * n > 1 << 24:
-        return matrix
-    dense = object.__new__(DenseMatrix)
-    dense.shape, dense.values = matrix.shape, matrix.rows(np.arange(m))
-    return dense
 
 
 def fnv(data):
@@ -1544,22 +1496,6 @@ def fnv(data):
     for byte in data:
         h = ((h ^ (byte if byte < 128 else byte | 0xFFFFFF00)) * 16777619) & 0xFFFFFFFF
     return h
-
-
-def fnv_of_words(words):
-    """Returns `fnv` of each word, (words,) uint32: those of up to 64 bytes a byte at a time of all
-    of them."""
-    lengths = np.fromiter(map(len, words), np.int64, len(words))
-    data = np.frombuffer(b"".join(words), np.int8).astype(np.int32).view(np.uint32)
-    starts = np.cumsum(lengths) - lengths
-    hashes = np.full(len(words), 2166136261, np.uint32)
-    live = np.flatnonzero(lengths <= 64)
-    for k in range(64):
-        live = live[lengths[live] > k]
-        hashes[live] = (hashes[live] ^ data[starts[live] + k]) * np.uint32(16777619)
-    for i in np.flatnonzero(lengths > 64):
-        hashes[i] = fnv(words[i])
-    return hashes
 
 
 def character_ngram_hashes(words, minn, maxn):
@@ -1607,114 +1543,27 @@ def expand(starts, lengths):
     return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
 
 
-class WordNumbers(dict):
-    """{word: its number}, in the order in which they are first asked for."""
-
-    def __missing__(self, word):
-        self[word] = number = len(self)
-        return number
-
-
-class FastText:
-    """A supervised fastText model in NumPy: what the library answers, without the library.
+class Dictionary:
+    """The words and labels of a fastText model: a text into the rows of the input matrix that stand
+    for its words and n-grams.
 
     args: dict of FASTTEXT_ARGS; words: list of bytes; label_words: list of bytes, labels with
-    their prefix; label_counts: list of int;
-    inputs: matrix with `rows`, (words + buckets, dim); output: (labels, dim) float32.
-    pruned: None, or (bucket,) int32, the row of each n-gram bucket, -1 where it was dropped.
+    their prefix; pruned: None, or (bucket,) int32, the row of each n-gram bucket, -1 where it was
+    dropped; lower: texts are lower-cased first, of our own models only
     """
 
-    def __init__(self, args, words, label_words, label_counts, inputs, output, pruned=None):
-        self.__dict__.update(args)
-        self.args, self.words, self.label_counts = args, words, label_counts
-        self.inputs, self.output, self.pruned = inputs, output, pruned
+    def __init__(self, args, words, label_words, pruned=None, lower=False):
+        self.args, self.words, self.pruned, self.lower = args, words, pruned, lower
+        self.minn, self.maxn, self.word_ngrams, self.bucket = (
+            args[name] for name in ("minn", "maxn", "word_ngrams", "bucket"))
         self.word_ids = {word: number for number, word in enumerate(words)}
-        self.label_words = dict.fromkeys(label_words)
-        self.labels = [label.removeprefix(LABEL_PREFIX).decode("utf-8", "surrogateescape")
-                       for label in label_words]
-        self.lower = False  # text is to be lower-cased first: of our own models only
+        self.label_words, self.is_label = label_words, frozenset(label_words).__contains__
         self.forget()
-        if self.loss == HS:
-            self.paths = huffman_paths(label_counts)
-
-    @classmethod
-    def load(cls, path):
-        """Returns the model in a .bin or .ftz file. raises: ValueError, with magic and version."""
-        if not os.path.isfile(path):
-            raise ValueError(f"a model must be a file, got {path}; check the path")
-        file = ModelFile(path)
-        magic, version = file.numbers("ii") if file.size >= 8 else (0, 0)
-        if magic != FASTTEXT_MAGIC or not 11 <= version <= FASTTEXT_VERSION:
-            raise ValueError(f"{path} must be a fastText model of version 11 or 12 with magic "
-                             f"{FASTTEXT_MAGIC}, got magic {magic}, version {version}; name a .bin "
-                             "or .ftz file that fastText or `classify --train` wrote")
-        args = dict(zip(FASTTEXT_ARGS, file.numbers("12i"), strict=True)) | {
-            "t": file.numbers("d")}
-        if args["model"] != SUPERVISED or args["loss"] not in (HS, NS, SOFTMAX, OVA):
-            raise ValueError(f"{path} must be a supervised model (3) with a loss from 1 to 4, got "
-                             f"model {args['model']}, loss {args['loss']}; name a classifier")
-        args["maxn"] = 0 if version == 11 else args["maxn"]
-        lengths = {name: args[name] for name in ("minn", "maxn", "word_ngrams")}
-        if not all(0 <= length <= MAX_NGRAM for length in lengths.values()):
-            raise ValueError(f"{path} must have n-grams of 0 to {MAX_NGRAM}, got {lengths}; copy "
-                             "it again")
-        size, n_words, n_labels = file.numbers("3i")
-        args["ntokens"], n_pruned = file.numbers("qq")
-        entries = file.entries(size)
-        if n_words + n_labels != size or any(e[2] != (i >= n_words) for i, e in enumerate(entries)):
-            raise ValueError(f"{path} must hold its words before its labels, got {n_words} words "
-                             f"and {n_labels} labels in {size} entries; copy it again")
-        pruned = None
-        if n_pruned >= 0:
-            pruned = np.full(args["bucket"], -1, np.int32)
-            pairs = file.array("<i4", 2 * n_pruned).reshape(-1, 2)
-            pruned[pairs[:, 0] % max(1, args["bucket"])] = pairs[:, 1]
-        quantised = file.numbers("?")
-        inputs = read_matrix(file, quantised)
-        output = read_matrix(file, file.numbers("?") and quantised)
-        output = np.ascontiguousarray(output.rows(np.arange(output.shape[0])))
-        rows = n_words + (n_pruned if n_pruned >= 0 else args["bucket"])
-        if file.at != file.size or inputs.shape != (rows, args["dim"]) or (
-                output.shape != (n_labels, args["dim"])) or (
-                n_pruned > 0 and not 0 <= pairs[:, 1].min() <= pairs[:, 1].max() < n_pruned):
-            raise ValueError(f"{path} must end after matrices of {rows} and {n_labels} rows of "
-                             f"{args['dim']}, got {inputs.shape}, {output.shape} and "
-                             f"{file.size - file.at} bytes more; copy it again")
-        words, counts = [entry[0] for entry in entries], [entry[1] for entry in entries]
-        model = cls(args, words[:n_words], words[n_words:], counts[n_words:], inputs, output,
-                    pruned)
-        notes = Path(f"{path}.json")
-        model.lower = notes.exists() and json.loads(notes.read_text("utf-8")).get("lower", False)
-        return model
-
-    def save(self, path, word_counts):
-        """Writes a dense .bin that the library loads too."""
-        args = struct.pack("<2i12id", FASTTEXT_MAGIC, FASTTEXT_VERSION,
-                           *(self.args[name] for name in FASTTEXT_ARGS), self.args["t"])
-        entries = [(word, count, 0) for word, count in zip(self.words, word_counts, strict=True)]
-        entries += [(label, count, 1)
-                    for label, count in zip(self.label_words, self.label_counts, strict=True)]
-        sizes = struct.pack("<3i2q", len(entries), len(self.words), len(self.labels),
-                            self.args["ntokens"], -1)
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(args + sizes)
-                file.write(b"".join(word + b"\0" + ENTRY.pack(count, kind)
-                                    for word, count, kind in entries))
-                for matrix in (self.inputs.values, self.output):
-                    file.write(struct.pack("<?2q", False, *matrix.shape))
-                    np.ascontiguousarray(matrix, "<f4").tofile(file)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    # ------------------------------------------------------------ text into ids of rows
 
     def forget(self):
         """Empties the memory of words: number of each, where its ids lie, its hash."""
-        self.numbers, self.flat = WordNumbers(), np.empty(1 << 16, np.int64)
+        self.numbers, self.flat = defaultdict(), np.empty(1 << 16, np.int64)
+        self.numbers.default_factory = self.numbers.__len__
         self.starts, self.lengths = np.empty(0, np.int64), np.empty(0, np.int64)
         self.hashes, self.is_word = np.empty(0, np.uint64), np.empty(0, bool)
         self.used = 0
@@ -1732,7 +1581,7 @@ class FastText:
     def learn_words(self, words):
         """Remembers the ids of new words: its own, if it has one, then those of its n-grams."""
         own = np.array([self.word_ids.get(word, -1) for word in words])
-        skipped = [word in self.label_words or (word.startswith(LABEL_PREFIX)
+        skipped = [self.is_label(word) or (word.startswith(LABEL_PREFIX)
                                                 and word not in self.word_ids) for word in words]
         rows, counts = np.empty(0, np.int64), np.zeros(len(words), np.int64)
         whole = [i for i, word in enumerate(words) if not skipped[i] and word != END_OF_LINE]
@@ -1753,11 +1602,11 @@ class FastText:
         self.flat[self.used:self.used + len(flat)] = flat
         starts = self.used + np.cumsum(lengths) - lengths
         self.used += len(flat)
-        hashes = (fnv_of_words(words) if self.word_ngrams > 1 else
-                  np.zeros(len(words), np.uint32)).view(np.int32).astype(np.int64)
+        hashes = np.array([fnv(word) if self.word_ngrams > 1 else 0 for word in words], np.uint32)
         self.starts = np.concatenate([self.starts, starts])
         self.lengths = np.concatenate([self.lengths, lengths])
-        self.hashes = np.concatenate([self.hashes, hashes.view(np.uint64)])
+        self.hashes = np.concatenate(  # their sign is extended
+            [self.hashes, hashes.view(np.int32).astype(np.int64).view(np.uint64)])
         self.is_word = np.concatenate([self.is_word, ~np.array(skipped)])
 
     def bucket_rows(self, hashes):
@@ -1798,13 +1647,100 @@ class FastText:
             found.append(ids)
         return found
 
-    # ------------------------------------------------------------ ids into probabilities
+
+class FastText:
+    """A supervised fastText model in NumPy: what the library answers, without the library.
+
+    label_counts: list of int; inputs: array or QuantMatrix, (words + buckets, dim);
+    output: (labels, dim) float32
+    """
+
+    def __init__(self, dictionary, label_counts, inputs, output):
+        self.dictionary, self.label_counts = dictionary, label_counts
+        self.inputs, self.output, self.loss = inputs, output, dictionary.args["loss"]
+        self.labels = [label.removeprefix(LABEL_PREFIX).decode("utf-8", "surrogateescape")
+                       for label in dictionary.label_words]
+        if self.loss == HS:
+            self.paths = huffman_paths(label_counts)
+
+    @classmethod
+    def load(cls, path):
+        """Returns the model in a .bin or .ftz file. raises: ValueError, with magic and version."""
+        if not os.path.isfile(path):
+            raise ValueError(f"a model must be a file, got {path}; check the path")
+        file = ModelFile(path)
+        magic, version = file.numbers("ii") if file.size >= 8 else (0, 0)
+        if magic != FASTTEXT_MAGIC or not 11 <= version <= FASTTEXT_VERSION:
+            raise ValueError(f"{path} must be a fastText model of version 11 or 12 with magic "
+                             f"{FASTTEXT_MAGIC}, got magic {magic}, version {version}; name a .bin "
+                             "or .ftz file that fastText or `classify --train` wrote")
+        args = dict(zip(FASTTEXT_ARGS, file.numbers("12i"), strict=True)) | {
+            "t": file.numbers("d")}
+        if args["model"] != SUPERVISED or args["loss"] not in (HS, NS, SOFTMAX, OVA):
+            raise ValueError(f"{path} must be a supervised model (3) with a loss from 1 to 4, got "
+                             f"model {args['model']}, loss {args['loss']}; name a classifier")
+        args["maxn"] = 0 if version == 11 else args["maxn"]
+        lengths = {name: args[name] for name in ("minn", "maxn", "word_ngrams")}
+        if not all(0 <= length <= MAX_NGRAM for length in lengths.values()):
+            raise ValueError(f"{path} must have n-grams of 0 to {MAX_NGRAM}, got {lengths}; copy "
+                             "it again")
+        size, n_words, n_labels = file.numbers("3i")
+        args["ntokens"], n_pruned = file.numbers("qq")
+        entries = file.entries(size)
+        if n_words + n_labels != size or any(e[2] != (i >= n_words) for i, e in enumerate(entries)):
+            raise ValueError(f"{path} must hold its words before its labels, got {n_words} words "
+                             f"and {n_labels} labels in {size} entries; copy it again")
+        pruned = None
+        if n_pruned >= 0:
+            pruned = np.full(args["bucket"], -1, np.int32)
+            pairs = file.array("<i4", 2 * n_pruned).reshape(-1, 2)
+            pruned[pairs[:, 0] % max(1, args["bucket"])] = pairs[:, 1]
+        quantised = file.numbers("?")
+        inputs = file.matrix(quantised)
+        output = np.ascontiguousarray(file.matrix(file.numbers("?") and quantised)[:])
+        rows = n_words + (n_pruned if n_pruned >= 0 else args["bucket"])
+        if file.at != file.size or inputs.shape != (rows, args["dim"]) or (
+                output.shape != (n_labels, args["dim"])) or (
+                n_pruned > 0 and not 0 <= pairs[:, 1].min() <= pairs[:, 1].max() < n_pruned):
+            raise ValueError(f"{path} must end after matrices of {rows} and {n_labels} rows of "
+                             f"{args['dim']}, got {inputs.shape}, {output.shape} and "
+                             f"{file.size - file.at} bytes more; copy it again")
+        words, counts = [entry[0] for entry in entries], [entry[1] for entry in entries]
+        notes = Path(f"{path}.json")
+        lower = notes.exists() and json.loads(notes.read_text("utf-8")).get("lower", False)
+        dictionary = Dictionary(args, words[:n_words], words[n_words:], pruned, lower)
+        return cls(dictionary, counts[n_words:], inputs, output)
+
+    def save(self, path, word_counts):
+        """Writes a dense .bin that the library loads too."""
+        words, labels, args = self.dictionary.words, self.dictionary.label_words, (
+            self.dictionary.args)
+        head = struct.pack("<2i12id", FASTTEXT_MAGIC, FASTTEXT_VERSION,
+                           *(args[name] for name in FASTTEXT_ARGS), args["t"])
+        head += struct.pack("<3i2q", len(words) + len(labels), len(words), len(labels),
+                            args["ntokens"], -1)
+        entries = [(word, count, 0) for word, count in zip(words, word_counts, strict=True)]
+        entries += [(word, count, 1) for word, count in zip(labels, self.label_counts, strict=True)]
+        temporary = Path(f"{path}.{os.getpid()}.tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(head)
+                file.write(b"".join(word + b"\0" + struct.pack("<qb", count, kind)
+                                    for word, count, kind in entries))
+                for matrix in (self.inputs, self.output):
+                    file.write(struct.pack("<?2q", False, *matrix.shape))
+                    np.ascontiguousarray(matrix, "<f4").tofile(file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def hidden(self, ids):
         """Returns the mean of the rows, (dim,) float32, summed one by one as the library does."""
-        block, total = max(1, BLOCK_FLOATS // self.dim), np.zeros(self.dim, np.float32)
+        dim = self.output.shape[1]
+        block, total = max(1, BLOCK_FLOATS // dim), np.zeros(dim, np.float32)
         for at in range(0, len(ids), block):
-            rows = self.inputs.rows(ids[at:at + block])
+            rows = self.inputs[ids[at:at + block]]  # np.take copies all of what is not aligned
             rows[0] += total
             total = np.add.reduce(rows, axis=0)
         return total * np.float32(1 / len(ids))
@@ -1855,7 +1791,7 @@ class FastText:
         answers = []
         k = len(self.labels) if k == -1 else k
         for batch in batches(texts, BATCH_BYTES):
-            ids = self.ids(batch)
+            ids = self.dictionary.ids(batch)
             known = [i for i, found in enumerate(ids) if len(found)]
             batch_answers = [([], [])] * len(batch)
             if known:
@@ -1889,30 +1825,18 @@ def huffman_paths(counts):
     """Returns for each level from the root (node, side), each (labels,): the row of the output
     matrix that decides there (-1: the path has ended) and 1 for the right-hand side.
 
-    counts: of labels, descending. Two queues, leaves from the end and nodes as they are made; each
-    takes the smaller, of equals the node. source: [8] HierarchicalSoftmaxLoss::buildTree
+    counts: of labels, descending. Of equal counts nodes come first, in the order in which they are
+    made, then leaves from the last. source: [8] HierarchicalSoftmaxLoss::buildTree
     """
-    n = len(counts)
-    weight = list(counts) + [10 ** 15] * (n - 1)
-    parent, side = [-1] * (2 * n - 1), [0] * (2 * n - 1)
-    leaf, node = n - 1, n
-    for new in range(n, 2 * n - 1):
-        total = 0
-        for right in (0, 1):
-            if leaf >= 0 and weight[leaf] < weight[node]:
-                taken, leaf = leaf, leaf - 1
-            else:
-                taken, node = node, node + 1
-            parent[taken], side[taken] = new, right
-            total += weight[taken]
-        weight[new] = total
-    paths = []
-    for label in range(n):
-        path, at = [], label
-        while parent[at] >= 0:
-            path.append((parent[at] - n, side[at]))
-            at = parent[at]
-        paths.append(path[::-1])
+    heap = [(count, 1, -label, [label]) for label, count in enumerate(counts)]
+    heapq.heapify(heap)
+    paths = [[] for _ in counts]
+    for node in range(len(counts) - 1):
+        left, right = heapq.heappop(heap), heapq.heappop(heap)
+        for side, (_, _, _, labels) in enumerate((left, right)):
+            for label in labels:
+                paths[label].insert(0, (node, side))
+        heapq.heappush(heap, (left[0] + right[0], 0, node, left[3] + right[3]))
     depth = max(map(len, paths))
     padded = np.array([path + [(-1, 0)] * (depth - len(path)) for path in paths], np.int64)
     return [(padded[:, level, 0], padded[:, level, 1]) for level in range(depth)]
@@ -1927,18 +1851,18 @@ def count_dictionary(documents, min_count):
                   key=lambda item: (-item[1], item[0]))
 
 
-def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket=200_000, minn=0,
-                   maxn=0, min_count=1, lower=True, seed=0, progress=False):
+def train_fasttext(texts, labels, *, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket=200_000,
+                   minn=0, maxn=0, min_count=1, lower=True, seed=0, progress=False):
     """Returns (model, counts of its words): a FastText with softmax, trained one text at a time.
 
     texts: list of str; labels: list of str, one a text. The settings are fastText's, its defaults
     dim 100, word_ngrams 1, bucket 2,000,000, not lower-cased. Memory: the input matrix, (words +
     bucket) * dim * 4 bytes, and 16 bytes an id of the texts. source: [8], section 2
     """
-    for name, value, least in (("dim", dim, 1), ("epoch", epoch, 1), ("min_count", min_count, 1),
-                               ("word_ngrams", word_ngrams, 1), ("bucket", bucket, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}; give a larger one")
+    for name, value in (("dim", dim), ("epoch", epoch), ("min_count", min_count),
+                        ("word_ngrams", word_ngrams), ("bucket", bucket)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}; give a larger one")
     if not 0 <= minn <= maxn or not lr > 0:
         raise ValueError(f"minn, maxn and lr must be 0 <= minn <= maxn and lr > 0, got {minn}, "
                          f"{maxn}, {lr}; correct them")
@@ -1951,33 +1875,29 @@ def train_fasttext(texts, labels, dim=50, epoch=5, lr=0.1, word_ngrams=2, bucket
                     strict=True)) | {"t": 1e-4, "ntokens": 0}
     names, counts = zip(*label_counts, strict=True)
     label_words = [LABEL_PREFIX + name.encode() for name in names]
-    blank = FastText(args, [], label_words, counts, None, None)
-    blank.lower = lower
+    blank = Dictionary(args, [], label_words, lower=lower)
     words = count_dictionary(map(blank.tokens, texts), min_count)
     args["ntokens"] = sum(n for _, n in words)
     rng = np.random.default_rng(seed)
-    inputs = object.__new__(DenseMatrix)
-    inputs.shape = len(words) + args["bucket"], dim
     # Zero rows, random labels, the reverse of the library: what no text has trained adds no noise.
-    inputs.values = np.zeros(inputs.shape, np.float32)
+    inputs = np.zeros((len(words) + args["bucket"], dim), np.float32)
     output = rng.standard_normal((len(names), dim), np.float32)
     output *= np.float32(OUTPUT_SCALE / math.sqrt(dim))
-    model = FastText(args, [word for word, _ in words], label_words, counts, inputs, output)
-    model.lower = lower
+    dictionary = Dictionary(args, [word for word, _ in words], label_words, lower=lower)
     examples = [(*np.unique(ids, return_counts=True), names.index(label))
                 for batch in batches(zip(texts, labels, strict=True), 1024)
-                for ids, (_, label) in zip(model.ids([text for text, _ in batch]), batch,
+                for ids, (_, label) in zip(dictionary.ids([text for text, _ in batch]), batch,
                                            strict=True) if len(ids)]
-    model.forget()
+    dictionary.forget()
     steps, done = epoch * len(examples), 0
     bar = bpe.Progress("train", steps, "texts", progress)
     for _ in range(epoch):
         for number in rng.permutation(len(examples)):
-            train_step(inputs.values, output, *examples[number], lr * (1 - done / steps))
+            train_step(inputs, output, *examples[number], lr * (1 - done / steps))
             done += 1
             bar.update(done)
     bar.close()
-    return model, [n for _, n in words]
+    return FastText(dictionary, counts, inputs, output), [n for _, n in words]
 
 
 def train_step(inputs, output, ids, counts, label, lr):
@@ -2115,7 +2035,7 @@ ACCENTED = {  # letters beyond a to z, or beyond the script's shared ones
     "vi": "àáâãèéêìíòóôõùúýăđĩũơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ",
     "sv": "åäöé", "cs": "áčďéěíňóřšťúůýž", "ru": "ыэъё", "uk": "іїєґ",
     "ar": "ةىإأكي", "fa": "پچژگکی"}
-LANGUAGES = list(FUNCTION_WORDS)
+LANGUAGES, ENGLISH_WORDS = list(FUNCTION_WORDS), frozenset(FUNCTION_WORDS["en"].split())
 LETTER_RUNS = re.compile(r"[^\W\d_]+")
 LANGUAGE_CHARS = 2000  # of a text that are looked at, and as many from its middle
 WORD_WEIGHT, GRAM_WEIGHT, LETTER_WEIGHT = 4.0, 1.0, 2.5  # log odds: best on half of a dev set
@@ -2256,17 +2176,11 @@ def prose_score(text):
     if not words:
         return 0.0
     ended = sum(len(line) for line in lines if line.rstrip().endswith(TERMINAL[:5]))
-    listed = english_function_words()
-    common = sum(word.lower().strip(string.punctuation) in listed for word in words) / len(words)
+    common = sum(w.lower().strip(string.punctuation) in ENGLISH_WORDS for w in words) / len(words)
     letters = sum(map(str.isalpha, text)) / max(1, sum(not c.isspace() for c in text))
     shares = (ended / sum(map(len, lines)), min(1, common / 0.4), min(1, len(words) / 300),
               min(1, len(words) / len(lines) / 20), min(1, max(0, (letters - 0.8) / 0.15)))
     return round(sum(shares) / len(shares), 6)
-
-
-@lru_cache(1)
-def english_function_words():
-    return frozenset(FUNCTION_WORDS["en"].split())
 
 
 # ---------------------------------------------------------------- classifiers, one manner for all
@@ -2742,25 +2656,19 @@ def verify_groups(groups, settings, threshold):
     groups: [[(document, root of its cluster, path, offset)]], each a group that shares a band. A
     pair within one cluster is not looked at; every other pair is, until its clusters are one.
     """
-    minhash, sets, pairs = MinHash(*settings), {}, []
-
-    def shingle_set(document, path, offset):
-        if document not in sets:
-            if len(sets) >= CACHED_SETS:
-                sets.clear()
-            sets[document] = minhash.shingle_set(read_document(path, offset))
-        return sets[document]
-
+    minhash, pairs = MinHash(*settings), []
+    shingles = lru_cache(CACHED_SETS)(lambda document, path, offset: minhash.shingle_set(
+        read_document(path, offset)))
     for group in groups:
-        clusters = {}
+        clusters = defaultdict(list)
         for document, root, *place in group:
-            clusters.setdefault(root, []).append((document, *place))
+            clusters[root].append((document, *place))
         merged = []
         for cluster in clusters.values():
             apart = []
             for other in merged:
                 pair = next(((a[0], b[0]) for a in other for b in cluster
-                             if jaccard(shingle_set(*a), shingle_set(*b)) >= threshold), None)
+                             if jaccard(shingles(*a), shingles(*b)) >= threshold), None)
                 if pair is None:
                     apart.append(other)
                 else:
@@ -2915,13 +2823,13 @@ def minhash_deduplication(input_files, num_hashes, num_bands, ngrams, jaccard_th
             num_workers, memory_mb, progress=progress)
         gone = np.flatnonzero(survivor != np.arange(len(survivor)))
         duplicates = [(*signed.locate(i), *signed.locate(survivor[i])) for i in gone]
-        dropped = {}
+        dropped = defaultdict(set)
         for path, offset, *_ in duplicates:
-            dropped.setdefault(path, set()).add(offset)
+            dropped[path].add(offset)
         for path in inputs:
             part = Path(temporary) / "output"
             if path.suffix == ".jsonl":
-                copy_lines(path, part, dropped.get(str(path), ()))
+                copy_lines(path, part, dropped[str(path)])
             elif str(path) in dropped:
                 outputs[path].unlink(missing_ok=True)  # of an earlier run
                 continue
@@ -3044,22 +2952,20 @@ class Judge:
         self.rules = choose_rules(options.rules, options.threshold)
         self.blocked = set(Path(options.blocklist).read_text("utf-8").lower().split()) \
             if options.blocklist else set()
-        # models are read once, before workers start
-        self.classifiers = {kind: load_classifier(kind, getattr(options, f"{kind}_model"))
-                            for kind in CLASSIFIERS}
-        used = {"language": options.languages, "nsfw": not options.no_harm,
-                "toxic": not options.no_harm, "quality": options.quality_model}
-        for kind, wanted in (("language", options.languages), ("nsfw", HARMFUL), ("toxic", HARMFUL),
-                             ("quality", [options.quality_label])):
-            model = used[kind] and self.classifiers[kind].model
-            if model and not set(wanted) & set(model.labels):
+        harmful = () if options.no_harm else HARMFUL
+        wanted = {"language": options.languages, "nsfw": harmful, "toxic": harmful,
+                  "quality": [options.quality_label] if options.quality_model else ()}
+        self.classifiers, self.methods = {}, {}  # models are read once, before workers start
+        for kind, labels in wanted.items():
+            judge = load_classifier(kind, getattr(options, f"{kind}_model"))
+            self.classifiers[kind] = judge
+            self.methods[kind] = judge.method if labels else "not judged"
+            if judge.model and labels and not set(labels) & set(judge.model.labels):
                 flag = {"language": "--languages", "quality": "--quality_label"}.get(kind)
                 raise ValueError(
-                    f"--{kind}_model must have a label of {', '.join(wanted)}, got a model with "
-                    f"{', '.join(sorted(model.labels)[:9])}; name "
+                    f"--{kind}_model must have a label of {', '.join(labels)}, got a model with "
+                    f"{', '.join(sorted(judge.model.labels)[:9])}; name "
                     f"{f'one of its labels by {flag}' if flag else 'a model of harmful text'}")
-        self.methods = {kind: self.classifiers[kind].method if on else "not judged"
-                        for kind, on in used.items()}
         self.stages = [(name, function) for name, function, on in (
             ("address", self.check_address, self.blocked),
             ("language", self.check_language, options.languages),
@@ -3298,8 +3204,92 @@ def work(number, path, judge, folder, shared, skipped, careful, errors):
         if local != Path(path) and not stop:
             local.unlink()
     except (ValueError, OSError) as error:
-        errors.put((number, str(error)))
+        errors.put(str(error))
         sys.exit(1)
+
+
+class Workers:
+    """The processes that filter a run's files, one a file; who dies or hangs is replaced."""
+
+    def __init__(self, run):
+        self.run, self.context = run, multiprocessing.get_context(bpe.START_METHOD)
+        self.errors, self.active = self.context.SimpleQueue(), {}  # {file: (process, shared)}
+        self.careful, self.deaths = set(), Counter()  # files with a death, deaths at each record
+
+    def filter_files(self, files):
+        """Keeps num_workers processes at work until each of the numbered files is done."""
+        run, states = self.run, {n: Shard(self.run.parts, n).state for n in files}
+        self.waiting = [n for n in files if not states[n]["done"]][::-1]
+        done = {n: state["place"][0] for n, state in states.items()}
+        documents = Counter()
+        line = bpe.Progress("filter", sum(run.sizes[n] for n in files), "bytes",
+                            done=sum(done.values()))
+        try:
+            while (self.waiting and not run.stop) or self.active:
+                while self.waiting and not run.stop and len(self.active) < run.args.num_workers:
+                    self.start(self.waiting.pop())
+                time.sleep(0.02)
+                for number, (process, shared) in list(self.active.items()):
+                    done[number], documents[number, process.pid] = int(shared[0]), int(shared[3])
+                    if run.stop:
+                        process.terminate()
+                    self.watch(number, process, shared)
+                rate = documents.total() / (time.perf_counter() - line.started)
+                line.name = f"filter, {documents.total():,} documents, {rate:,.0f} a second"
+                line.update(sum(done.values()))
+        finally:
+            for process, _ in self.active.values():
+                process.terminate()
+            for process, _ in self.active.values():
+                process.join(10)
+                process.kill()
+        line.close()
+
+    def start(self, number):
+        run, shared = self.run, self.context.Array("d", [0, -1, time.monotonic(), 0], lock=False)
+        process = self.context.Process(target=work, args=(
+            number, run.inputs[number], run.judge, run.parts, shared, self.skipped(number),
+            number in self.careful, self.errors))
+        process.start()
+        self.active[number] = process, shared
+
+    def skipped(self, number):
+        """Returns the places of records that killed their worker, of one file."""
+        path = self.run.parts / f"{number:05d}.skip"
+        return json.loads(path.read_text()) if path.exists() else []
+
+    def watch(self, number, process, shared):
+        """Sees to one worker: at work, done, stuck, or dead."""
+        stuck = shared[1] >= 0 and time.monotonic() - shared[2] > STUCK_S
+        if process.is_alive() and not stuck:
+            return
+        if stuck:
+            process.kill()
+        process.join()
+        del self.active[number]
+        if process.exitcode == 1:
+            message = "see above" if self.errors.empty() else self.errors.get()
+            raise OSError(f"{self.run.inputs[number]}: {message}")
+        if self.run.stop or process.exitcode == 0 and Shard(self.run.parts, number).state["done"]:
+            return
+        self.waiting.append(number)
+        if process.exitcode:
+            self.note_death(number, (int(shared[0]), int(shared[1])), stuck)
+
+    def note_death(self, number, place, stuck):
+        """A worker died: its file is read with care, then the record that kills again is left."""
+        if number not in self.careful:
+            self.careful.add(number)
+            return
+        self.deaths[number, place] += 2 if stuck else 1
+        if self.deaths[number, place] > 1 and place[1] >= 0:
+            bpe.write_atomically(self.run.parts / f"{number:05d}.skip", json.dumps(
+                [*self.skipped(number), list(place)]).encode())
+            print(f"{self.run.inputs[number]}: the record at {place} killed its worker; skipped",
+                  flush=True)
+        elif self.deaths[number, place] > 3:
+            raise OSError("a worker must live, got one that died thrice before its first record of "
+                          f"{self.run.inputs[number]}; see the system's log")
 
 
 # ---------------------------------------------------------------- inputs
@@ -3415,7 +3405,6 @@ class Run:
             if "://" not in path:
                 next(read_records(path), None)
         self.judge, self.funnel = Judge(args), Funnel()
-        self.careful, self.deaths = set(), Counter()
 
     def run(self):
         """Filters files, then all documents together; returns 0, or 128 + a signal."""
@@ -3423,7 +3412,7 @@ class Run:
         before = [signal.signal(number, lambda number, frame: self.stop.append(number))
                   for number in (signal.SIGTERM, signal.SIGINT)]
         try:
-            self.filter_files()
+            Workers(self).filter_files(range(self.rank, len(self.inputs), self.world))
         finally:  # the rest may end anywhere, and is then done anew
             signal.signal(signal.SIGTERM, before[0])
             signal.signal(signal.SIGINT, before[1])
@@ -3469,86 +3458,6 @@ class Run:
             remove_run(self.out_dir)
         if not path.exists():
             bpe.write_atomically(path, json.dumps(plan, indent=1).encode())
-
-    def filter_files(self):
-        """Keeps num_workers processes at work until each of this rank's files is done."""
-        mine = range(self.rank, len(self.inputs), self.world)
-        states = {n: Shard(self.parts, n).state for n in mine}
-        waiting = [n for n in mine if not states[n]["done"]][::-1]
-        context = multiprocessing.get_context(bpe.START_METHOD)
-        errors, active = context.SimpleQueue(), {}
-        done = {n: state["place"][0] for n, state in states.items()}
-        line = bpe.Progress("filter", sum(self.sizes[n] for n in mine), "bytes",
-                            done=sum(done.values()))
-        documents = Counter()
-        try:
-            while (waiting and not self.stop) or active:
-                while waiting and not self.stop and len(active) < self.args.num_workers:
-                    number = waiting.pop()
-                    active[number] = self.start_worker(context, number, errors)
-                time.sleep(0.02)
-                for number, (process, shared) in list(active.items()):
-                    done[number], documents[number, process.pid] = int(shared[0]), int(shared[3])
-                    if self.stop:
-                        process.terminate()
-                    self.watch(number, process, shared, active, waiting, errors)
-                rate = documents.total() / (time.perf_counter() - line.started)
-                line.name = f"filter, {documents.total():,} documents, {rate:,.0f} a second"
-                line.update(sum(done.values()))
-        finally:
-            for process, _ in active.values():
-                process.terminate()
-            for process, _ in active.values():
-                process.join(10)
-                if process.is_alive():
-                    process.kill()
-        line.close()
-
-    def skipped(self, number):
-        """Returns the places of records that killed their worker, of one file."""
-        path = self.parts / f"{number:05d}.skip"
-        return json.loads(path.read_text()) if path.exists() else []
-
-    def start_worker(self, context, number, errors):
-        shared = context.Array("d", [0, -1, time.monotonic(), 0], lock=False)
-        process = context.Process(target=work, args=(
-            number, self.inputs[number], self.judge, self.parts, shared, self.skipped(number),
-            number in self.careful, errors))
-        process.start()
-        return process, shared
-
-    def watch(self, number, process, shared, active, waiting, errors):
-        """Sees to one worker: at work, done, stuck, or dead."""
-        stuck = shared[1] >= 0 and time.monotonic() - shared[2] > STUCK_S
-        if process.is_alive() and not stuck:
-            return
-        if stuck:
-            process.kill()
-        process.join()
-        del active[number]
-        if process.exitcode == 1:
-            _, message = errors.get() if not errors.empty() else (number, "see above")
-            raise OSError(f"{self.inputs[number]}: {message}")
-        if self.stop or process.exitcode == 0 and Shard(self.parts, number).state["done"]:
-            return
-        waiting.append(number)
-        if process.exitcode:
-            self.note_death(number, (int(shared[0]), int(shared[1])), stuck)
-
-    def note_death(self, number, place, stuck):
-        """A worker died: its file is read with care, then the record that kills again is left."""
-        if number not in self.careful:
-            self.careful.add(number)
-            return
-        self.deaths[number, place] += 2 if stuck else 1
-        if self.deaths[number, place] > 1 and place[1] >= 0:
-            bpe.write_atomically(self.parts / f"{number:05d}.skip", json.dumps(
-                [*self.skipped(number), list(place)]).encode())
-            print(f"{self.inputs[number]}: the record at {place} killed its worker; skipped",
-                  flush=True)
-        elif self.deaths[number, place] > 3:
-            raise OSError(f"a worker must live, got one killed {self.deaths[number, place]} times "
-                          f"before its first record of {self.inputs[number]}; see the system's log")
 
     def barrier(self):
         """Waits for the other ranks, where there are any."""
@@ -3910,8 +3819,8 @@ def refuse_unused(args, where, names):
             raise ValueError(f"--{name} must have a use, got {value} with {where}; leave it out")
 
 
-TRAINING = {"dim": 50, "epoch": 5, "lr": 0.1, "word_ngrams": 2, "bucket": 200_000, "minn": 0,
-            "maxn": 0, "min_count": 1}
+TRAINING = {name: default for name, default in train_fasttext.__kwdefaults__.items()
+            if name not in ("lower", "seed", "progress")}
 
 
 def read_texts(path):
@@ -3939,10 +3848,10 @@ def train_classifier(args):
     answers = model.predict([text for text, _ in parts[1]], k=-1)
     scores = [dict(zip(*answer, strict=True)).get(args.labels[0], 0.5) for answer in answers]
     auc = area_under_curve(scores, [label == args.labels[0] for _, label in parts[1]])
-    notes = {"lower": model.lower, "labels": args.labels, "texts": len(parts[0]), "held_out":
+    notes = {"lower": not args.cased, "labels": args.labels, "texts": len(parts[0]), "held_out":
              len(parts[1]), "auc": None if math.isnan(auc) else round(auc, 4), **settings}
     bpe.write_atomically(f"{args.model}.json", (json.dumps(notes) + "\n").encode())
-    print(f"{args.model}: {len(parts[0]):,} texts, {len(model.words):,} words | AUC {auc:.4f} on "
+    print(f"{args.model}: {len(parts[0]):,} texts, {len(counts):,} words | AUC {auc:.4f} on "
           f"{len(parts[1]):,} held out | {time.perf_counter() - started:.1f} s")
 
 
@@ -4027,9 +3936,13 @@ def bench_page(text):
             f"<footer><ul>{menu}</ul></footer></body></html>").encode()
 
 
-def bench_record(kind, url, content_type, body):
-    return (f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {url}\r\nContent-Type: "
-            f"{content_type}\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body + b"\r\n\r\n"
+def bench_archive(path, kind, content_type, bodies):
+    """Writes an archive, a gzip member for each body; returns its size in MB."""
+    path.write_bytes(b"".join(gzip.compress(
+        f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: http://example.com/{n}\r\nContent-Type:"
+        f" {content_type}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body + b"\r\n\r\n")
+        for n, body in enumerate(bodies)))
+    return path.stat().st_size / 1e6
 
 
 def check_before_bench(texts, model, minhash):
@@ -4039,41 +3952,36 @@ def check_before_bench(texts, model, minhash):
     assert model.predict(texts[:5]) == [model.predict([text])[0] for text in texts[:5]]
     assert gopher_quality_filter(texts[0]) and not gopher_quality_filter(texts[0][:200])
     assert mask_phone_numbers(f"{texts[0]} 283-182-3829")[1] == 1
-    a, b = (minhash.shingle_set(text) for text in texts[:2])
-    high = [int(s) >> 32 for s in a]
-    assert minhash.signature(a).tolist() == [
+    shingles = minhash.shingle_set(texts[0])
+    high = [int(shingle) >> 32 for shingle in shingles]
+    assert minhash.signature(shingles).tolist() == [
         min((int(f) * x + int(o)) % 2**32 for x in high)
         for f, o in zip(minhash.factors[:, 0], minhash.offsets[:, 0], strict=True)]
-    assert jaccard(a, b) == len(set(a) & set(b)) / len(set(a) | set(b))
 
 
-def bench_jobs(texts, folder, options):
+def bench_jobs(texts, folder):
     """Returns {name: (amount of work, its unit a second, function)}."""
     model, _ = train_fasttext(texts[:20], ["a", "b"] * 10, dim=16, word_ngrams=1, minn=2, maxn=4)
     minhash, pages = MinHash(128, 16), [bench_page(text) for text in texts]
     check_before_bench(texts, model, minhash)
     http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n"
-    paths = folder / "a.warc.gz", folder / "a.warc.wet.gz"
-    for path, kind, type_, bodies in (
-            (paths[0], "response", "application/http", [http + page for page in pages]),
-            (paths[1], "conversion", "text/plain", [text.encode() for text in texts])):
-        path.write_bytes(b"".join(gzip.compress(bench_record(kind, f"http://example.com/{n}", type_,
-                                                             body))
-                                  for n, body in enumerate(bodies)))
-    assert [record.data for record in read_records(paths[0])] == pages
-    judge, sizes = Judge(options), [path.stat().st_size / 1e6 for path in paths]
-    rules = [rule for rules in choose_rules(RULES).values() for rule in rules]
-    (folder / "parts").mkdir()
+    warc, wet = folder / "a.warc.gz", folder / "a.warc.wet.gz"
+    warc_mb = bench_archive(warc, "response", "application/http", [http + page for page in pages])
+    wet_mb = bench_archive(wet, "conversion", "text/plain", map(str.encode, texts))
+    assert [record.data for record in read_records(warc)] == pages
+    options = build_parser().parse_args(["run", "--input", "-"])
+    options.languages, options.rules = LANGUAGES, ["gopher"]
+    options.language_score, options.harm_score = 0.0, 2.0  # nothing falls: all stages are timed
+    judge, rules = Judge(options), list(chain.from_iterable(choose_rules(RULES).values()))
 
     def funnel():
-        shutil.rmtree(folder / "parts")
-        (folder / "parts").mkdir()
-        filter_file(0, paths[1], judge, folder / "parts", [0] * 4)
+        with tempfile.TemporaryDirectory(dir=folder) as parts:
+            filter_file(0, wet, judge, Path(parts), [0] * 4)
         assert judge.funnel.stages["pii"]["documents_out"] > 0
 
     text_mb, html_mb = sum(map(len, texts)) / 1e6, sum(map(len, pages)) / 1e6
     return {
-        "records": (sizes[0], "MB gz/s", lambda: list(read_records(paths[0]))),
+        "records": (warc_mb, "MB gz/s", lambda: list(read_records(warc))),
         "text plain": (html_mb, "MB/s", lambda: [*map(extract_text_from_html_bytes, pages)]),
         "text main": (html_mb, "MB/s",
                       lambda: [extract_text_from_html_bytes(page, "main") for page in pages]),
@@ -4085,31 +3993,30 @@ def bench_jobs(texts, folder, options):
                       lambda: [rule(Document(t), **s) for t in texts for rule, s in rules]),
         "word list": (text_mb, "MB/s", lambda: [word_list_score(t, TOXIC_WORDS) for t in texts]),
         "minhash": (len(texts), "documents/s", lambda: [minhash.keys(text) for text in texts]),
-        "wet funnel": (sizes[1], "MB gz/s", funnel)}
+        "wet funnel": (wet_mb, "MB gz/s", funnel)}
 
 
 def bench(args):
     """Times each stage on random texts, and the funnel on a WET file of them."""
     texts = bench_texts(args.documents, 1261)
-    options = build_parser().parse_args(["run", "--input", "-"])
-    options.languages, options.rules = LANGUAGES, ["gopher"]
-    options.language_score, options.harm_score = 0.0, 2.0  # nothing falls: all stages are timed
     print(f"{len(texts)} texts of 1,261 words, one process, {args.repeats} repeats after one that "
           "fills caches; a second of CPU time")
     result = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (amount, unit, job) in bench_jobs(texts, Path(folder), options).items():
-            times = []
+        for name, (amount, unit, job) in bench_jobs(texts, Path(folder)).items():
+            rates = []
             for _ in range(args.repeats + 1):
                 started = time.process_time()
                 job()
-                times.append(time.process_time() - started)
-            rates = sorted(amount / seconds for seconds in times[1:])
+                rates.append(amount / (time.process_time() - started))
+            first, *rates = rates
             result[name] = round(float(np.median(rates)), 2)
-            print(f"{name:<12}{result[name]:>10,.2f} {unit:<12} ({rates[0]:,.2f} to "
-                  f"{rates[-1]:,.2f}, first {amount / times[0]:,.2f})")
+            print(f"{name:<12}{result[name]:>10,.2f} {unit:<12} ({min(rates):,.2f} to "
+                  f"{max(rates):,.2f}, first {first:,.2f})")
     print(json.dumps(result))
 
+
+# ---------------------------------------------------------------- the command line
 
 def add_run_flags(add):
     add("--input", nargs="+", required=True,

@@ -233,6 +233,10 @@ def test_a_file_that_is_no_warc_is_refused(tmp_path, data):
      "これは日本語の文章です。とてもおもしろい。"),
     ("<p>これは日本語の文章です。とてもおもしろい。".encode("cp932"), None,
      "これは日本語の文章です。とてもおもしろい。"),
+    ("<p>孩子们在花园里玩，因为今天的天气非常好。".encode("gb18030"), None, "孩子们在花园里玩，因为今天的天气非常好。"),
+    ("<p>孩子們在花園裡玩，因為今天的天氣非常好。".encode("big5"), None, "孩子們在花園裡玩，因為今天的天氣非常好。"),
+    ("<p>Il treno è partito con dieci minuti di ritardo".encode("cp1252"), None,
+     "Il treno è partito con dieci minuti di ritardo"),
 ])
 def test_the_encoding_is_found_in_the_order_of_the_standard(data, content_type, text):
     assert extract_text_from_html_bytes(data, content_type=content_type) == text
@@ -676,7 +680,7 @@ def test_bad_input_is_refused_in_one_line(warc, tmp_path, capsys):
     assert "--rules" in refused(capsys, "run", "--input", warc, "--rules", "golfer", *out)
     for threshold in ("a.b=1", "word_count.low=30,40", "word_count.low=nan"):
         assert "--threshold" in refused(capsys, "run", "--input", warc, "--threshold", threshold, *out)
-    assert "3 numbers" in refused(capsys, "run", "--input", warc, "--rules", "gopher_repetition",
+    assert "numbers as its default" in refused(capsys, "run", "--input", warc, "--rules", "gopher_repetition",
                                   "--threshold", "top_ngrams.high=0.5", *out)
     for flag, value in (("num_hashes", 100), ("jaccard_threshold", 2), ("decontaminate_ngram", 0),
                         ("decontaminate", tmp_path / "none"), ("language_score", "nan"), ("harm_score", -1)):
@@ -1048,7 +1052,7 @@ def test_predictions_of_model_files_are_those_of_the_definition(tmp_path, loss, 
 def test_one_text_or_many_give_the_same_predictions():
     model, _ = toy_model(minn=2, maxn=3)
     together = model.predict(TEXTS)
-    model.forget()
+    model.dictionary.forget()
     assert together == [model.predict([text])[0] for text in TEXTS]
 
 
