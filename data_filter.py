@@ -940,10 +940,10 @@ EXTENSION = r"(?: ?(?:x|ext\.?|extension) ?\d{1,6}\b)?"
 PHONE = re.compile(
     rf"(?<![\w.+#$€£&-])(?<!\d[,:/])(?<![^\W\d]/)(?<!//)(?:(?:\+1|\b(?:00)?1){DASH}?{DASH}?)?"
     rf"(?:[([] ?[2-9]\d\d ?[])]{DASH}?{DASH}?\d{{3}}{DASH}?\d{{4}}|[2-9]\d\d/\d{{3}}-\d{{4}}"
-    rf"|[2-9]\d\d(?P<s>{DASH}|[ ]-[ ])\d{{3}}(?:(?P=s)|-)\d{{4}}|(?P<bare>[2-9]\d\d\d{{7}}))"
+    rf"|[2-9]\d\d(?P<s>{DASH}|[ ][-.][ ])\d{{3}}(?:(?P=s)|-)\d{{4}}|(?P<bare>[2-9]\d\d\d{{7}}))"
     rf"{EXTENSION}"
     rf"(?![\w@]|[-=][\w|]|/[^\W\d]|\.(?:\d|(?-i:[a-z]))|(?<=[ \d]\d{{4}})[ ,:]\d{{4}}\b|%)", re.I)
-MAYBE_PHONE = re.compile(rf"\d\d\d(?:{DASH}| - )?\d\d\d\d")  # every match of the others has one
+MAYBE_PHONE = re.compile(rf"\d\d\d(?:{DASH}| [-.] )?\d\d\d\d")  # every match of the others has one
 # What may stand before a number of groups that spaces part: its digits belong to no card.
 PLACE_OR_IP = re.compile(r"(?:\b[A-Z]{2} \d{5}(?:-\d{4})?|\b(?i:suite|ste\.?|apt\.?|unit|room|box|"
                          r"floor|since|est\.?) \d{1,5}|(?<![\d.])\d{1,3}(?:\.\d{1,3}){3})"
@@ -965,12 +965,12 @@ asin doi barcode patent version build case ref reference transaction confirmatio
 routing pp pages price batch docket document item model passport permit vin lot device sample
 renumbered compute calculate"""
 NUMBERED = IDENTIFIERS + """ id product member policy customer iban card ssn key article record
-employee student user licen[sc]e job population zip ein npi tin vat mrn claim membership reservation
-booking nhs medicare bug issue track"""  # before "number", "no." or "#"
-VERSIONS = r"""versions? ver v released? build firmware revision rev sections? § chapter clause
-paragraph rule article figure table appendix item oid driver update (?:up|down)graded? patch kernel
-sdk ec package assembly \w*version hotfix installer software app model edition theorem lemma
-exercise step firefox chrome chromium safari opera edge sql\sserver"""
+employee student user licen[sc]e pro job population zip ein npi tin vat mrn claim membership
+reservation booking nhs medicare bug issue track"""  # before "number", "no." or "#"
+VERSIONS = r"""versions? ver v released? build firmware revision rev sections? § art\.? sec\.?
+chapter clause paragraph rule article figure table appendix item oid driver update
+(?:up|down)graded? patch kernel sdk ec package assembly \w*version hotfix installer software app
+model edition theorem lemma exercise step firefox chrome chromium safari opera edge sql\sserver"""
 # Four numbers, the first and two others small, are a version or a section more often than an
 # address, unless words nearby are of the net or what touches them is.
 LOW_IP, SMALL = re.compile(r"(?!10\.)[12]?\d\.|3[01]\."), 32
@@ -994,8 +994,9 @@ PHONE_CONTEXT = said_before(
     PHONE_WORDS, r"\b(?:(?!\b(?:about|regarding|quoting|with)\b)[^\n\d]){0,40}")
 BARE_BEFORE = re.compile(r"\b(?:me|us|him|her|them|you|[A-Z]\w+) (?:at|on) $|\b[TPMFC][:.] ?$|"
                          r"\|\|\|[^\n\d]{0,30}$")
-BARE_AFTER = re.compile(r"[ ,(-]*(?:cell|mobile|home|work|office|phone|fax|if you|any ?time|"
-                        r"ask for|after \d|(?:or |and )?\|\|\||for (?:details|info|more|help)|"
+BARE_AFTER = re.compile(r"[ ,(-]*(?:cell|mobile|home|work|office|phone|fax|"
+                        r"(?:call|text) (?:or|me)|if you|any ?time|ask for|after \d|"
+                        r"(?:or |and )?\|\|\||for (?:details|info|more|help)|"
                         r"to (?:book|order|schedule|reserve|rsvp|register|speak))\b", re.I)
 PHONE_FIELD = said_before(PHONE_WORDS, r"[\w-]*=")
 IDENTIFIER_CONTEXT = said_before(IDENTIFIERS, AFTER_IDENTIFIER)
@@ -1014,6 +1015,7 @@ IP = re.compile(rf"(?<![A-Za-z0-9_.])(?<![A-Za-z][-_])(?<!(?<![\w:.])\d:)"
                 rf"(?<!\d-)(?:{OCTET}\.){{3}}{OCTET}"
                 r"(?![A-Za-z0-9_]|\.(?!\d{1,5}(?: >|: ))\w|-[A-Za-z]|"
                 r"(?<=(?:\.\d\d\d){3}),\d\d(?![\d.,]))")
+PROGRAM = re.compile(r"(?<![\w.])(?!localhost/)\w+[^\W\d]/$", re.I)  # Chrome/91.0.44.12
 PORT, PORT_OR_NET = re.compile(r":\d"), re.compile(r":\d|/\d\d?\b| - - ")
 LISTED = re.compile(r"\d(?:\.\d{1,5}){3}([^\n\d]{0,40})$")
 MAYBE_IP = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
@@ -1121,8 +1123,7 @@ def is_ip(match, last):
     if VERSION_CONTEXT.search(before) or VERSION_AFTER.match(text, end) or (
             PINNED_OR_DOI.search(before)):
         return False
-    if before[-1:] == "/" and before[-2:-1].isalpha() and not before.lower().endswith(
-            "localhost/") and not PORT.match(text, end):
+    if PROGRAM.search(before) and int(match[0].split(".")[1]) < SMALL and not PORT.match(text, end):
         return False
     if (listed := LISTED.search(line)) and start - len(listed[1]) != last and (
             not NET_WORDS.search(listed[1])):

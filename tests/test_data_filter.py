@@ -374,7 +374,8 @@ def test_us_and_canadian_numbers_are_masked(number):
     "IL 62704-1234 217 555 1234", "TX 75001 2175551234", "DOB 1990-01-01 {}", "To order: {}", "phone={}",
     "student phone number {}", "my number is {}", "Contact no. {}", "For invoice no. 7 call {}",
     "Reservations {} 2024", "001-415-555-2671", "415/555-2671", "( 283 ) 182-3829", "my number is 2831823829",
-    "2831823829", f"{EMAIL_MASK}, 2831823829", "2831823829 (cell)", "get him at 2831823829",
+    "2831823829", f"{EMAIL_MASK}, 2831823829", "2831823829 (cell)", "Joy, 2831823829 (call or text)",
+    "Reserve: 828 . 370 . 1175", "get him at 2831823829",
     "+1 416 555 0113 ext 44"])
 def test_a_telephone_after_other_numbers_or_words_is_masked(text):
     assert mask_phone_numbers(text.format("415-555-2671"))[1] == 1
@@ -393,7 +394,7 @@ def test_a_telephone_after_other_numbers_or_words_is_masked(text):
     "my order number is 4155552671", "tracking number 4155552671", "GB29 NWBK 6016 1331 9268 19",
     "Population rose from 2125550143 to", "2^32 is 4294967296 and", "Call about invoice 4155552671 now",
     "450-600-1200 units", "NHS number 943 476 5919", "212.555.0143 rupees", "8566104588\nSocks",
-    "Document 705.555.0162"])
+    "Document 705.555.0162", "PRO number 448-330-7719"])
 def test_other_numbers_are_no_telephones(trap):
     assert mask_phone_numbers(f"See {trap} there.") == (f"See {trap} there.", 0)
 
@@ -415,7 +416,9 @@ def test_other_numbers_are_no_telephones(trap):
     ("5.6.7.8 - - [10/Oct/2000:13:55:36]", f"{IP_MASK} - - [10/Oct/2000:13:55:36]"), ("1.2.3.4", IP_MASK),
     ("from 1.2.3.4 to 5.6.7.8", f"from {IP_MASK} to {IP_MASK}"), ("v1 of 5.9.8.7:80", f"v1 of {IP_MASK}:80"),
     ("blocked 5.9.88.7 twice", f"blocked {IP_MASK} twice"), ("服务器119.29.29.29在线", f"服务器{IP_MASK}在线"),
-    ("12.134.56.178 again", f"{IP_MASK} again")])
+    ("12.134.56.178 again", f"{IP_MASK} again"), ("Art. 4.3.2.1, lit. b", None),
+    ("s/10.0.5.17/10.0.5.71/g", f"s/{IP_MASK}/{IP_MASK}/g"), ("app/10.0.5.17", None),
+    ("HIER_DIRECT/23.215.0.136", f"HIER_DIRECT/{IP_MASK}"), ("/a.lan/10.7.0.53", f"/a.lan/{IP_MASK}")])
 def test_addresses_of_the_net_are_masked(text, masked):
     assert mask_ips(text) == (masked or text, (masked or "").count(IP_MASK))
 
