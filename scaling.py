@@ -2238,6 +2238,11 @@ def plan_sweep(budget, unit, vocab_size, machine):
             if cost <= budget:
                 return runs, cost
             cheapest = min(cheapest, cost)
+    if cheapest == math.inf:
+        raise ValueError(f"three profiles of four runs must be within {machine.max_tokens:.3g} "
+                         f"tokens and {MOST_S:.0f} s a run, got none that is, whatever the budget; "
+                         "give more --max_tokens or --speed, or smaller --margin, --vocab_size or "
+                         "--eval_tokens")
     raise ValueError("the budget must pay for three profiles of four runs within "
                      f"{machine.max_tokens:.3g} tokens and {MOST_S:.0f} s a run, got {budget:.4g} "
                      f"{unit} where the least is {cheapest:.4g}; give more, or more --max_tokens "

@@ -287,6 +287,7 @@ def plot(logs, out):
         axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(out, dpi=120)
+    print(f"wrote {out}")
 
 
 def build_parser():
