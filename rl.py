@@ -1702,8 +1702,12 @@ class Run:
             if set(given) - {"attention", "context_length"} or args.preset:
                 raise ValueError("a trained model has its shape, got --model and flags of a shape "
                                  f"({', '.join(given) or 'preset'}); leave those out")
+            length = given.pop("context_length", 0)
             self.model, self.tokenizer = load_model(args.model, self.device, torch.float32,
                                                     **given)
+            if length > self.model.config.context_length:  # a shorter one is of this run alone
+                self.model, self.tokenizer = load_model(args.model, self.device, torch.float32,
+                                                        context_length=length, **given)
         elif self.task:
             torch.manual_seed(args.seed)
             self.tokenizer = self.task.tokenizer
@@ -1717,6 +1721,7 @@ class Run:
         if self.task and self.tokenizer.sha256 != self.task.tokenizer.sha256:
             raise ValueError(f"--task {args.task} needs a model trained on it, got {args.model}, "
                              f"which has another tokenizer; make one with sft --task {args.task}")
+        self.context_length = args.context_length or self.model.config.context_length
         self.model.checkpoint_every = args.checkpoint_every
         self.reference = None
         if args.verb == "dpo" or getattr(args, "kl_coef", 0):
@@ -1728,7 +1733,7 @@ class Run:
         if self.device.type != "cuda":
             return True
         c, rows = self.model.config, self.args.rollout_batch
-        numbers = 2 * c.num_layers * c.num_kv_heads * c.d_head * c.context_length * rows
+        numbers = 2 * c.num_layers * c.num_kv_heads * c.d_head * self.context_length * rows
         return numbers * self.dtype.itemsize < torch.cuda.mem_get_info(self.device)[1] / 16
 
     # ranks: each does its contiguous share of what all of them drew; sums make one result
@@ -2460,7 +2465,7 @@ def encode_asked(run, problem):
 
 def encode_problems(run, problems):
     """Adds prompt_ids; drops, and counts, those that leave no room for a response."""
-    limit = run.model.config.context_length - run.args.max_new_tokens
+    limit = run.context_length - run.args.max_new_tokens
     problems = [{**p, "prompt_ids": encode_asked(run, p)} for p in problems]
     return keep_fitting(problems, lambda p: len(p["prompt_ids"]), limit, "prompts")
 
@@ -2477,7 +2482,7 @@ def encode_pairs(run, pairs):
         rows.append(row)
     return keep_fitting(rows, lambda r: len(r["prompt_ids"]) - 1
                         + max(len(r["tokens"]), len(r.get("rejected", ()))),
-                        run.model.config.context_length, "examples")
+                        run.context_length, "examples")
 
 
 def keep_fitting(rows, length, limit, what):
@@ -2554,7 +2559,7 @@ def prepare_pairs(run):
         if args.correct_only or args.examples or args.valid_data:
             raise ValueError("--packed takes a whole file, got --correct_only, --examples or "
                              "--valid_data too; leave them out")
-        length = run.model.config.context_length
+        length = run.context_length
         run.examples = PackedSFTDataset(run.tokenizer, args.data, length, True, args.seed)
         if not len(run.examples):
             raise ValueError(f"--packed needs more than context_length = {length} tokens, got "
@@ -2726,6 +2731,10 @@ def evaluate(args):
     if tokenizer is None:
         raise ValueError(f"{args.model} must have a tokenizer.json beside it, got none; copy it "
                          "there")
+    if args.max_new_tokens >= model.config.context_length:
+        raise ValueError(f"--max_new_tokens must leave room for a prompt in the model's context of "
+                         f"{model.config.context_length} tokens, got {args.max_new_tokens}; lower "
+                         "it")
     if not end_ids(tokenizer):
         print("the tokenizer has no end token: only --stop and --max_new_tokens end a response")
     done, file = open_generations(args, rank, barrier)

@@ -1502,6 +1502,19 @@ def gsm8k(tmp_path):
     return write(tmp_path / "g.jsonl", *({"question": f"{i} + 1?", "answer": f"so\n#### {i + 1}"} for i in range(5)))
 
 
+def test_a_shorter_context_is_the_runs_and_not_that_of_the_model_it_leaves(tmp_path, capsys):
+    base = byte_model(tmp_path / "m", context_length=64)
+    pairs = write_jsonl(tmp_path / "s.jsonl", [{"prompt": "1+1=", "response": "2"}] * 3)
+    for length, kept in (("16", 64), ("80", 80)):
+        out = tmp_path / length
+        assert rl.main(["sft", *base, "--data", pairs, "--packed", "--context_length", length, "--batch_size", "2",
+                        "--out_dir", str(out)]) == 0  # fmt: skip
+        assert lm.from_pretrained(out / "model").config.context_length == kept
+        assert rl.main(["sft", "--resume", "--out_dir", str(out), "--max_steps", "3"]) == 0
+    fails(capsys, [*eval_flags(tmp_path, out, "gsm8k", gsm8k(tmp_path)), "--max_new_tokens", "80"],
+          "must leave room for a prompt in the model's context of 80 tokens")
+
+
 def test_a_model_folder_tells_its_end_token_whatever_its_name_is(tmp_path, model_folder, capsys):
     file = model_folder / "tokenizer.json"
     file.write_text(file.read_text().replace("<|endoftext|>", "<eos>"))
