@@ -965,6 +965,7 @@ def read_records(path):
     """[(place, dict)] of a JSONL file (.gz too), a JSON list, or a csv file with a header.
     raises ValueError, naming the place, for what is none of these"""
     place = path = str(path)
+    csv.field_size_limit(2**31 - 1)  # not 131,072 characters: texts may be long
     try:
         opener = gzip.open if path.endswith(".gz") else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
@@ -978,7 +979,7 @@ def read_records(path):
             for i, line in enumerate(text.split("\n"), 1):
                 place = f"{path}:{i}"
                 records += [json.loads(line)] if line.strip() else [None]
-    except (OSError, EOFError, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as error:
         raise ValueError(f"{place} must be JSON or csv that can be read, got: {error}; give a "
                          "file with one object a line") from None
     found = [(f"{path}:{i}", r) for i, r in enumerate(records, 1) if r is not None]
@@ -998,9 +999,10 @@ def pick(place, record, *names):
         raise ValueError(f"{place} must have the field {' or '.join(names)}, got "
                          f"{', '.join(map(str, record))}; rename or add it")
     value = values[0] if isinstance(values[0], str) else json.dumps(values[0])
-    if not value.strip():
-        raise ValueError(f"{place} must have text in {' or '.join(names)}, got an empty one; fill "
-                         "it or drop the record")
+    if not value.strip() or isinstance(values[0], (list, dict)):
+        got = value[:40].strip() or "an empty one"
+        raise ValueError(f"{place} must have text in {' or '.join(names)}, got {got}; write some, "
+                         "or drop the record")
     return value
 
 
@@ -1111,10 +1113,15 @@ def masked_mean(tensor, mask, dim=None):
 def compute_entropy(logits):
     """The entropy (...) in nats of softmax(logits), logits (..., V); equal ones give ln V.
     source: [1] compute_entropy"""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = from_peak(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     log_p = logits - logits.logsumexp(-1, keepdim=True)
     log_p = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # -inf has probability 0, not NaN
     return -(log_p.exp() * log_p).sum(-1)
+
+
+def from_peak(logits):
+    """The logits less their greatest, whose sum of exponents does not round away small ones."""
+    return logits - logits.detach().amax(-1, keepdim=True)
 
 
 def spans(size, step):
@@ -1210,7 +1217,8 @@ def token_log_probs(model, input_ids, labels, mask=None, temperature=1.0):
     if not hasattr(model, "hidden_states"):
         logits = model(input_ids)
         logits = getattr(logits, "logits", logits)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        logits = from_peak(logits.to(wide)) / temperature
         picked = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         return picked - logits.logsumexp(-1), compute_entropy(logits)
     mask = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
@@ -1258,7 +1266,17 @@ def end_ids(tokenizer):
     """The ids that end a text, the first one is appended to text; () where there is none."""
     if hasattr(tokenizer, "eos_token_id"):
         return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    return special_ids(tokenizer, *END_TOKENS)
+    return special_ids(tokenizer, *dict.fromkeys((*END_TOKENS, *getattr(tokenizer, "ends", ()))))
+
+
+def load_model(path, *place, **given):
+    """lm.load_model, with a tokenizer that also knows the ends that the folder's config.json has:
+    they may have any name."""
+    model, tokenizer = lm.load_model(path, *place, **given)
+    if tokenizer and "eos_token_id" in model.text_bounds:
+        special = lm.special_ids(tokenizer)
+        tokenizer.ends = [special[i] for i in lm.end_ids(model, tokenizer) if i in special]
+    return model, tokenizer
 
 
 def begin_ids(tokenizer):
@@ -1284,9 +1302,10 @@ def pad_id(tokenizer):
 def pad_pairs(pairs, pad=0, device="cpu"):
     """{"input_ids", "labels", "response_mask"}, each (B, T), of pairs of lists (prompt ids,
     response ids): labels are input_ids one token on, the mask has the labels in a response."""
-    prompts, responses = np.array([(len(p), len(r)) for p, r in pairs]).T[:, :, None]
+    lengths = np.array([(len(p), len(r)) for p, r in pairs], np.int64).reshape(-1, 2)
+    prompts, responses = lengths.T[:, :, None]
     ends = prompts + responses
-    place = np.arange(ends.max())
+    place = np.arange(ends.max(initial=1))
     ids = np.full((len(pairs), len(place)), pad)
     tokens = itertools.chain.from_iterable(itertools.chain.from_iterable(pairs))
     ids[place < ends] = np.fromiter(tokens, np.int64, ends.sum())
@@ -1643,6 +1662,8 @@ class Run:
         self.checkpoint = self.out_dir / "checkpoint.pt"
         if reason:
             print(reason)
+        if self.out_dir.exists() and not self.out_dir.is_dir():
+            raise ValueError(f"out_dir must be a folder, got the file {self.out_dir}; give another")
         holds_a_run = any((self.out_dir / f).exists() for f in ("log.jsonl", "checkpoint.pt"))
         if holds_a_run and not (args.resume or args.overwrite):
             raise ValueError(f"out_dir must be a new folder, got {self.out_dir}, which holds a run;"
@@ -1657,7 +1678,7 @@ class Run:
         # all that is random comes of the seed and these two counts, so that a run can go on
         self.step = self.position = self.rollouts = 0
         self.saved, self.signals, self.said, self.gaps, self.dry = 0, [], set(), [], 0
-        self.sampler, self.log, self.evaluated = None, None, -1
+        self.sampler, self.log, self.evaluated, self.stop = None, None, -1, args.stop
         self.graphs = {} if self.has_room_for_caches() else None
         args.prepare(self)
         if args.resume:
@@ -1681,8 +1702,12 @@ class Run:
             if set(given) - {"attention", "context_length"} or args.preset:
                 raise ValueError("a trained model has its shape, got --model and flags of a shape "
                                  f"({', '.join(given) or 'preset'}); leave those out")
-            self.model, self.tokenizer = lm.load_model(args.model, self.device, torch.float32,
-                                                       **given)
+            length = given.pop("context_length", 0)
+            self.model, self.tokenizer = load_model(args.model, self.device, torch.float32,
+                                                    **given)
+            if length > self.model.config.context_length:  # a shorter one is of this run alone
+                self.model, self.tokenizer = load_model(args.model, self.device, torch.float32,
+                                                        context_length=length, **given)
         elif self.task:
             torch.manual_seed(args.seed)
             self.tokenizer = self.task.tokenizer
@@ -1696,6 +1721,7 @@ class Run:
         if self.task and self.tokenizer.sha256 != self.task.tokenizer.sha256:
             raise ValueError(f"--task {args.task} needs a model trained on it, got {args.model}, "
                              f"which has another tokenizer; make one with sft --task {args.task}")
+        self.context_length = args.context_length or self.model.config.context_length
         self.model.checkpoint_every = args.checkpoint_every
         self.reference = None
         if args.verb == "dpo" or getattr(args, "kl_coef", 0):
@@ -1707,7 +1733,7 @@ class Run:
         if self.device.type != "cuda":
             return True
         c, rows = self.model.config, self.args.rollout_batch
-        numbers = 2 * c.num_layers * c.num_kv_heads * c.d_head * c.context_length * rows
+        numbers = 2 * c.num_layers * c.num_kv_heads * c.d_head * self.context_length * rows
         return numbers * self.dtype.itemsize < torch.cuda.mem_get_info(self.device)[1] / 16
 
     # ranks: each does its contiguous share of what all of them drew; sums make one result
@@ -1786,7 +1812,7 @@ class Run:
             chosen = [problems[i] for i in places[part]]
             with lm.compute_context(self.device, self.dtype):
                 rows += rollout(model, self.tokenizer, [p["prompt_ids"] for p in chosen],
-                                args.max_new_tokens, temperature, top_p, group_size, args.stop,
+                                args.max_new_tokens, temperature, top_p, group_size, self.stop,
                                 seed, places[part][0] * group_size, self.graphs)
         for i, row in enumerate(rows):
             row["group"] = places[i // group_size]
@@ -2240,7 +2266,7 @@ def solve_held_out(run, last):
         rows = run.rollout(problems, n, temperature)
         right = [sum(is_right(r) for r in rows[g]) for g in spans(len(rows), n)]
         kind_of = [kinds[row["group"]] for row in rows[::n]]
-        for k, kind in itertools.product({1, n}, (None, *sorted({*kinds} - {None}))):
+        for k, kind in itertools.product(sorted({1, n}), (None, *sorted({*kinds} - {None}))):
             key = "greedy" if name == "greedy" else f"pass@{k}"
             found = sum(pass_at_k(n, c, k) for c, of in zip(right, kind_of, strict=True)
                         if kind in (None, of))
@@ -2439,7 +2465,7 @@ def encode_asked(run, problem):
 
 def encode_problems(run, problems):
     """Adds prompt_ids; drops, and counts, those that leave no room for a response."""
-    limit = run.model.config.context_length - run.args.max_new_tokens
+    limit = run.context_length - run.args.max_new_tokens
     problems = [{**p, "prompt_ids": encode_asked(run, p)} for p in problems]
     return keep_fitting(problems, lambda p: len(p["prompt_ids"]), limit, "prompts")
 
@@ -2456,7 +2482,7 @@ def encode_pairs(run, pairs):
         rows.append(row)
     return keep_fitting(rows, lambda r: len(r["prompt_ids"]) - 1
                         + max(len(r["tokens"]), len(r.get("rejected", ()))),
-                        run.model.config.context_length, "examples")
+                        run.context_length, "examples")
 
 
 def keep_fitting(rows, length, limit, what):
@@ -2496,6 +2522,9 @@ def prepare_problems(run):
         if args.overlong_buffer > args.max_new_tokens:
             raise ValueError("--overlong_buffer must be at most --max_new_tokens, got "
                              f"{args.overlong_buffer} and {args.max_new_tokens}; lower it")
+        if 0 < args.dual_clip <= 1:  # it would bound, and so stop, what is on-policy too
+            raise ValueError(f"--dual_clip must be above 1, got {args.dual_clip}; 3 is usual, 0 is "
+                             "none")
     held_out = []
     if run.task:
         held_out, _, problems = task_problems(args, run.task, args.problems)
@@ -2516,7 +2545,7 @@ def hold_out(run, problems):
     else:
         reward_fn = r1_zero_reward if args.prompt == "r1_zero" else question_only_reward
         run.reward_fn = functools.partial(reward_fn, strict=args.strict)
-        args.stop = args.stop or list(STOPS.get(args.prompt, ()))
+        run.stop = args.stop or STOPS.get(args.prompt, ())
         problems = read_problems(args.valid_data)[: args.eval_problems] if args.valid_data else []
     run.held_out = encode_problems(run, problems) if problems else []
 
@@ -2530,7 +2559,7 @@ def prepare_pairs(run):
         if args.correct_only or args.examples or args.valid_data:
             raise ValueError("--packed takes a whole file, got --correct_only, --examples or "
                              "--valid_data too; leave them out")
-        length = run.model.config.context_length
+        length = run.context_length
         run.examples = PackedSFTDataset(run.tokenizer, args.data, length, True, args.seed)
         if not len(run.examples):
             raise ValueError(f"--packed needs more than context_length = {length} tokens, got "
@@ -2698,10 +2727,16 @@ def evaluate(args):
     dtype, reason = lm.resolve_dtype(args.dtype, device)
     if reason:
         print(reason)
-    model, tokenizer = lm.load_model(args.model, device, dtype)
+    model, tokenizer = load_model(args.model, device, dtype)
     if tokenizer is None:
         raise ValueError(f"{args.model} must have a tokenizer.json beside it, got none; copy it "
                          "there")
+    if args.max_new_tokens >= model.config.context_length:
+        raise ValueError(f"--max_new_tokens must leave room for a prompt in the model's context of "
+                         f"{model.config.context_length} tokens, got {args.max_new_tokens}; lower "
+                         "it")
+    if not end_ids(tokenizer):
+        print("the tokenizer has no end token: only --stop and --max_new_tokens end a response")
     done, file = open_generations(args, rank, barrier)
     began, old = time.perf_counter(), len(done)
     with file:
@@ -2772,12 +2807,18 @@ def train(args):
 
 def unused_flags(args):
     """The names of flags that have no say in this run: what is ignored is told."""
-    evaluation = ["eval_problems", "eval_samples", "eval_every"]
+    evaluation, losses = ["eval_problems", "eval_samples", "eval_every"], []
+    if args.verb == "grpo":
+        losses = [*["kl", "kl_in"] * (not args.kl_coef),
+                  *["advantage_eps"] * (not args.normalize_by_std),
+                  *["dual_clip", "clip_low"] * (args.surrogate != "clip"),
+                  *["clip_high"] * (args.surrogate in ("reinforce", "ratio")),
+                  *["ratio"] * (args.surrogate == "reinforce")]
     sampling = ["max_new_tokens", "stop", "rollout_batch", "eval_samples", "strict"]
     if args.task:
         others = {"addition": ["numbers"], "countdown": ["digits"]}[args.task]
-        return ["prompt", *others, *sampling * (args.verb == "dpo")]
-    names = ["digits", "numbers", "problems", *["prompt"] * args.packed]
+        return [*losses, "prompt", *others, *sampling * (args.verb == "dpo")]
+    names = [*losses, "digits", "numbers", "problems", *["prompt"] * args.packed]
     if not args.valid_data:
         names += evaluation
     samples = args.verb in ("ei", "grpo") or args.valid_data and args.verb == "sft"

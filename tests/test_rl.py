@@ -94,6 +94,7 @@ def test_entropy_is_that_of_the_softmax_and_survives_extreme_logits():
     close(rl.compute_entropy(torch.zeros(5, 8)), torch.full((5,), math.log(8)), **F32)
     extreme = torch.tensor([[1e4, 0.0, 0.0], [3.0, 3.0, -math.inf], [-1e30, 0.0, 0.0]])
     close(rl.compute_entropy(extreme), [0.0, math.log(2), math.log(2)], **F32)
+    close(rl.compute_entropy(torch.full((2, 8), 1e30)), [math.log(8)] * 2, **F32)
     assert rl.compute_entropy(torch.zeros(4, dtype=torch.bfloat16)).dtype == torch.float32
 
 
@@ -166,6 +167,8 @@ def test_log_probs_of_any_model_are_of_its_logits():
         close(found["log_probs"], want)
         close(found["token_entropy"], rl.compute_entropy(plain.table[ids[:, :-1]]))
     assert set(rl.get_response_log_probs(plain, ids[:, :-1], ids[:, 1:])) == {"log_probs"}
+    far = rl.get_response_log_probs(lambda ids: torch.full((*ids.shape, 5), 2.0**20), ids[:, :-1], ids[:, 1:])
+    close(far["log_probs"], torch.full((3, 6), -math.log(5)), **F32)  # where float32 has eighths only
 
 
 def test_log_probs_of_our_model_are_those_of_its_full_logits_and_only_where_the_mask_asks():
@@ -193,6 +196,7 @@ def test_prompt_and_output_are_tokenized_apart_padded_and_the_mask_is_on_the_lab
     assert got["response_mask"].tolist() == [[False, False, True], [True, True, False]]
     ours = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
     got = rl.tokenize_prompt_and_output(["ab", ""], ["c<|endoftext|>", "xyz"], ours)
+    assert rl.tokenize_prompt_and_output([], [], ours)["labels"].shape == (0, 0)
     assert got["input_ids"].tolist() == [[97, 98, 99], [120, 121, 122]]
     assert got["labels"].tolist() == [[98, 99, 256], [121, 122, 256]]  # padded with the end
     assert got["response_mask"].tolist() == [[False, True, True], [True, True, False]]
@@ -939,6 +943,14 @@ def test_files_are_learnt_from_in_every_verb_and_what_is_too_long_is_counted(tmp
     out = capsys.readouterr().out
     assert "dropped 1 of 2 prompts" in out and out.count("dropped") == 1  # the held-out ones
     assert "not used in this run: --problems\n" in out
+    more = ["--kl", "k1", "--surrogate", "ratio", "--clip_low", "0.1", "--out_dir", str(tmp_path / "d3")]
+    assert rl.main([*grpo, *more]) == 0
+    assert "not used in this run: --kl, --clip_low\n" in capsys.readouterr().out
+    fails(capsys, [*grpo, "--dual_clip", "0.5", "--out_dir", str(tmp_path / "d4")], "dual_clip must be above 1")
+    fails(capsys, [*grpo, "--out_dir", problems], "out_dir must be a folder")
+    assert rl.main([*sft, "--max_steps", "1", "--prompt", "r1_zero", "--context_length", "600",
+                    "--out_dir", str(tmp_path / "r1")]) == 0  # fmt: skip
+    assert "not used" not in capsys.readouterr().out
     assert records(tmp_path / "d")[-1]["greedy"] in (0, 1)
     preferences = write_jsonl(tmp_path / "f.jsonl", [{"prompt": "hi", "chosen": "yes", "rejected": "no"}])
     dpo = ["dpo", *base, "--data", preferences, "--batch_size", "1", "--out_dir"]
@@ -1422,6 +1434,7 @@ def test_fields_go_by_their_usual_names(tmp_path, capsys):
     (['{"prompt": "a"}'], r"b\.jsonl:1 must have the field response or .*, got prompt"),
     (['{"prompt": "a", "response": "b"}', '{"prompt": " ", "response": "b"}'], r":2 must have text in prompt"),
     (['{"prompt": "a", "response": ""}'], r":1 must have text in response"),
+    (['{"prompt": "a", "response": ["b"]}'], r'must have text in response .*, got \["b"\]'),
     (['{"prompt": "a", "response": "b"}', '{"prompt"'], r":2 must be JSON"), (["[[1]]"], r":1 must be an object"),
     (["[" * 10**5], r"must be JSON"), ([""], r"at least one record"), (["3"], r":1 must be an object")])  # fmt: skip
 def test_records_that_are_wrong_are_named_in_one_line(tmp_path, lines, message):
@@ -1433,7 +1446,10 @@ def test_records_that_are_wrong_are_named_in_one_line(tmp_path, lines, message):
 def test_files_that_cannot_be_read_are_named_in_one_line(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"{}" * 999)[:20])
-    for name in ("missing.jsonl", "latin.jsonl", "cut.jsonl.gz"):
+    damaged = bytearray(gzip.compress(b"{}" * 999))
+    damaged[10] ^= 2  # the kind of the first block: there is none of the number
+    (tmp_path / "bad.jsonl.gz").write_bytes(damaged)
+    for name in ("missing.jsonl", "latin.jsonl", "cut.jsonl.gz", "bad.jsonl.gz"):
         with pytest.raises(ValueError, match=f"{name}.* must be JSON or csv that can be read"):
             rl.read_pairs(tmp_path / name)
     with pytest.raises(ValueError, match="must hold pairs"):
@@ -1484,6 +1500,30 @@ def written(tmp_path, out="eval"):
 
 def gsm8k(tmp_path):
     return write(tmp_path / "g.jsonl", *({"question": f"{i} + 1?", "answer": f"so\n#### {i + 1}"} for i in range(5)))
+
+
+def test_a_shorter_context_is_the_runs_and_not_that_of_the_model_it_leaves(tmp_path, capsys):
+    base = byte_model(tmp_path / "m", context_length=64)
+    pairs = write_jsonl(tmp_path / "s.jsonl", [{"prompt": "1+1=", "response": "2"}] * 3)
+    for length, kept in (("16", 64), ("80", 80)):
+        out = tmp_path / length
+        assert rl.main(["sft", *base, "--data", pairs, "--packed", "--context_length", length, "--batch_size", "2",
+                        "--out_dir", str(out)]) == 0  # fmt: skip
+        assert lm.from_pretrained(out / "model").config.context_length == kept
+        assert rl.main(["sft", "--resume", "--out_dir", str(out), "--max_steps", "3"]) == 0
+    fails(capsys, [*eval_flags(tmp_path, out, "gsm8k", gsm8k(tmp_path)), "--max_new_tokens", "80"],
+          "must leave room for a prompt in the model's context of 80 tokens")
+
+
+def test_a_model_folder_tells_its_end_token_whatever_its_name_is(tmp_path, model_folder, capsys):
+    file = model_folder / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|endoftext|>", "<eos>"))
+    _, tokenizer = rl.load_model(model_folder)
+    assert rl.end_ids(tokenizer) == (256,) and rl.end_ids(Tokenizer.load(file)) == ()
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    assert rl.main(eval_flags(tmp_path, model_folder, "gsm8k", gsm8k(tmp_path))) == 0
+    assert "has no end token" in capsys.readouterr().out
 
 
 def test_an_evaluation_leaves_every_generation_and_its_results(tmp_path, model_folder, monkeypatch):
