@@ -115,8 +115,8 @@ def run_arrays(runs, rule="exact"):
     """
     for i, row in enumerate(runs, 1):
         if not isinstance(row, dict):
-            raise ValueError("each run must be an object with a loss and two of parameters, tokens and "
-                             f"FLOPs, got {row!r:.40} as run {i}; write one object a run")
+            raise ValueError("each run must be an object with a loss and two of parameters, tokens "
+                             f"and FLOPs, got {row!r:.40} as run {i}; write one object a run")
     rows = [(i, row) for i, row in enumerate(runs, 1)
             if row.get("status", "completed") == "completed"]
     if not rows:
