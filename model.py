@@ -2042,9 +2042,9 @@ def refuse_hopeless(times, batch_size):
     """raises ValueError where a step needs `times` the free memory, at least two: the estimate is
     not that wrong, and a system that runs out of memory may kill the process without a word."""
     if times >= 2:
-        raise ValueError(f"a step must fit in the free memory, got one that needs {times:.1f} times "
-                         f"that with batch_size {batch_size}, which cannot be halved; lower "
-                         "--batch_size, --context_length or --d_model")
+        raise ValueError("a step must fit in the free memory, got one that needs "
+                         f"{times:.1f} times that with batch_size {batch_size}, which cannot be "
+                         "halved; lower --batch_size, --context_length or --d_model")
 
 
 def peak_flops(device):
