@@ -988,7 +988,7 @@ def the_sharded_optimizer_is_copied_and_takes_schedules_that_read_defaults(folde
     for m, o in ((model, optimizer), copies):
         m(torch.ones(2, 3)).sum().backward()
         o.step()
-    assert all(same(p, q) for p, q in zip(model.parameters(), copies[0].parameters()))
+    assert all(same(p, q) for p, q in zip(model.parameters(), copies[0].parameters(), strict=True))
     assert set(copies[1].state) <= set(copies[0].parameters())
 
 
