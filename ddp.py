@@ -141,6 +141,20 @@ def start_mean_to_owners(chunks):
     return mine, mean_after(works, mine)
 
 
+def broadcast_each(tensors, owners):
+    """Gives every rank, in place, the values that rank owners[i] has in tensors[i]."""
+    COUNT["issued"] += 1
+    # back ends read and write on from the first element, as if none were expanded or left out
+    whole = [t.detach()[tuple(slice(0, 1 if step == 0 else None) for step in t.stride())]
+             for t in tensors]
+    sent = [t if t.numel() == t.untyped_storage().nbytes() // t.itemsize else t.contiguous()
+            for t in whole]
+    wait_for([dist.broadcast(t, r, async_op=True) for t, r in zip(sent, owners, strict=True)])
+    for t, values in zip(whole, sent, strict=True):
+        if values is not t:
+            t.copy_(values)
+
+
 @torch.no_grad()
 def send_from_owners(tensors, owners, at_once_bytes=256 * MiB):
     """Gives every rank the values that rank owners[i] has in tensors[i]: an all-gather of unequal
@@ -148,17 +162,15 @@ def send_from_owners(tensors, owners, at_once_bytes=256 * MiB):
     if num_ranks() == 1:
         return
     if not batches():
-        COUNT["issued"] += 1
-        wait_for([dist.broadcast(t.detach(), r, async_op=True)
-                  for t, r in zip(tensors, owners, strict=True)])
+        broadcast_each(tensors, owners)
         return
     order = sorted(range(len(tensors)), key=lambda i: str(tensors[i].dtype))  # stable
     for part in cut(order, at_once_bytes, tensors.__getitem__):
         of_rank = [[tensors[i] for i in part if owners[i] == r] for r in range(num_ranks())]
-        COUNT["issued"] += 1
         if not all(of_rank):
-            wait_for([dist.broadcast(tensors[i].detach(), owners[i], async_op=True) for i in part])
+            broadcast_each([tensors[i] for i in part], [owners[i] for i in part])
             continue
+        COUNT["issued"] += 1
         chunks = [flatten(ts) if r == this_rank() else ts[0].new_empty(sum(t.numel() for t in ts))
                   for r, ts in enumerate(of_rank)]
         dist.all_gather(chunks, chunks[this_rank()].clone())
@@ -197,9 +209,8 @@ def start_each(collective, pairs, group=None, **options):
 def broadcast_module(module):
     """Gives every rank the parameters and buffers that rank 0 has."""
     if num_ranks() > 1:
-        COUNT["issued"] += 1
         tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}.values()
-        wait_for([dist.broadcast(t.detach(), 0, async_op=True) for t in tensors])
+        broadcast_each(tensors, [0] * len(tensors))
 
 
 @torch.no_grad()
@@ -210,8 +221,7 @@ def receive(tensor, device):
     tensor = (torch.empty_like(tensor, device=device) if tensor.is_meta
               else tensor.detach().to(device))
     if num_ranks() > 1:
-        COUNT["issued"] += 1
-        wait_for([dist.broadcast(tensor, 0, async_op=True)])
+        broadcast_each([tensor], [0])
     return tensor
 
 
@@ -261,11 +271,17 @@ def split_like(flat, tensors):
     return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
+def dense_gradient(p):
+    """The gradient of a parameter: zeros where it has none, the whole of a sparse one."""
+    return torch.zeros_like(p) if p.grad is None else (
+        p.grad.to_dense() if p.grad.is_sparse else p.grad)
+
+
 def means_by_dtype(params):
     """Gives the gradients their means over the ranks, by one all-reduce for all of a dtype."""
     for dtype in dict.fromkeys(p.dtype for p in params):
         alike = [p for p in params if p.dtype == dtype]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
+        grads = [dense_gradient(p) for p in alike]
         flat = flatten(grads)
         start_mean(flat)()
         for p, view in zip(alike, split_like(flat, grads), strict=True):
@@ -369,6 +385,10 @@ class Wrapper(nn.Module):
 
     def __init__(self, module):
         super().__init__()
+        inner = [type(m).__name__ for m in module.modules() if isinstance(m, Wrapper)]
+        if inner:
+            raise ValueError("a module must have one wrapper, around all of it, got "
+                             f"{type(self).__name__} around {inner[0]}; wrap the module itself")
         self.module, self.syncing, self.backward_began, self.frozen = module, True, False, {}
 
     def forward(self, *inputs, **named_inputs):
@@ -539,7 +559,7 @@ class DDP(Replicated):
         bucket = self.buckets[self.started]
         self.started += 1
         params = [self.trained[i] for i in bucket]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        grads = [dense_gradient(p) for p in params]
         for i, p in zip(bucket, params, strict=True):
             self.present[i] = p.grad is not None
         if self.owner is None:
@@ -588,11 +608,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.optimizer_cls, self.kwargs, self.inner = optimizer_cls, kwargs, None
         self.owner, self.elements = {}, [0] * num_ranks()
         super().__init__(params, dict(kwargs))
-        self.state = self.inner.state
+        self.state, self.defaults = self.inner.state, self.inner.defaults
+
+    def __getstate__(self):  # of a copy
+        own = ("optimizer_cls", "kwargs", "inner", "owner", "elements")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if any(hasattr(p, "is_shard") for p in group["params"]):
+            raise ValueError("params must be whole on every rank, got those of FSDP, whose "
+                             "optimizer state is sharded already; give them to optimizer_cls")
         for p in sorted(group["params"], key=lambda p: -p.numel()):
             self.owner[p] = self.elements.index(min(self.elements))
             self.elements[self.owner[p]] += p.numel()
@@ -665,6 +692,7 @@ class ShardedParameter:
         self.name, self.places, self.shape = name, places, whole.shape
         self.n = -(-len(whole) // num_ranks())
         self.shard = nn.Parameter(my_rows(whole, len(whole)).clone(), trained)
+        self.shard.is_shard = True
         with torch.no_grad():
             self.buffer = whole.new_empty(self.n * num_ranks(), *whole.shape[1:], dtype=dtype)
             # .data: the gathers that fill the buffer are no change that autograd should object to
@@ -695,6 +723,7 @@ class ShardedParameter:
     def take_gradient(self, dtype):
         """The whole gradient in `dtype`, with those of passes under no_sync; None without any."""
         grad, self.full.grad = self.full.grad, None
+        grad = grad.to_dense() if grad is not None and grad.is_sparse else grad
         if self.accumulated is not None:
             grad = self.accumulated if grad is None else self.accumulated.add_(grad)
             self.accumulated = None
@@ -887,12 +916,16 @@ class FSDP(Wrapper):
         for name, where, home, sharded in plan:
             module, attribute = where[0]
             trained = module._parameters[attribute].requires_grad
+            if sharded and module._parameters[attribute]._backward_hooks:
+                raise ValueError(f"sharded parameters must have no hooks, got one on {name}, which "
+                                 "would never run; hook what the module returns")
             whole = receive(module._parameters[attribute], self.device)
             if trained and first_trained is None:
                 first_trained = items.index(home) if home in params else 0
             if sharded:
                 dtype = self.compute_dtype if whole.is_floating_point() else None
                 s = ShardedParameter(name, whole, trained, where, dtype or whole.dtype)
+                s.shard.__dict__.update(vars(module._parameters[attribute]))  # marks of its user
                 params[home].append(s)
                 s.show(s.shard)
             elif whole.device != module._parameters[attribute].device:
@@ -1192,7 +1225,8 @@ class FSDP(Wrapper):
         """{name: whole tensor in the shards' dtype}, on every rank; tied names share one tensor."""
         full = {}
         for name, p in self.local_parameters().items():
-            full[name] = gather_rows(p, self.rows[name]) if name in self.rows else p.detach()
+            full[name] = (gather_rows(p, self.rows[name]) if name in self.rows
+                          else p.detach().clone())
         return {name: full[first] for name, first in self.first_name.items()}
 
 

@@ -899,6 +899,99 @@ def the_sharded_optimizer_keeps_counters_of_groups_and_refuses_foreign_parts(fol
         again.load_state_dict({**part, "state": theirs})
 
 
+class Views(nn.Module):
+    """What lies in memory with gaps, or only once for all its elements."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.gaps = nn.Parameter(torch.ones(3, 2)[:, 0])
+        self.gaps.data = torch.full((3, 4), 1.0 * k)[:, 1]
+        every = torch.full((8, 8), 1.0 * k)
+        self.register_buffer("once", torch.full((1, 1), 1.0 * k).expand(50, 50))
+        self.register_buffer("some", every[::2, ::2])
+        self.register_buffer("all_but_the_first_rows", every[1:].t())
+        self.register_buffer("between", torch.full((4, 4), 1.0 * k)[1::2])
+
+    def forward(self, x):
+        return self.layer(x) * self.gaps + self.some.mean()
+
+
+@on_ranks
+def parameters_and_buffers_with_gaps_and_expanded_ones_are_sent(folder):
+    for kind in WRAPPERS:
+        module = Views(k=5 + ddp.this_rank()).to(DEVICE)
+        wrapper, optimizer = wrap(kind, module)
+        assert module.gaps.eq(5).all() and all(buffer.eq(5).all() for buffer in module.buffers()), kind
+        wrapper(torch.ones(2, 3, device=DEVICE)).sum().backward()
+        wrapper.finish_gradient_synchronization()
+        optimizer.step()
+        assert module.gaps.ne(5).all(), kind
+        parts = module.gaps.new_empty(3 * ddp.num_ranks())
+        ddp._all_gather(parts, module.gaps.detach().contiguous())
+        assert parts.view(-1, 3).eq(parts[:3]).all(), kind
+
+
+@on_ranks
+def wrappers_of_wrappers_shards_to_a_sharded_optimizer_and_lost_hooks_are_refused(folder):
+    wrapper = ddp.FSDP(nn.Linear(4, 4))  # 4 ranks, or 2, divide it: nothing else would tell
+    with pytest.raises(ValueError, match="got DDP around FSDP"):
+        ddp.DDP(nn.Sequential(wrapper))
+    with pytest.raises(ValueError, match="got those of FSDP"):
+        ddp.ShardedOptimizer(wrapper.parameters(), torch.optim.SGD, lr=0.1)
+    module = nn.Linear(4, 4)
+    module.weight.register_hook(lambda grad: 2 * grad)
+    with pytest.raises(ValueError, match="got one on weight, which would never run"):
+        ddp.FSDP(module)
+
+
+@on_ranks
+def fsdp_keeps_marks_of_parameters_and_gathers_values_that_stay(folder):
+    module = Toy()
+    module.head.weight.no_decay = True
+    wrapper = ddp.FSDP(module)
+    assert dict(wrapper.named_parameters())["module.head.weight"].no_decay
+    full = wrapper.gather_full_params()
+    with torch.no_grad():
+        for p in wrapper.parameters():
+            p.add_(1)
+    later = wrapper.gather_full_params()
+    assert all(torch.allclose(later[name], p + 1, **F32) for name, p in full.items())
+
+
+@on_ranks
+def sparse_gradients_are_averaged(folder):
+    ids = torch.arange(8, device=DEVICE).view(8, 1) % 3
+    plain = nn.Embedding(5, 3)
+    plain.load_state_dict({"weight": torch.ones(5, 3)})
+    plain(ids).square().mean().backward()
+    for kind in WRAPPERS:
+        module = nn.Embedding(5, 3, sparse=True)
+        module.load_state_dict(plain.state_dict())
+        wrapper, _ = wrap(kind, module.to(DEVICE))
+        wrapper(mine(ids)).square().mean().backward()
+        wrapper.finish_gradient_synchronization()
+        for p in wrapper.parameters():
+            if p.grad is not None:
+                grad = plain.weight.grad.to(DEVICE)
+                grad = ddp.my_rows(grad, 5) if kind == "FSDP" else grad
+                assert torch.allclose(p.grad.to_dense() if p.grad.is_sparse else p.grad, grad, **F32), kind
+
+
+@on_ranks
+def the_sharded_optimizer_is_copied_and_takes_schedules_that_read_defaults(folder):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = ddp.ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=0.1)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)  # of the betas, too
+    assert optimizer.inner.defaults["betas"] == (0.9, 0.999)
+    copies = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), copies):
+        m(torch.ones(2, 3)).sum().backward()
+        o.step()
+    assert all(same(p, q) for p, q in zip(model.parameters(), copies[0].parameters(), strict=True))
+    assert set(copies[1].state) <= set(copies[0].parameters())
+
+
 def tiny_model(**changes):
     torch.manual_seed(0)
     config = lm.ModelConfig(**{**dict(vocab_size=53, context_length=8, d_model=12, num_layers=4, num_heads=2,
