@@ -31,6 +31,7 @@ Sources:
 
 import argparse
 import codecs
+import filecmp
 import glob
 import gzip
 import hashlib
@@ -70,7 +71,8 @@ import bpe
 
 MAX_RECORD = 64 << 20  # bytes of a record that are held; larger ones are skipped, and counted
 MAX_BODY = 16 << 20  # bytes of a page after its content encoding is undone
-MAX_HEAD = 1 << 16  # bytes of a record's header
+MAX_HEAD = 1 << 16  # bytes of a record's header, and of a page's
+MAX_CHUNKS = 1 << 18  # of a page; one of more, byte by byte, would take seconds
 INFLATE_BYTES = 1 << 16  # of compressed data given to zlib at once: what it leaves over is copied
 WARC_HEAD = re.compile(rb"WARC/\d+\.\d+\r?\n")
 WARC_FIELD = re.compile(rb"^(WARC-Type|WARC-Target-URI|Content-Type|Content-Length)[ \t]*:[ \t]*"
@@ -206,7 +208,7 @@ def raw_records(data, place=(0, 0)):
 def undo_chunks(body):
     """Returns the body of a chunked HTTP message, or None if it is not one."""
     parts, at = [], 0
-    while True:
+    while len(parts) < MAX_CHUNKS:
         end = body.find(b"\r\n", at, at + 100)
         size = body[at:end].split(b";")[0].strip()
         if end < 0 or not re.fullmatch(rb"[0-9a-fA-F]{1,8}", size):
@@ -216,6 +218,7 @@ def undo_chunks(body):
             return b"".join(parts)
         parts.append(body[end + 2:end + 2 + size])
         at = end + 2 + size + 2
+    return b"".join(parts)
 
 
 def undo_encoding(body, encoding):
@@ -249,8 +252,9 @@ def inflate(body):
 
 def read_http(record):
     """Takes the HTTP header off a record's data: its status, type and encodings."""
-    gap = EMPTY_LINE.search(record.data)
-    head, body = (record.data[:gap.start()], record.data[gap.end():]) if gap else (record.data, b"")
+    head, body = record.data[:MAX_HEAD], b""
+    if gap := EMPTY_LINE.search(head):
+        head, body = head[:gap.start()], record.data[gap.end():]
     head = re.sub(rb"\r?\n[ \t]+", b" ", head)  # fields that go on in the next line
     if not head.startswith(b"HTTP/"):
         record.problem = "no HTTP header"
@@ -3550,15 +3554,15 @@ class Run:
                        if pair[0] is word_count][:1]
         with open(self.out_dir / "dropped.jsonl", "w", encoding="utf-8") as self.dropped:
             for shard in shards:
-                lines = []
-                for notes, text in read_shard(shard):
-                    short = not text.strip() or apply_rules(text, long_enough)[1]
-                    if self.stays("short", "too short without its repeated lines", short, notes,
-                                  text):
-                        lines.append(json.dumps(notes | {"text": text}) + "\n")
-                path, data = folder / f"{shard.stem}.jsonl", "".join(lines).encode()
-                if not path.exists() or path.read_bytes() != data:  # what has its signatures stays
-                    bpe.write_atomically(path, data)
+                path, new = folder / f"{shard.stem}.jsonl", folder / "new"
+                with open_whole(new) as file:
+                    for notes, text in read_shard(shard):
+                        short = not text.strip() or apply_rules(text, long_enough)[1]
+                        if self.stays("short", "too short without its repeated lines", short,
+                                      notes, text):
+                            file.write(json.dumps(notes | {"text": text}).encode() + b"\n")
+                if not path.exists() or not filecmp.cmp(path, new, shallow=False):
+                    os.replace(new, path)  # else it stays, with its signatures
 
     def find_copies(self, paths):
         """Returns for each document in order the one that stays of its near copies."""

@@ -106,6 +106,11 @@ def test_a_gzip_body_is_unpacked_whatever_its_header_says(tmp_path, pack, header
     assert (found.data, found.problem) == (b"" if problem else page(1), problem)
 
 
+def test_chunks_without_end_are_read_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(data_filter, "MAX_CHUNKS", 3)
+    assert data_filter.undo_chunks(b"1\r\na\r\n" * 9) == b"aaa"
+
+
 @pytest.mark.parametrize(("label", "name"), [
     ("windows-874", "cp874"), ("Windows-31J", "cp932"), ("windows-949", "cp949"),
     ("iso88592", "iso8859-2"), ("x-mac-ukrainian", "mac-cyrillic"), ("windows-1252", "cp1252")])
