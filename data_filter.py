@@ -31,6 +31,7 @@ Sources:
 
 import argparse
 import codecs
+import filecmp
 import glob
 import gzip
 import hashlib
@@ -48,6 +49,7 @@ import string
 import struct
 import sys
 import tempfile
+import threading
 import time
 import unicodedata
 import zlib
@@ -69,7 +71,8 @@ import bpe
 
 MAX_RECORD = 64 << 20  # bytes of a record that are held; larger ones are skipped, and counted
 MAX_BODY = 16 << 20  # bytes of a page after its content encoding is undone
-MAX_HEAD = 1 << 16  # bytes of a record's header
+MAX_HEAD = 1 << 16  # bytes of a record's header, and of a page's
+MAX_CHUNKS = 1 << 18  # of a page; one of more, byte by byte, would take seconds
 INFLATE_BYTES = 1 << 16  # of compressed data given to zlib at once: what it leaves over is copied
 WARC_HEAD = re.compile(rb"WARC/\d+\.\d+\r?\n")
 WARC_FIELD = re.compile(rb"^(WARC-Type|WARC-Target-URI|Content-Type|Content-Length)[ \t]*:[ \t]*"
@@ -205,7 +208,7 @@ def raw_records(data, place=(0, 0)):
 def undo_chunks(body):
     """Returns the body of a chunked HTTP message, or None if it is not one."""
     parts, at = [], 0
-    while True:
+    while len(parts) < MAX_CHUNKS:
         end = body.find(b"\r\n", at, at + 100)
         size = body[at:end].split(b";")[0].strip()
         if end < 0 or not re.fullmatch(rb"[0-9a-fA-F]{1,8}", size):
@@ -215,27 +218,43 @@ def undo_chunks(body):
             return b"".join(parts)
         parts.append(body[end + 2:end + 2 + size])
         at = end + 2 + size + 2
+    return b"".join(parts)
 
 
 def undo_encoding(body, encoding):
     """Returns (bytes, problem) of a body whose Content-Encoding is undone, up to MAX_BODY."""
     encoding = encoding.lower().strip()
+    if body[:3] == GZIP_MAGIC:  # whatever the header says: the page is in it
+        return inflate(body)
     if encoding in ("", "identity", "none", "utf-8") or encoding.startswith("text/"):
         return body, None
     if encoding not in ("gzip", "x-gzip", "deflate"):
         return b"", f"content encoding {encoding[:20]}"
-    if encoding != "deflate" and body[:2] != GZIP_MAGIC[:2]:
-        return body, None  # some crawlers decode the body and keep the header
-    for bits in ((15, -15) if encoding == "deflate" else (31,)):
+    for bits in (15, -15) if encoding == "deflate" else ():
         with suppress(zlib.error):
             return zlib.decompressobj(bits).decompress(body, MAX_BODY), None
-    return (body, None) if encoding == "deflate" else (b"", "broken content encoding")
+    return body, None  # some crawlers decode the body and keep the header
+
+
+def inflate(body):
+    """Returns (bytes, problem) of a gzip body, all its members (up to 100), up to MAX_BODY."""
+    whole, at, member = b"", 0, None
+    for _ in range(100):
+        if len(whole) >= MAX_BODY or body[at:at + 3] != GZIP_MAGIC:
+            break
+        member = Member(body, at)
+        member.ahead(MAX_BODY - len(whole))
+        whole, at = whole + member.held, member.end if not member.problem else len(body)
+    if whole[:3] == GZIP_MAGIC or not whole and member.problem:
+        return b"", "broken content encoding"
+    return whole[:MAX_BODY], None
 
 
 def read_http(record):
     """Takes the HTTP header off a record's data: its status, type and encodings."""
-    gap = EMPTY_LINE.search(record.data)
-    head, body = (record.data[:gap.start()], record.data[gap.end():]) if gap else (record.data, b"")
+    head, body = record.data[:MAX_HEAD], b""
+    if gap := EMPTY_LINE.search(head):
+        head, body = head[:gap.start()], record.data[gap.end():]
     head = re.sub(rb"\r?\n[ \t]+", b" ", head)  # fields that go on in the next line
     if not head.startswith(b"HTTP/"):
         record.problem = "no HTTP header"
@@ -327,6 +346,9 @@ ENCODING_NAMES = {
     "tis-620": "cp874", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932",
     "euc_kr": "cp949", "big5": "big5hkscs", "utf-16": "utf-16-le",
 }
+# Labels of the Standard that Python does not know.
+OTHER_CHARSETS = {"cp31j": "cp932", "dos-874": "cp874", "gb_2312-80": "gbk",
+                  "ks_c_5601-1989": "cp949", "koi8-ru": "koi8-u", "mac-ukrainian": "mac-cyrillic"}
 # How names of encodings of text start; Python has others, punycode among them.
 TEXT_ENCODINGS = ("utf-8", "utf-16", "cp", "gb18030", "big5", "euc_", "iso", "koi8", "mac")
 BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
@@ -357,8 +379,10 @@ DETECTED = {
 def python_encoding(label):
     """Returns Python's name for a charset label of the web, or None if it is not a text's."""
     label = label.strip().strip("\"'").lower().removeprefix("x-").removesuffix("-i")
+    label = re.sub(r"^windows-(?=\d)", "cp", re.sub(r"^iso8859(?=\d)", "iso8859-", label))
+    label = "utf-8" if label.endswith("utf-8") else OTHER_CHARSETS.get(label, label)
     try:
-        name = codecs.lookup("utf-8" if label.endswith("utf-8") else label).name
+        name = codecs.lookup(label).name
     except (LookupError, ValueError):
         return None
     name = ENCODING_NAMES.get(name, name)
@@ -2214,6 +2238,14 @@ class Classifier:
         else:
             self.method = f"built-in {BUILT_IN[kind][3]}"
 
+    def share_of(self, text, labels):
+        """Returns the probability, from 0 to 1, that a text is of one of some labels."""
+        if self.model:
+            answer = zip(*self.model.predict([text], k=-1)[0], strict=True)
+            return min(1.0, sum(score for label, score in answer if label in labels))
+        label, score = self.predict([text])[0]
+        return score if label in labels else 1 - score
+
     def predict(self, texts):
         texts = list(texts)
         if self.model:  # the library adds 1e-5: no score is above 1 here
@@ -2227,9 +2259,14 @@ class Classifier:
 
 
 @lru_cache(8)
-def load_classifier(kind, model=None):
-    """Returns the Classifier of a kind and a model's path, made once in a process."""
+def load_once(kind, model, written):
     return Classifier(kind, model)
+
+
+def load_classifier(kind, model=None):
+    """Returns the Classifier of a kind and a model's path, read anew when the file is another."""
+    return load_once(kind, model, os.path.isfile(model) and os.stat(model).st_mtime_ns
+                     if model else None)
 
 
 def identify_language(text, model=None):
@@ -2307,6 +2344,8 @@ def output_paths(input_files, output_directory):
     for path in inputs:
         if not path.is_file():
             raise ValueError(f"an input must be a file, got {path}; check the path")
+        if path.suffix == ".gz":
+            raise ValueError(f"an input must be read at any place, got {path}; unpack it")
     outputs = {path: Path(output_directory) / path.name for path in inputs}
     if len(set(outputs.values())) < len(inputs):
         twice = [name for name, n in Counter(path.name for path in inputs).items() if n > 1]
@@ -2537,9 +2576,6 @@ CACHED_SETS = 2000  # shingle sets that a worker keeps while it compares: about 
 def plan_chunks(files):
     """Returns [(paths, start, end)]: ranges of bytes of .jsonl files, runs of whole other files."""
     chunks, files = [], sorted(map(str, files))
-    for path in files:
-        if path.endswith(".gz"):
-            raise ValueError(f"documents must be read at any place, got {path}; unpack it")
     for in_lines, group in groupby(files, lambda path: path.endswith(".jsonl")):
         paths = tuple(group)
         if in_lines:
@@ -2951,8 +2987,8 @@ class Judge:
     def __init__(self, options):
         self.options, self.funnel, self.shared = options, Funnel(), [0] * 4
         self.rules = choose_rules(options.rules, options.threshold)
-        self.blocked = set(Path(options.blocklist).read_text("utf-8").lower().split()) \
-            if options.blocklist else set()
+        self.blocked = {entry.removeprefix("www.") for entry in Path(options.blocklist).read_text(
+            "utf-8-sig").lower().split()} if options.blocklist else set()
         harmful = () if options.no_harm else HARMFUL
         wanted = {"language": options.languages, "nsfw": harmful, "toxic": harmful,
                   "quality": [options.quality_label] if options.quality_model else ()}
@@ -3028,7 +3064,7 @@ class Judge:
 
     def check_address(self, text, notes):
         host = host_of(notes["url"]).split(".")
-        names = {notes["url"], *(".".join(host[i:]) for i in range(len(host)))}
+        names = {notes["url"].lower(), *(".".join(host[i:]) for i in range(len(host)))}
         return (None, "blocklist") if names & self.blocked else (text, None)
 
     def check_language(self, text, notes):
@@ -3046,19 +3082,18 @@ class Judge:
             text, failed = apply_rules(text, rules)
             if failed:
                 return None, f"{name} {failed}"
-        return text, None
+        # what a rule cuts out may have parted a special token
+        return clean_text(text) if bpe.END_OF_TEXT in text else text, None
 
     def check_harm(self, text, notes):
         for kind in ("nsfw", "toxic"):
-            label, score = self.classifiers[kind].predict([text])[0]
-            notes[kind] = round(score if label in HARMFUL else 1 - score, 4)
+            notes[kind] = round(self.classifiers[kind].share_of(text, HARMFUL), 4)
             if notes[kind] >= self.options.harm_score:
                 return None, kind
         return text, None
 
     def check_quality(self, text, notes):
-        label, score = self.classifiers["quality"].predict([text])[0]
-        good = score if label == self.options.quality_label else 1 - score
+        good = self.classifiers["quality"].share_of(text, (self.options.quality_label,))
         notes["quality"] = round(good, 4)
         return (text, None) if good >= self.options.quality_score else (None, "quality too low")
 
@@ -3196,11 +3231,11 @@ def work(number, path, judge, folder, shared, skipped, careful, errors):
     """A worker: one process filters one file. Exit code 0: done or stopped; 1: an error."""
     bpe.start_worker()
     stop = []
-    limit_memory(WORKER_BYTES)
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fetch may end anywhere, and goes on there
         local = fetch_input(path, folder, judge.options.num_workers)
         signal.signal(signal.SIGTERM, lambda signum, frame: stop.append(signum))
+        limit_memory(WORKER_BYTES + os.path.getsize(local))  # the file is mapped
         filter_file(number, local, judge, folder, shared, skipped, stop, careful)
         if local != Path(path) and not stop:
             local.unlink()
@@ -3398,6 +3433,8 @@ class Run:
         self.out_dir, self.parts = Path(args.out_dir), Path(args.out_dir) / "parts"
         self.rank, self.world = (int(os.environ.get(name, default)) for name, default in
                                  (("RANK", 0), ("WORLD_SIZE", 1)))
+        if self.world > 1:
+            threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
         self.inputs = list_inputs(args.input)
         self.sizes = [os.path.getsize(p) if "://" not in p else 0 for p in self.inputs]
         self.tokenizer = check_tokenizer(args)
@@ -3517,15 +3554,15 @@ class Run:
                        if pair[0] is word_count][:1]
         with open(self.out_dir / "dropped.jsonl", "w", encoding="utf-8") as self.dropped:
             for shard in shards:
-                lines = []
-                for notes, text in read_shard(shard):
-                    short = not text.strip() or apply_rules(text, long_enough)[1]
-                    if self.stays("short", "too short without its repeated lines", short, notes,
-                                  text):
-                        lines.append(json.dumps(notes | {"text": text}) + "\n")
-                path, data = folder / f"{shard.stem}.jsonl", "".join(lines).encode()
-                if not path.exists() or path.read_bytes() != data:  # what has its signatures stays
-                    bpe.write_atomically(path, data)
+                path, new = folder / f"{shard.stem}.jsonl", folder / "new"
+                with open_whole(new) as file:
+                    for notes, text in read_shard(shard):
+                        short = not text.strip() or apply_rules(text, long_enough)[1]
+                        if self.stays("short", "too short without its repeated lines", short,
+                                      notes, text):
+                            file.write(json.dumps(notes | {"text": text}).encode() + b"\n")
+                if not path.exists() or not filecmp.cmp(path, new, shallow=False):
+                    os.replace(new, path)  # else it stays, with its signatures
 
     def find_copies(self, paths):
         """Returns for each document in order the one that stays of its near copies."""
@@ -3533,7 +3570,7 @@ class Run:
         _, survivor = find_near_duplicates(
             paths, self.parts / "copies", args.num_hashes, args.num_bands, args.ngrams,
             args.jaccard_threshold, args.num_workers, rank=self.rank, ranks=self.world,
-            barrier=self.barrier)
+            barrier=self.barrier, progress=self.rank == 0)
         self.funnel.stage("copies")["seconds"] = time.perf_counter() - started
         return survivor
 
@@ -3618,6 +3655,14 @@ class Run:
                 "wall_seconds": round(time.monotonic() - self.started, 2),
                 "hours": {f"{files} files of 70 MB": round(files * per_file_h, 1)
                           for files in (5000, 100_000)}}
+
+
+def end_with_parent(parent):
+    """Ends this process when its parent has: ranks whose torchrun was killed would wait for each
+    other for ever, and keep the folder's lock."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def lock_folder(out_dir, rank):
@@ -3762,8 +3807,15 @@ def report_table(data):
 
 def run(args):
     """WARC or WET files to clean text and tokens."""
-    args.languages = [code for code in args.languages.split(",") if code not in ("", "any")]
-    args.rules = [name for name in args.rules.split(",") if name not in ("", "none")]
+    for idle, where, names in (
+            (args.no_harm, "--no_harm", "nsfw_model toxic_model harm_score"),
+            (args.languages == "any", "--languages any", "language_model language_score"),
+            (not args.quality_model, "no --quality_model", "quality_label quality_score"),
+            (args.no_copies, "--no_copies", "num_hashes num_bands ngrams jaccard_threshold"),
+            (not args.decontaminate, "no --decontaminate", "decontaminate_ngram")):
+        refuse_unused(args, where, names.split() if idle else ())
+    args.languages = [code for code in re.split("[, ]+", args.languages) if code not in ("", "any")]
+    args.rules = [name for name in re.split("[, ]+", args.rules) if name not in ("", "none")]
     args.num_workers = bpe.default_workers(args.num_workers)
     job = Run(args)
     try:
@@ -3813,7 +3865,7 @@ def inspect(args):
 
 def refuse_unused(args, where, names):
     """Raises ValueError if a flag that has no use there is not at its default."""
-    needed = {"dedup": ["--input", "-", "--out_dir", "-"]}.get(args.verb, [])
+    needed = {"dedup": ["--out_dir=-", "--input=-"], "run": ["--input=-"]}.get(args.verb, [])
     defaults = build_parser().parse_args([args.verb, *needed])
     for name in names:
         if (value := getattr(args, name)) != getattr(defaults, name):

@@ -94,6 +94,30 @@ def warc(tmp_path):
 
 # ---------------------------------------------------------------- records
 
+@pytest.mark.parametrize(("pack", "header", "problem"), [
+    (lambda b: gzip.compress(b[:9]) + gzip.compress(b[9:]), "Content-Encoding: gzip", None),
+    (gzip.compress, "Transfer-Encoding: gzip, chunked", None),
+    (gzip.compress, "Content-Encoding: gzip\r\nContent-Encoding: identity", None),
+    (lambda b: b, "Content-Encoding: gzip", None),
+    (lambda b: gzip.compress(gzip.compress(b)), "Content-Encoding: gzip", "broken content encoding")])
+def test_a_gzip_body_is_unpacked_whatever_its_header_says(tmp_path, pack, header, problem):
+    path = write_warc(tmp_path / "a.warc", [response(pack(page(1)), f"Content-Type: text/html\r\n{header}")])
+    found, = read_records(path)
+    assert (found.data, found.problem) == (b"" if problem else page(1), problem)
+
+
+def test_chunks_without_end_are_read_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(data_filter, "MAX_CHUNKS", 3)
+    assert data_filter.undo_chunks(b"1\r\na\r\n" * 9) == b"aaa"
+
+
+@pytest.mark.parametrize(("label", "name"), [
+    ("windows-874", "cp874"), ("Windows-31J", "cp932"), ("windows-949", "cp949"),
+    ("iso88592", "iso8859-2"), ("x-mac-ukrainian", "mac-cyrillic"), ("windows-1252", "cp1252")])
+def test_labels_of_the_encoding_standard_are_known(label, name):
+    assert data_filter.python_encoding(label) == name
+
+
 @pytest.mark.parametrize("members", [True, False, None])
 def test_records_are_the_same_however_the_archive_is_packed(tmp_path, members):
     records = [record("warcinfo", b"x", content_type="application/warc-fields"),
@@ -544,6 +568,35 @@ def test_two_ranks_give_what_one_gives(warc, tmp_path):
     assert digest(tmp_path / "two") == digest(tmp_path / "one")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo, tried on Linux only")
+def test_a_rank_whose_launcher_is_killed_ends_and_leaves_the_folder(warc, tmp_path):
+    command = [sys.executable, str(ROOT / "data_filter.py"), "run", "--input", str(warc), "--out_dir",
+               str(tmp_path / "out")]
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.run({command!r})"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {
+            "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"})
+    while not (tmp_path / "out" / "lock.1").exists():  # it waits for the other rank, which never comes
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    launcher.kill()
+    launcher.wait(60)
+    data_filter.lock_folder(tmp_path / "out", 1).close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory, Linux only")
+def test_a_worker_reads_a_file_that_is_larger_than_its_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_filter, "WORKER_BYTES", 1 << 29)
+    with open(tmp_path / "a.warc", "wb") as file:
+        file.write(response(page(1)))
+        file.write(record("resource", b"", content_type="video/mp4").replace(
+            b"Length: 0", b"Length: %d" % (1 << 30))[:-4])
+        file.seek(1 << 30, os.SEEK_CUR)
+        file.write(b"\r\n\r\n" + response(page(2)))
+    assert run(tmp_path / "a.warc", tmp_path / "out") == 0
+    assert len((tmp_path / "out" / "kept.jsonl").read_text().splitlines()) == 2
+
+
 DRIVER = """
 import os, sys, time
 import data_filter
@@ -750,6 +803,38 @@ def test_blocklist_and_decontamination_drop_their_documents(warc, tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     reasons = {r: v["documents"] for stage in report["stages"] for r, v in stage["reasons"].items()}
     assert reasons == {"blocklist": 1, "shares words with the validation text": 1}
+
+
+def test_a_blocklist_may_have_www_and_capitals(tmp_path):
+    hosts = ("http://www.a.example/", "https://b.example/Page?Q=1", "http://c.example/")
+    write_warc(tmp_path / "a.warc", [response(page(n), url=url) for n, url in enumerate(hosts)])
+    (tmp_path / "block").write_text("\ufeffwww.a.example\nhttps://b.example/Page?Q=1\n", "utf-8")
+    run(tmp_path / "a.warc", tmp_path / "out", "--blocklist", str(tmp_path / "block"))
+    kept = (tmp_path / "out" / "kept.jsonl").read_text().splitlines()
+    assert [json.loads(line)["url"] for line in kept] == [hosts[2]]
+
+
+def test_no_rule_makes_a_special_token_of_what_it_leaves(tmp_path):
+    text = prose(1).replace(". ", ".\n").replace("times", "<|endof[1]text|>", 1)
+    write_warc(tmp_path / "a.wet", [record("conversion", text.encode(), content_type="text/plain")])
+    run(tmp_path / "a.wet", tmp_path / "out", "--rules", "gopher, c4", "--languages", "de, en")
+    assert (tmp_path / "out" / "clean.txt").read_text().count("<|endoftext|>") == 1
+
+
+def test_a_model_of_three_labels_scores_by_the_one_that_is_asked_for(tmp_path):
+    texts, labels = ["aa bb"] * 9 + ["cc dd"] * 9 + ["ee ff"] * 9, ["wiki"] * 9 + ["cc"] * 9 + ["yes"] * 9
+    for order in (labels, labels[::-1]):  # the second takes the place of the first
+        model, counts = data_filter.train_fasttext(texts, order, dim=8, bucket=100)
+        model.save(tmp_path / "m.bin", counts)
+        judge = data_filter.load_classifier("quality", str(tmp_path / "m.bin"))
+        probabilities = dict(zip(*model.predict(["bb cc ff"], k=-1)[0], strict=True))
+        for label in set(labels):
+            assert judge.share_of("bb cc ff", (label,)) == pytest.approx(probabilities[label])
+        assert judge.predict(["aa bb"])[0][0] == order[0]
+    judge.model.dictionary.word_ids.clear()  # nothing is known of any text
+    judge.model.dictionary.word_ngrams = 1
+    judge.model.dictionary.forget()
+    assert judge.predict(["zz"]) == [("und", 0.0)] and judge.share_of("zz", ("wiki",)) == 0
 
 
 def test_a_list_of_paths_takes_local_copies(warc, tmp_path):
@@ -1295,6 +1380,9 @@ def test_finished_signatures_are_used_again_and_stale_ones_are_not(tmp_path, mon
     ("dedup --input {a} {sub} --out_dir {out} --how lines", "different names"),
     ("dedup --input {a} --out_dir {out} --how lines --report r.jsonl", "--report must have a use"),
     ("dedup --input {a} --out_dir {out} --how lines --ngrams 3", "--ngrams must have a use"),
+    ("dedup --input {cut} --out_dir {out} --how lines", "unpack it"),
+    ("run --input {a} --no_harm --harm_score 0.9", "--harm_score must have a use"),
+    ("run --input {a} --quality_label x", "--quality_label must have a use"),
     ("classify --text x --input {a}", "got both"),
     ("classify --text x --epoch 9", "--epoch must have a use"),
     ("classify --train {a} {b} --model {out}/m.bin --text x", "--text must have a use"),
