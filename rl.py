@@ -104,7 +104,8 @@ FORMULA = re.compile(r"\$\$?[^$]{1,1000}\$\$?")
 UNION, LIST, RELATION = (
     r"\\cup(?![A-Za-z])", r"[,;]|\b(?:and|or)\b", r"\\(?:le|ge|ne|in|approx)(?![A-Za-z])|[=<>]")
 NAME = re.compile(  # what may be called something: x, x_1, f(x), (x, y), \theta, \text{Area}, a/b
-    r"[A-Za-z]{1,2}/[A-Za-z]{1,2}|\\frac\{[A-Za-z]{1,2}\}\{[A-Za-z]{1,2}\}|(?:\\angle\s*)?(?:\\?(?!(?:pi|e|i|infty)\b)[A-Za-z]+|\\text\{[^{}]*\})"
+    r"[A-Za-z]{1,2}/[A-Za-z]{1,2}|\\frac\{[A-Za-z]{1,2}\}\{[A-Za-z]{1,2}\}|"
+    r"(?:\\angle\s*)?(?:\\?(?!(?:pi|e|i|infty)\b)[A-Za-z]+|\\text\{[^{}]*\})"
     r"(?:_(?:\{[^{}]*\}|\w))?\s*(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?|"
     r"[fghpqFGHPQ]\s*\([+-]?[0-9]+\)|\([A-Za-z](?:,\s*[A-Za-z])+\)")
 UNIT = re.compile(  # words in \text, words behind a space, a few short ones right behind a digit
