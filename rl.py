@@ -2317,17 +2317,19 @@ def countdown_problems(n, count, seed):
     if count < 2:
         raise ValueError(f"a countdown problem must have two numbers or more, got {count}; give "
                          "--numbers 3 4")
-    rng, found = random.Random(seed), {}
-    for _ in range(1000 * (n + 1)):
-        if len(found) == n:
-            return [*found.values()]
+    rng, found, misses = random.Random(seed), {}, 0
+    while len(found) < n and misses < 10_000:  # in a row: then few are left to find
+        misses += 1
         numbers = [int(rng.random() * COUNTDOWN_MOST) + 1 for _ in range(count)]
         _, (a, b) = random_steps(numbers, rng, 2)
         op, target = rng.choice(results(a, b))
-        if target <= COUNTDOWN_MOST:
+        key = (*sorted(numbers), target)
+        if target <= COUNTDOWN_MOST and key not in found:
             _, (_, solution, _) = join(a, b, op, target)
-            problem = {"numbers": numbers, "target": target, "solution": solution}
-            found.setdefault((*sorted(numbers), target), problem)
+            found[key] = {"numbers": numbers, "target": target, "solution": solution}
+            misses = 0
+    if len(found) == n:
+        return [*found.values()]
     raise ValueError(f"there must be {n} problems of {count} numbers, got {len(found)}; ask "
                      "for less")
 

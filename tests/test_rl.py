@@ -1631,6 +1631,11 @@ def test_additions_are_different_right_and_the_first_of_more():
         rl.addition_problems(101, 1, 0)
 
 
+def test_more_countdown_problems_than_there_are_is_told_in_seconds_not_searched_for():
+    with pytest.raises(ValueError, match=r"must be 50000 problems of 2 numbers, got \d+; ask for less"):
+        rl.countdown_problems(50_000, 2, 0)
+
+
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_countdown_problems_have_solutions_that_the_reward_accepts(count):
     problems, rng = rl.countdown_problems(60, count, 0), random.Random(0)
