@@ -144,11 +144,10 @@ def start_mean_to_owners(chunks):
 def broadcast_each(tensors, owners):
     """Gives every rank, in place, the values that rank owners[i] has in tensors[i]."""
     COUNT["issued"] += 1
-    # back ends read and write on from the first element, as if none were expanded or left out
+    # an element that is expanded is one; gloo reads on from the first, NCCL refuses gaps
     whole = [t.detach()[tuple(slice(0, 1 if step == 0 else None) for step in t.stride())]
              for t in tensors]
-    sent = [t if t.numel() == t.untyped_storage().nbytes() // t.itemsize else t.contiguous()
-            for t in whole]
+    sent = [t.contiguous() for t in whole]
     wait_for([dist.broadcast(t, r, async_op=True) for t, r in zip(sent, owners, strict=True)])
     for t, values in zip(whole, sent, strict=True):
         if values is not t:
