@@ -460,7 +460,7 @@ MAX_HTML_CHARS = 4 << 20  # of a page; Common Crawl itself cuts pages at 1 MiB, 
 MAX_DEPTH = 256  # of open elements; deeper ones lie flat in it
 MAX_TAGS = 200_000  # of a page that are read
 PAGE_SECONDS = 1.2  # after which a page is cut where it has been read to
-UNSEEN = re.compile(r"<!--(?:>|->|.*?(?:-->|\Z))|<(?:script\b.*?(?:</script\s*>|\Z)|style\b.*?"
+UNSEEN = re.compile(r"<!--(?:>|->|.*?(?:--!?>|\Z))|<(?:script\b.*?(?:</script\s*>|\Z)|style\b.*?"
                     r"(?:</style\s*>|\Z)|[!?][^<>]*>)", re.I | re.S)
 HELD = {name: re.compile(rf"<{name}\b[^<>]*+>.*?</{name}\s*>", re.I | re.S)
         for name in ("svg", "noscript", "template", "iframe", "select", "textarea", "head")}
@@ -3882,6 +3882,13 @@ def refuse_unused(args, where, names):
             raise ValueError(f"--{name} must have a use, got {value} with {where}; leave it out")
 
 
+def check_output(output, inputs):
+    """Raises ValueError if a file to write is one of those that are read."""
+    if output and os.path.exists(output) and any(
+            os.path.exists(path) and os.path.samefile(path, output) for path in inputs):
+        raise ValueError(f"an output must not be an input, got {output} as both; name another")
+
+
 TRAINING = {name: default for name, default in train_fasttext.__kwdefaults__.items()
             if name not in ("lower", "seed", "progress")}
 
@@ -3927,13 +3934,15 @@ def classify(args):
     if args.train:
         if not args.model:
             raise ValueError("classify --train must have --model, got none; name the .bin to write")
+        check_output(args.model, args.train)
         return train_classifier(args)
     classifier = load_classifier(args.kind, args.model)
     if args.text is None and not args.input:
         raise ValueError("classify must have --text, --input or --train, got none; give one")
     print(f"method: {classifier.method}", file=sys.stderr)
-    texts = [args.text] if args.text is not None else chain.from_iterable(
-        map(read_texts, bpe.list_files(args.input)))
+    files = bpe.list_files(args.input) if args.input else []
+    check_output(args.out, files)
+    texts = [args.text] if args.text is not None else chain.from_iterable(map(read_texts, files))
     counts, seconds, n_bytes = Counter(), 0.0, 0
     with open(args.out, "w", encoding="utf-8") if args.out else nullcontext() as out:
         for batch in batches(texts, BATCH_BYTES):
@@ -3952,6 +3961,7 @@ def classify(args):
 def dedup(args):
     """Drops lines that occur more than once, or all but one of near-duplicate documents."""
     files, started = bpe.list_files(args.input), time.perf_counter()
+    check_output(args.report, files)
     if args.how == "lines":
         refuse_unused(args, "--how lines", ("num_hashes", "num_bands", "ngrams", "num_workers",
                                             "jaccard_threshold", "report", "work_dir"))

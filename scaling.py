@@ -84,6 +84,7 @@ LEAST_STEPS = 1000
 
 def load_runs(path):
     """The rows of a .json list, .jsonl or .csv as dicts; numbers stay as the file spells them."""
+    where = ""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if Path(path).suffix.lower() == ".csv":
@@ -91,10 +92,13 @@ def load_runs(path):
         elif text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = []
+            for i, line in enumerate(text.split("\n"), 1):
+                where = f"line {i}: "
+                rows += [json.loads(line)] if line.strip() else []
     except (ValueError, RecursionError, csv.Error) as problem:
-        raise ValueError(f"{path} must be JSON, JSONL or CSV, got {problem}; repair or remove that "
-                         "line") from None
+        raise ValueError(f"{path} must be JSON, JSONL or CSV, got {where}{problem}; repair or "
+                         "remove that line") from None
     return rows
 
 
@@ -1998,6 +2002,9 @@ def read_plan(path):
     return configs, budget_s
 
 
+RESULT_START = b'{"id": '  # of result_row's lines
+
+
 def read_results(path):
     """{config_id: row} of a sweep's file; half a line at its end, left by a kill, is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -2006,6 +2013,8 @@ def read_results(path):
     try:
         rows = {config_id(parse_config(row["config"])): row
                 for row in map(json.loads, whole.splitlines())}
+        if not text[len(whole) :].startswith(RESULT_START[: len(text) - len(whole)]):
+            raise ValueError
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} must hold results of a sweep, got {type(error).__name__}; give "
                          "another --out") from None
