@@ -2679,7 +2679,7 @@ def plan_new_sweep(args):
 def read_users(path):
     """[(sunet_id, api_key)] of a CSV whose first row is sunet_id,api_key."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             header, *users = [tuple(row) for row in csv.reader(file) if row] or [()]
     except (ValueError, csv.Error) as problem:
         raise ValueError(f"{path} must be CSV in UTF-8, got {problem}; correct it") from None
