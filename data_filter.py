@@ -3432,6 +3432,15 @@ LATE_FLAGS = ("input", "out_dir", "num_workers", "overwrite", "verb", "function"
               "jaccard_threshold", "decontaminate", "decontaminate_ngram")
 
 
+FILE_FLAGS = ("language_model", "nsfw_model", "toxic_model", "quality_model", "blocklist")
+
+
+def with_digest(path):
+    """Returns a path and a hash of what is in the file: under one name it may be another one."""
+    with open(path, "rb") as file:
+        return [path, hashlib.file_digest(file, "blake2b").hexdigest()[:16]]
+
+
 class Run:
     """A run, from its inputs to its report; `run` is the order of it."""
 
@@ -3478,7 +3487,8 @@ class Run:
                              f"({error.strerror}); choose another") from None
         plan = json.loads(json.dumps({
             "inputs": [*zip(self.inputs, self.sizes, strict=True)],
-            "flags": {k: v for k, v in vars(self.args).items() if k not in LATE_FLAGS}}))
+            "flags": {k: with_digest(v) if v and k in FILE_FLAGS else v
+                      for k, v in vars(self.args).items() if k not in LATE_FLAGS}}))
         if self.rank == 0:
             self.claim_folder(plan)
             self.parts.mkdir(exist_ok=True)

@@ -1882,12 +1882,6 @@ refresh();
 # the training API: client
 
 
-def on_terminal(line):
-    """Shows a line on stderr in the place of the last one, on a terminal alone."""
-    if sys.stderr.isatty():
-        print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
-
-
 class Client:
     """The contract's calls, with timeouts. Every call may be repeated: a submit whose answer was
     lost is refused as a duplicate (409) if it had arrived, and is then looked up."""
@@ -1915,11 +1909,9 @@ class Client:
                 raise ValueError(f"the server at {self.url} must speak the training API, got "
                                  f"{type(error).__name__}; check --url") from None
             if attempt < self.attempts:
-                wait_s = min(10, 0.25 * 2**attempt)
-                on_terminal(f"no answer from {self.url}, {problem}; try {attempt + 1} of "
-                            f"{self.attempts} in {wait_s:g} s")
-                time.sleep(wait_s)
-                on_terminal("")
+                if sys.stderr.isatty():  # elsewhere an error is one line
+                    print(f"no answer from {self.url}, {problem}; trying again", file=sys.stderr)
+                time.sleep(min(10, 0.25 * 2**attempt))
         raise ValueError(f"the server at {self.url} must answer, got {problem} {self.attempts} "
                          "times; check --url, or try again later: nothing is submitted twice")
 
@@ -2051,6 +2043,9 @@ class Sweep:
         rows = read_results(self.out)
         self.rows = {number: rows[number] for number in self.waiting if number in rows}
         there = client.experiments()  # submitted before a kill
+        if others := sum(number not in there for number in self.rows):
+            print(f"note: {others} results in {out} are not of this server and key, and are not "
+                  "run again; give another --out to run them here")
         left = [number for number in self.waiting if number not in self.rows]
         self.active = {number: self.waiting[number] for number in left if number in there}
         self.waiting = {number: self.waiting[number] for number in left if number not in there}
@@ -2717,6 +2712,9 @@ def serve(args):
         store = stack.enter_context(contextlib.closing(Store(args.db, args.budget_s)))
         back_ends = make_back_ends(args, store)
         server.attach(store, users)
+        ((ended,),) = store.read("SELECT COUNT(*) FROM experiments WHERE ended_at IS NOT NULL")
+        if ended:
+            print(f"{ended} experiments in {args.db} have ended before, and stay as they are")
         requeued, lost = store.write(store.recover)
         if requeued or lost:
             print(f"runs of the server before: {requeued} queued again, {lost} failed after "

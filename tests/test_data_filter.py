@@ -289,6 +289,7 @@ def test_the_encoding_is_found_in_the_order_of_the_standard(data, content_type, 
     ("<pre>a  b\n  c</pre>x", "a  b\n  c\nx"),
     ("<p>a<br><br>b</p>", "a\n\nb"),
     ("a<script>if (a < b) x()</script><style>p {}</style><!-- c --> &amp; b", "a & b"),
+    ("a<!-- c --!>b<!-- d -->", "a b"),
     ("<p title='a > b'>x</p><a href=\"javascript:'>'\">y</a>", "x\n\ny"),
     ("<p>a<noscript>no</noscript><template>t</template><svg><text>s</text></svg> b", "a b"),
     ("", ""), ("<", "<"), ("a < b > c", "a < b > c"),
@@ -566,6 +567,15 @@ def test_the_seconds_of_a_report_hold_those_of_the_tokens(warc, tmp_path, monkey
     monkeypatch.setattr(data_filter.Run, "make_tokens", timed)
     assert run(warc, tmp_path / "out") == 0
     assert json.loads((tmp_path / "out" / "report.json").read_text())["wall_seconds"] >= passed[0]
+
+
+def test_a_blocklist_that_has_changed_is_another_run(warc, tmp_path, capsys):
+    (tmp_path / "blocked").write_text("none.org\n")
+    for _ in range(2):
+        assert run(warc, tmp_path / "out", "--blocklist", str(tmp_path / "blocked")) == 0
+    (tmp_path / "blocked").write_text("example.com\n")
+    assert "other blocklist" in refused(capsys, "run", "--input", warc, "--out_dir", tmp_path / "out",
+                                        "--vocab_size", 300, "--blocklist", tmp_path / "blocked")
 
 
 def test_lines_that_occur_twice_are_dropped_everywhere_and_paragraphs_stay(warc, tmp_path):

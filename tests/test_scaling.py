@@ -1541,7 +1541,7 @@ def test_a_server_killed_under_load_keeps_every_acknowledged_submit_and_charges_
         time.sleep(0.1)
     server, url, said = served(tmp_path / "api.db", "--backend", "law")  # it ends all at once
     try:
-        assert "1 queued again" in said and len(acknowledged) > 8
+        assert "1 queued again" in said and "have ended before" not in said and len(acknowledged) > 8
         listed = [{"status": {"status_type": "queued"}}]
         while any(e["status"]["status_type"] in ("queued", "running") for e in listed):
             listed = requests.get(url + "/experiments", headers=KEY, timeout=60).json()
@@ -1630,6 +1630,17 @@ def test_a_sweep_leaves_a_file_of_another_kind_as_it_is(tmp_path, law_api, capsy
     (tmp_path / "results.jsonl").write_text(text)  # no line end: it looks like a line cut by a kill
     fails(capsys, argv, "results of a sweep")
     assert (tmp_path / "results.jsonl").read_text() == text
+
+
+def test_a_sweep_says_when_its_results_are_another_servers(tmp_path, serving, law_api, capsys):
+    argv = sweep_of(tmp_path, 2, law_api.url)
+    scaling.main(argv)
+    scaling.main(argv)
+    assert "note" not in capsys.readouterr().out
+    (tmp_path / "new").mkdir()
+    with contextlib.closing(Serving(tmp_path / "new" / "api.db")) as other:
+        scaling.main([*argv, "--url", other.url])
+        assert "note: 2 results in " in capsys.readouterr().out and other.used() == 0
 
 
 def test_a_sweep_says_why_a_run_failed(tmp_path, serving, capsys):
