@@ -344,9 +344,13 @@ class Progress:
 
 
 def write_atomically(path, data):
-    """Writes bytes to `path` so that it never holds a half of them."""
+    """Writes bytes to `path` so that it never holds a half of them; a device or pipe is written
+    into."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # root could replace /dev/null
+        path.write_bytes(data)
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)

@@ -76,7 +76,7 @@ MAX_CHUNKS = 1 << 18  # of a page; one of more, byte by byte, would take seconds
 INFLATE_BYTES = 1 << 16  # of compressed data given to zlib at once: what it leaves over is copied
 WARC_HEAD = re.compile(rb"WARC/\d+\.\d+\r?\n")
 WARC_FIELD = re.compile(rb"^(WARC-Type|WARC-Target-URI|Content-Type|Content-Length)[ \t]*:[ \t]*"
-                        rb"([^\r\n]*)", re.I | re.M)
+                        rb"(?:\r?\n[ \t]+)?([^\r\n]*)", re.I | re.M)
 HTTP_FIELD = re.compile(rb"^(Content-Type|Content-Encoding|Transfer-Encoding)[ \t]*:[ \t]*"
                         rb"([^\r\n]*)", re.I | re.M)
 CONTENT_LENGTH = re.compile(rb"^Content-Length[ \t]*:[ \t]*(\d{1,18})\s*$", re.I | re.M)
@@ -146,7 +146,8 @@ def next_member(data, offset):
     """Returns the offset of the next gzip member that holds a WARC record, or the file's end."""
     while (offset := data.find(GZIP_MAGIC, offset)) >= 0:
         try:
-            if zlib.decompressobj(31).decompress(data[offset:offset + 512], 5) == b"WARC/":
+            start = zlib.decompressobj(31).decompress(data[offset:offset + 512], 64)
+            if start.lstrip(b"\r\n").startswith(b"WARC/"):
                 return offset
         except zlib.error:
             pass
@@ -307,15 +308,15 @@ def read_records(path, place=(0, 0), others=None):
 
 def check_warc(path, data):
     """Raises ValueError unless the bytes are a WARC file's, plain or gzip."""
-    start = bytes(data[:8])
+    start = bytes(data[:64])
     if start[:3] == GZIP_MAGIC:
-        try:
-            start = zlib.decompressobj(31).decompress(data[:4096], 8)
-        except zlib.error:
-            start = b"WARC/" if next_member(data, 1) < len(data) else b"\x1f\x8b\x08"
-    if not start.startswith(b"WARC/"):
+        with suppress(zlib.error):
+            start = zlib.decompressobj(31).decompress(data[:4096], 64)
+        if start[:3] == GZIP_MAGIC or not start.strip(b"\r\n"):  # broken, or empty
+            start = b"WARC/" if next_member(data, 1) < len(data) else start
+    if not start.lstrip(b"\r\n").startswith(b"WARC/"):
         raise ValueError(f"an input must be a WARC or WET file, got {path}, which starts with "
-                         f"{start!r}; give the files that Common Crawl calls warc or wet, or "
+                         f"{start[:8]!r}; give the files that Common Crawl calls warc or wet, or "
                          "leave this one out")
 
 
@@ -459,7 +460,7 @@ MAX_HTML_CHARS = 4 << 20  # of a page; Common Crawl itself cuts pages at 1 MiB, 
 MAX_DEPTH = 256  # of open elements; deeper ones lie flat in it
 MAX_TAGS = 200_000  # of a page that are read
 PAGE_SECONDS = 1.2  # after which a page is cut where it has been read to
-UNSEEN = re.compile(r"<!--(?:>|->|.*?(?:-->|\Z))|<(?:script\b.*?(?:</script\s*>|\Z)|style\b.*?"
+UNSEEN = re.compile(r"<!--(?:>|->|.*?(?:--!?>|\Z))|<(?:script\b.*?(?:</script\s*>|\Z)|style\b.*?"
                     r"(?:</style\s*>|\Z)|[!?][^<>]*>)", re.I | re.S)
 HELD = {name: re.compile(rf"<{name}\b[^<>]*+>.*?</{name}\s*>", re.I | re.S)
         for name in ("svg", "noscript", "template", "iframe", "select", "textarea", "head")}
@@ -2061,6 +2062,7 @@ ACCENTED = {  # letters beyond a to z, or beyond the script's shared ones
     "sv": "åäöé", "cs": "áčďéěíňóřšťúůýž", "ru": "ыэъё", "uk": "іїєґ",
     "ar": "ةىإأكي", "fa": "پچژگکی"}
 LANGUAGES, ENGLISH_WORDS = list(FUNCTION_WORDS), frozenset(FUNCTION_WORDS["en"].split())
+CODES = {*LANGUAGES, *SCRIPTS.values(), "zh", "und"} - {"latin", "cyrillic", "arabic", "han"}
 LETTER_RUNS = re.compile(r"[^\W\d_]+")
 LANGUAGE_CHARS = 2000  # of a text that are looked at, and as many from its middle
 WORD_WEIGHT, GRAM_WEIGHT, LETTER_WEIGHT = 4.0, 1.0, 2.5  # log odds: best on half of a dev set
@@ -2890,6 +2892,7 @@ def copy_lines(path, target, dropped):
 # ---------------------------------------------------------------- the run: one document
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
+BLANK_LINES = re.compile(r"\n{3,}")
 PAGE_LIMIT_S = 2.0  # that one document may take in one stage before it is dropped
 STUCK_S = 60.0  # after which a worker that shows no progress is killed and its page is skipped
 WORKER_BYTES = 4 << 30  # of address space a worker may take beyond what it starts with
@@ -2922,9 +2925,10 @@ def time_limit(seconds):
 
 
 def clean_text(text):
-    """Returns the text without control characters, and with no special token in it."""
+    """Returns the text without control characters, with no special token in it, and with one blank
+    line where there are more."""
     text = CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return text.replace(bpe.END_OF_TEXT, "<| endoftext |>").strip()
+    return BLANK_LINES.sub("\n\n", text.replace(bpe.END_OF_TEXT, "<| endoftext |>")).strip()
 
 
 def host_of(url):
@@ -2992,6 +2996,9 @@ class Judge:
         harmful = () if options.no_harm else HARMFUL
         wanted = {"language": options.languages, "nsfw": harmful, "toxic": harmful,
                   "quality": [options.quality_label] if options.quality_model else ()}
+        if not options.language_model and (other := set(options.languages) - CODES):
+            raise ValueError(f"--languages must be of {', '.join(sorted(CODES))}, got "
+                             f"{', '.join(sorted(other))}; correct it, or name a --language_model")
         self.classifiers, self.methods = {}, {}  # models are read once, before workers start
         for kind, labels in wanted.items():
             judge = load_classifier(kind, getattr(options, f"{kind}_model"))
@@ -3169,7 +3176,7 @@ def read_shard(path):
                 lines.append(line)
                 continue
             if head is not None:
-                yield json.loads(head), re.sub(r"\n{3,}", "\n\n", "".join(lines)).strip("\n")
+                yield json.loads(head), BLANK_LINES.sub("\n\n", "".join(lines)).strip("\n")
             head, lines = line[1:], []
 
 
@@ -3425,6 +3432,15 @@ LATE_FLAGS = ("input", "out_dir", "num_workers", "overwrite", "verb", "function"
               "jaccard_threshold", "decontaminate", "decontaminate_ngram")
 
 
+FILE_FLAGS = ("language_model", "nsfw_model", "toxic_model", "quality_model", "blocklist")
+
+
+def with_digest(path):
+    """Returns a path and a hash of what is in the file: under one name it may be another one."""
+    with open(path, "rb") as file:
+        return [path, hashlib.file_digest(file, "blake2b").hexdigest()[:16]]
+
+
 class Run:
     """A run, from its inputs to its report; `run` is the order of it."""
 
@@ -3471,7 +3487,8 @@ class Run:
                              f"({error.strerror}); choose another") from None
         plan = json.loads(json.dumps({
             "inputs": [*zip(self.inputs, self.sizes, strict=True)],
-            "flags": {k: v for k, v in vars(self.args).items() if k not in LATE_FLAGS}}))
+            "flags": {k: with_digest(v) if v and k in FILE_FLAGS else v
+                      for k, v in vars(self.args).items() if k not in LATE_FLAGS}}))
         if self.rank == 0:
             self.claim_folder(plan)
             self.parts.mkdir(exist_ok=True)
@@ -3525,7 +3542,8 @@ class Run:
         if self.rank == 0:
             self.write_text(documents, survivor)
             self.check_not_empty(shards)
-            report = self.report(shards) | {"tokens": self.make_tokens()}
+            tokens = self.make_tokens()
+            report = self.report(shards) | {"tokens": tokens}  # its time is all that has passed
             print(write_report(report, self.out_dir))
             (self.parts / "lines" / "done").unlink(missing_ok=True)  # first, should this be killed
             for name in ("lines", "documents", "copies"):  # other forms of text that is kept
@@ -3796,7 +3814,7 @@ def report_table(data):
     lines.append("judged by: " + ", ".join(f"{k} {v}" for k, v in data["methods"].items()))
     lines.append("characters of records, and of what comes into text, are bytes")
     lines.append(f"{data['bytes_in']:,} bytes of {data['inputs']} files in {data['wall_seconds']}"
-                 " s; at this rate "
+                 " s; by the seconds of the stages, without tokens: "
                  + ", ".join(f"{k} {v} h" for k, v in data["hours"].items())
                  + (" (most of it the start: so little says little)"
                     if data["bytes_in"] < WET_BYTES / 10 else ""))
@@ -3843,6 +3861,8 @@ def extract(args):
 def inspect(args):
     """Kept and dropped documents of a run, drawn by --seed, and why."""
     out_dir, rng = Path(args.out_dir), random.Random(args.seed)
+    if (least := min(args.kept, args.dropped, args.chars)) < 0:
+        raise ValueError(f"--kept, --dropped, --chars must be 0 or more, got {least}; correct it")
     if not (out_dir / "kept.jsonl").exists():
         raise ValueError(f"--out_dir must hold a finished run, got {out_dir}; run it first")
 
@@ -3870,6 +3890,13 @@ def refuse_unused(args, where, names):
     for name in names:
         if (value := getattr(args, name)) != getattr(defaults, name):
             raise ValueError(f"--{name} must have a use, got {value} with {where}; leave it out")
+
+
+def check_output(output, inputs):
+    """Raises ValueError if a file to write is one of those that are read."""
+    if output and os.path.exists(output) and any(
+            os.path.exists(path) and os.path.samefile(path, output) for path in inputs):
+        raise ValueError(f"an output must not be an input, got {output} as both; name another")
 
 
 TRAINING = {name: default for name, default in train_fasttext.__kwdefaults__.items()
@@ -3917,13 +3944,15 @@ def classify(args):
     if args.train:
         if not args.model:
             raise ValueError("classify --train must have --model, got none; name the .bin to write")
+        check_output(args.model, args.train)
         return train_classifier(args)
     classifier = load_classifier(args.kind, args.model)
     if args.text is None and not args.input:
         raise ValueError("classify must have --text, --input or --train, got none; give one")
     print(f"method: {classifier.method}", file=sys.stderr)
-    texts = [args.text] if args.text is not None else chain.from_iterable(
-        map(read_texts, bpe.list_files(args.input)))
+    files = bpe.list_files(args.input) if args.input else []
+    check_output(args.out, files)
+    texts = [args.text] if args.text is not None else chain.from_iterable(map(read_texts, files))
     counts, seconds, n_bytes = Counter(), 0.0, 0
     with open(args.out, "w", encoding="utf-8") if args.out else nullcontext() as out:
         for batch in batches(texts, BATCH_BYTES):
@@ -3942,6 +3971,7 @@ def classify(args):
 def dedup(args):
     """Drops lines that occur more than once, or all but one of near-duplicate documents."""
     files, started = bpe.list_files(args.input), time.perf_counter()
+    check_output(args.report, files)
     if args.how == "lines":
         refuse_unused(args, "--how lines", ("num_hashes", "num_bands", "ngrams", "num_workers",
                                             "jaccard_threshold", "report", "work_dir"))

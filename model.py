@@ -1171,7 +1171,11 @@ def evaluation_sum(loss_sum, dataset, T, num_tokens, batch_size, device, rank=0,
 @contextlib.contextmanager
 def atomic_write(path):
     """A binary file that takes `path`'s place when the block ends well, and is on disk by then; on
-    an error, a full disk or Ctrl-C `path` stays as it was."""
+    an error, a full disk or Ctrl-C `path` stays as it was. A device or pipe is written into."""
+    if os.path.exists(path) and not os.path.isfile(path):  # root could replace /dev/null
+        with open(path, "wb") as f:
+            yield f
+        return
     partial = f"{path}.tmp"
     try:
         with open(partial, "wb") as f:

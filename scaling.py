@@ -84,17 +84,21 @@ LEAST_STEPS = 1000
 
 def load_runs(path):
     """The rows of a .json list, .jsonl or .csv as dicts; numbers stay as the file spells them."""
+    where = ""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        if Path(path).suffix == ".csv":
+        if Path(path).suffix.lower() == ".csv":
             rows = list(csv.DictReader(io.StringIO(text)))
         elif text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = []
+            for i, line in enumerate(text.split("\n"), 1):
+                where = f"line {i}: "
+                rows += [json.loads(line)] if line.strip() else []
     except (ValueError, RecursionError, csv.Error) as problem:
-        raise ValueError(f"{path} must be JSON, JSONL or CSV, got {problem}; repair or remove that "
-                         "line") from None
+        raise ValueError(f"{path} must be JSON, JSONL or CSV, got {where}{problem}; repair or "
+                         "remove that line") from None
     return rows
 
 
@@ -164,12 +168,14 @@ class Fit:
         return self.summary(self.constants)
 
     def summary(self, quantities):
-        """{name: float} of quantities(theta), and with samples {name_interval: [low, high]}."""
+        """{name: float} of quantities(theta), and with samples {name_interval: [low, high]}, where
+        they have finite bounds."""
         result = {name: float(value) for name, value in quantities(self.theta).items()}
-        if self.samples is not None:
-            result |= {f"{name}_interval": np.percentile(self.widened(result[name], draws),
-                                                         LEVEL).tolist()
-                       for name, draws in quantities(self.samples).items()}
+        with np.errstate(all="ignore"):  # of few or odd runs some samples overflow
+            for name, draws in quantities(self.samples).items() if self.samples is not None else ():
+                bounds = np.percentile(self.widened(result[name], draws), LEVEL)
+                if np.isfinite(bounds).all():
+                    result[f"{name}_interval"] = bounds.tolist()
         return result
 
     def widened(self, value, draws):
@@ -629,6 +635,10 @@ def fit_chinchilla(parameters, tokens, losses, bootstrap=0, seed=42, starts="gri
             ends[:, 3:].clamp_(min=LEAST_EXPONENT)
             samples = (ends - ends @ centre).numpy()
     theta = (best - best @ centre).numpy()
+    if theta[:3].max() > 700:  # exp overflows; a law has some 1e3 there
+        raise ValueError("A and B must be finite, got exponents alpha "
+                         f"{theta[3]:.3g} and beta {theta[4]:.3g} of one odd run or few; check the "
+                         "table or add runs")
     predicted = ChinchillaFit.predict(theta, arrays["parameters"], arrays["tokens"])
     return ChinchillaFit(theta, samples, arrays, {
         "method": "chinchilla", "objective": float(values.min()),
@@ -680,6 +690,7 @@ def most_lr(width):
 
 SEQUENCE, EVAL_TOKENS = 512, 2**18  # tokens of a sequence and of an evaluation: fixed by [1]
 BUDGET_S, MOST_S, MOST_TOKENS = 43_200.0, 43_200.0, 500_000_000_000  # of a user; of one run
+VOCAB_SIZE = 32_000  # of its tokenizer
 API_KEY = "12345678"  # of the one user where --users names none
 MOST_EVALS = 10_000  # that a law answers: 0.4 s of every user's time
 REQUIRED = object()
@@ -1169,7 +1180,10 @@ class Store:
             raise ValueError(f"--db must be a file, got {self.path!r}; give a path")
         try:
             self.connection = self.connect()
-            self.connection.execute("PRAGMA schema_version")  # a file that is no database ends here
+            # A file that is no database ends here, one of another program below
+            tables = dict(self.connection.execute("SELECT name, sql FROM sqlite_master"))
+            if tables and "sunet_id" not in tables.get("users", ""):
+                raise sqlite3.Error("it holds other tables")
             # The guard is held until this process ends, however it ends
             self.guard = sqlite3.connect(f"{path}.lock", timeout=0, check_same_thread=False)
             self.guard.execute("BEGIN EXCLUSIVE")
@@ -1895,6 +1909,8 @@ class Client:
                 raise ValueError(f"the server at {self.url} must speak the training API, got "
                                  f"{type(error).__name__}; check --url") from None
             if attempt < self.attempts:
+                if sys.stderr.isatty():  # elsewhere an error is one line
+                    print(f"no answer from {self.url}, {problem}; trying again", file=sys.stderr)
                 time.sleep(min(10, 0.25 * 2**attempt))
         raise ValueError(f"the server at {self.url} must answer, got {problem} {self.attempts} "
                          "times; check --url, or try again later: nothing is submitted twice")
@@ -1978,6 +1994,9 @@ def read_plan(path):
     return configs, budget_s
 
 
+RESULT_START = b'{"id": '  # of result_row's lines
+
+
 def read_results(path):
     """{config_id: row} of a sweep's file; half a line at its end, left by a kill, is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1986,6 +2005,8 @@ def read_results(path):
     try:
         rows = {config_id(parse_config(row["config"])): row
                 for row in map(json.loads, whole.splitlines())}
+        if not text[len(whole) :].startswith(RESULT_START[: len(text) - len(whole)]):
+            raise ValueError
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} must hold results of a sweep, got {type(error).__name__}; give "
                          "another --out") from None
@@ -2022,6 +2043,9 @@ class Sweep:
         rows = read_results(self.out)
         self.rows = {number: rows[number] for number in self.waiting if number in rows}
         there = client.experiments()  # submitted before a kill
+        if others := sum(number not in there for number in self.rows):
+            print(f"note: {others} results in {out} are not of this server and key, and are not "
+                  "run again; give another --out to run them here")
         left = [number for number in self.waiting if number not in self.rows]
         self.active = {number: self.waiting[number] for number in left if number in there}
         self.waiting = {number: self.waiting[number] for number in left if number not in there}
@@ -2048,6 +2072,7 @@ class Sweep:
     def collect(self):
         """Writes the line of every active experiment that has ended; returns how many did."""
         ended, self.running = 0, 0
+        start = "\r\033[K" if sys.stdout.isatty() else ""
         for number, experiment in self.client.experiments().items() if self.active else ():
             if number not in self.active:
                 continue
@@ -2060,6 +2085,10 @@ class Sweep:
                     os.fsync(file.fileno())
                 del self.active[number]
                 ended += 1
+                if (row := self.rows[number])["loss"] is None:
+                    reason = row["reason"] or {"reason": "the last loss is not finite"}
+                    print(f"{start}experiment {row['id']} {row['status']}: "
+                          f"{reason.get('failure') or reason['reason']}")
         return ended
 
     def progress(self):
@@ -2373,7 +2402,7 @@ def draw_law(axis, fit, name, label, flops, points=None):
     """The line of N_opt, D_opt or loss over `flops`, with its 95% band."""
     rows = [fit.at(c) for c in flops]
     axis.plot(flops, [r[name] for r in rows], color="C0")
-    if f"{name}_interval" in rows[0]:
+    if all(f"{name}_interval" in row for row in rows):
         low, high = np.array([r[f"{name}_interval"] for r in rows]).T
         axis.fill_between(flops, low, high, color="C0", alpha=0.2, label="95%")
         axis.legend()
@@ -2579,6 +2608,13 @@ def plan(args):
         return plan_new_sweep(args)
     runs = load_runs(args.runs)
     arrays = run_arrays(runs, args.flops)
+    largest = arrays["rows"][int(arrays["flops"].argmax())].get("config")
+    largest = largest if isinstance(largest, dict) else None  # a sweep's row
+    swept = largest and largest["architecture_config"]["vocab_size"]
+    if swept and args.vocab_size not in (None, swept):
+        raise ValueError(f"--vocab_size must be that of the runs, {swept}, whose losses no other "
+                         f"has, got {args.vocab_size}; leave it out")
+    args.vocab_size = args.vocab_size or swept or VOCAB_SIZE
     fit = fit_sweep(arrays, 1000)
     machine = make_machine(args)
     run = plan_target(fit, args.vocab_size, machine, args.target_flops, args.target_s)
@@ -2601,8 +2637,7 @@ def plan(args):
     other = deepseek_law(run["flops"])
     print(f"by DeepSeek's law: {other['batch_tokens'] / SEQUENCE:.1f} sequences, learning rate "
           f"{other['lr']:.3g}")
-    largest = arrays["rows"][int(arrays["flops"].argmax())].get("config")
-    if largest:  # a sweep's row
+    if largest:
         width = largest["architecture_config"]["hidden_size"]
         batch = power_lines_batch(run["tokens"], largest["train_batch_size"],
                                   largest["total_train_tokens"])
@@ -2622,6 +2657,7 @@ def plan(args):
 def plan_new_sweep(args):
     """Writes --out: {"experiments": [submit bodies, cheapest first], "budget_s": ...}."""
     budget, unit = (args.budget_s, "s") if args.budget_s else (args.budget_flops, "FLOPs")
+    args.vocab_size = args.vocab_size or VOCAB_SIZE
     runs, cost = plan_sweep(budget, unit, args.vocab_size, make_machine(args))
     runs.sort(key=lambda r: r["seconds"])
     limits = sum(r["body"]["max_runtime_seconds"] for r in runs)
@@ -2638,7 +2674,7 @@ def plan_new_sweep(args):
 def read_users(path):
     """[(sunet_id, api_key)] of a CSV whose first row is sunet_id,api_key."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             header, *users = [tuple(row) for row in csv.reader(file) if row] or [()]
     except (ValueError, csv.Error) as problem:
         raise ValueError(f"{path} must be CSV in UTF-8, got {problem}; correct it") from None
@@ -2676,6 +2712,9 @@ def serve(args):
         store = stack.enter_context(contextlib.closing(Store(args.db, args.budget_s)))
         back_ends = make_back_ends(args, store)
         server.attach(store, users)
+        ((ended,),) = store.read("SELECT COUNT(*) FROM experiments WHERE ended_at IS NOT NULL")
+        if ended:
+            print(f"{ended} experiments in {args.db} have ended before, and stay as they are")
         requeued, lost = store.write(store.recover)
         if requeued or lost:
             print(f"runs of the server before: {requeued} queued again, {lost} failed after "
@@ -2770,7 +2809,7 @@ def build_parser():
     one_of("--device", help="to measure on (default: auto)")
     add("--flops", default="exact", choices=("exact", "6N"),
         help="FLOPs a token: all matrix products, or 6 N as the handout counts")
-    add("--vocab_size", type=whole, default=32_000)
+    add("--vocab_size", type=whole, help=f"(default: that of the runs, else {VOCAB_SIZE})")
     add("--eval_tokens", type=samples, default=EVAL_TOKENS, help="of one evaluation")
     add("--max_tokens", type=whole, default=MOST_TOKENS, help="of a run: what the server has")
     add("--margin", type=positive, default=1.3, help="time limit over the estimate")

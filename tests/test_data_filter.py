@@ -94,6 +94,20 @@ def warc(tmp_path):
 
 # ---------------------------------------------------------------- records
 
+FIRST, SECOND = response(b"<p>a", url="http://a/"), response(b"<p>b", url="http://b/")
+
+
+@pytest.mark.parametrize("data", [
+    b"\r\n\r\n" + FIRST + SECOND, gzip.compress(b"\n" + FIRST) + gzip.compress(SECOND),
+    gzip.compress(b"") + gzip.compress(FIRST) + gzip.compress(SECOND),
+    gzip.compress(b"") + gzip.compress(b"\r\n" + FIRST) + gzip.compress(SECOND),
+    (FIRST + SECOND).replace(b"URI: ", b"URI:\r\n ")], ids=["blank", "blank.gz", "empty", "both", "folded"])
+def test_blank_lines_and_an_empty_member_before_records_and_folded_fields_are_legal(tmp_path, data):
+    (tmp_path / "a.warc").write_bytes(data)
+    assert [(r.url, r.data, r.problem) for r in read_records(tmp_path / "a.warc")] == [
+        ("http://a/", b"<p>a", None), ("http://b/", b"<p>b", None)]
+
+
 @pytest.mark.parametrize(("pack", "header", "problem"), [
     (lambda b: gzip.compress(b[:9]) + gzip.compress(b[9:]), "Content-Encoding: gzip", None),
     (gzip.compress, "Transfer-Encoding: gzip, chunked", None),
@@ -275,6 +289,7 @@ def test_the_encoding_is_found_in_the_order_of_the_standard(data, content_type, 
     ("<pre>a  b\n  c</pre>x", "a  b\n  c\nx"),
     ("<p>a<br><br>b</p>", "a\n\nb"),
     ("a<script>if (a < b) x()</script><style>p {}</style><!-- c --> &amp; b", "a & b"),
+    ("a<!-- c --!>b<!-- d -->", "a b"),
     ("<p title='a > b'>x</p><a href=\"javascript:'>'\">y</a>", "x\n\ny"),
     ("<p>a<noscript>no</noscript><template>t</template><svg><text>s</text></svg> b", "a b"),
     ("", ""), ("<", "<"), ("a < b > c", "a < b > c"),
@@ -510,7 +525,7 @@ def digest(out_dir):
 def test_a_run_gives_text_tokens_and_a_report_whose_sums_close(warc, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data_filter, "EXAMPLES", 1)
     out = tmp_path / "out"
-    more = [response(page(9)), response(page(9), url="http://example.com/copy"),
+    more = [response(page(9).replace(b"</p>", b"</p><pre>a\n\n\n\nb</pre>", 1)), response(page(9), url="http://example.com/copy"),
             response(page("pii").replace(b"<p>", b"<p>Write to me@example.org, <|endoftext|> or ")),
             response(b"<p>Kurzer Text</p>"), response(b"x", "Content-Type: image/png")]
     write_warc(tmp_path / "b.warc.gz", more)
@@ -521,14 +536,15 @@ def test_a_run_gives_text_tokens_and_a_report_whose_sums_close(warc, tmp_path, c
     ids, meta = bpe.read_tokens(out / "tokens.bin", bpe.Tokenizer.load(out / "tokenizer.json"))
     assert meta["documents"] == 10 and meta["dtype"] == "uint16" and len(ids) == meta["tokens"]
     report = json.loads((out / "report.json").read_text())
-    came = None
+    came, characters = None, None
     for stage in report["stages"]:
-        assert came in (None, stage["documents_in"])
-        came = stage["documents_out"]
+        assert came in (None, stage["documents_in"]) and characters in (None, stage["characters_in"])
+        came, characters = stage["documents_out"], stage["characters_out"]
         dropped = sum(reason["documents"] for reason in stage["reasons"].values())
         assert stage["documents_in"] - dropped == stage["documents_out"]
         assert stage["characters_in"] - stage["characters_dropped"] + stage["characters_changed"] \
             == stage["characters_out"]
+    assert characters == sum(map(len, documents))
     assert came == 10 and {s["stage"] for s in report["stages"]} >= {"records", "rules", "copies"}
     files = [*out.glob("parts/*.dropped.jsonl"), out / "dropped.jsonl"]
     recorded = Counter(json.loads(line)["reason"] for path in files for line in path.read_text().splitlines())
@@ -538,6 +554,28 @@ def test_a_run_gives_text_tokens_and_a_report_whose_sums_close(warc, tmp_path, c
     assert data_filter.main(["inspect", "--out_dir", str(out), "--kept", "2", "--dropped", "3"]) is None
     shown = capsys.readouterr().out
     assert shown.count("--- kept") == 2 and shown.count("--- dropped") == 3
+
+
+def test_the_seconds_of_a_report_hold_those_of_the_tokens(warc, tmp_path, monkeypatch):
+    make_tokens, passed = data_filter.Run.make_tokens, []
+
+    def timed(job):
+        tokens = make_tokens(job)
+        passed.append(round(time.monotonic() - job.started, 2))
+        return tokens
+
+    monkeypatch.setattr(data_filter.Run, "make_tokens", timed)
+    assert run(warc, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["wall_seconds"] >= passed[0]
+
+
+def test_a_blocklist_that_has_changed_is_another_run(warc, tmp_path, capsys):
+    (tmp_path / "blocked").write_text("none.org\n")
+    for _ in range(2):
+        assert run(warc, tmp_path / "out", "--blocklist", str(tmp_path / "blocked")) == 0
+    (tmp_path / "blocked").write_text("example.com\n")
+    assert "other blocklist" in refused(capsys, "run", "--input", warc, "--out_dir", tmp_path / "out",
+                                        "--vocab_size", 300, "--blocklist", tmp_path / "blocked")
 
 
 def test_lines_that_occur_twice_are_dropped_everywhere_and_paragraphs_stay(warc, tmp_path):
@@ -741,6 +779,7 @@ def test_bad_input_is_refused_in_one_line(warc, tmp_path, capsys):
     for flag, value in (("num_hashes", 100), ("jaccard_threshold", 2), ("decontaminate_ngram", 0),
                         ("decontaminate", tmp_path / "none"), ("language_score", "nan"), ("harm_score", -1)):
         assert flag in refused(capsys, "run", "--input", warc, f"--{flag}", value, *out)
+    assert "got eng, fre" in refused(capsys, "run", "--input", warc, "--languages", "en,eng,fre", *out)
     assert not (tmp_path / "out").exists()  # nothing began
     info = write_warc(tmp_path / "i.warc.gz", [record("warcinfo", b"x"), record("request", b"x")])
     assert "'warcinfo': 1" in refused(capsys, "run", "--input", info, "--out_dir", tmp_path / "i")
@@ -750,6 +789,17 @@ def test_bad_input_is_refused_in_one_line(warc, tmp_path, capsys):
     foreign.write_bytes(b"not a model" * 10)
     assert "model.bin" in refused(capsys, "run", "--input", warc, "--language_model", foreign, *out)
     assert "finished run" in refused(capsys, "inspect", "--out_dir", tmp_path)
+    for flag in ("--kept", "--dropped", "--chars"):
+        assert "0 or more, got -1" in refused(capsys, "inspect", flag, -1, "--out_dir", tmp_path)
+
+
+def test_an_output_that_is_an_input_is_refused_and_the_file_stays(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text(text := json.dumps({"text": "Where is the station?"}) + "\n")
+    for arguments in (["classify", "--kind", "language", "--input", path, "--out", path],
+                      ["classify", "--train", path, path, "--model", path],
+                      ["dedup", "--input", path, "--out_dir", tmp_path / "out", "--report", path]):
+        assert "must not be an input" in refused(capsys, *arguments) and path.read_text() == text
 
 
 def test_thresholds_that_drop_everything_are_named(warc, tmp_path, capsys):

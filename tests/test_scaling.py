@@ -588,6 +588,24 @@ def bad(runs, **changes):
     return [{**runs[0], **changes}, *runs[1:]]
 
 
+def odd(seed):
+    """Eight runs of random losses, which a law with an exponent of tens or hundreds meets best."""
+    rng = np.random.default_rng(seed)
+    n, d = 10 ** rng.uniform(7, 8, 8), 10 ** rng.uniform(8, 9, 8)
+    loss = 3 + rng.normal(0, 0.3, 8) - 0.2 * np.log10(n / 1e7) - 0.2 * np.log10(d / 1e8)
+    return [{"N": a, "D": b, "loss": c} for a, b, c in np.transpose([n, d, loss]).tolist()]
+
+
+def test_a_fit_that_overflows_is_refused_and_an_interval_that_does_left_out(tmp_path, capsys):
+    argv = ["--method", "chinchilla", "--starts", "projection", "--bootstrap", "100", "--budget", "1e20", "--json"]
+    fails(capsys, ["fit", write(tmp_path / "a.jsonl", odd(2)), *argv], "A and B must be finite")
+    result = printed(capsys, ["fit", write(tmp_path / "b.jsonl", odd(5)), *argv])
+    assert "B_interval" not in result and len(result["A_interval"]) == 2
+    numbers = [v for row in (result, *result["optima"]) for value in row.values()
+               for v in (value if isinstance(value, list) else [value]) if isinstance(v, float)]
+    assert np.isfinite(numbers).all()
+
+
 CASES = [
     ([], "completed runs, got 0 of 0"),
     ([1, 2], "each run must be an object .* got 1 as run 1"),
@@ -606,6 +624,27 @@ CASES = [
 ]  # fmt: skip
 
 
+def test_a_target_has_the_vocabulary_of_the_sweep_whose_losses_it_is_from(tmp_path, capsys):
+    body = scaling.request_body(scaling.ladder(512)[0], 1, 2**20, 1e-3)
+    table = write(tmp_path / "runs.jsonl", [{**r, "config": body} for r in surface()])
+    argv = ["plan", str(table), "--target_flops", "1e18", "--speed", "1e14", "--out", str(tmp_path / "final.json")]
+    scaling.main(argv)
+    final = json.loads((tmp_path / "final.json").read_text())
+    assert final["training_config"]["architecture_config"]["vocab_size"] == 512
+    fails(capsys, [*argv, "--vocab_size", "32000"], "--vocab_size must be that of the runs, 512")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names on Windows")
+def test_a_pipe_named_as_output_gets_the_plan_and_stays_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    got = []
+    reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_bytes()), daemon=True)
+    reader.start()
+    scaling.main(["plan", "--budget_flops", "1e18", "--speed", "1e14", "--out", str(tmp_path / "pipe")])
+    reader.join(60)
+    assert json.loads(got[0])["experiments"] and (tmp_path / "pipe").is_fifo()
+
+
 @pytest.mark.parametrize("runs, message", CASES)
 def test_a_bad_table_is_one_line(runs, message, tmp_path, capsys):
     path = tmp_path / "runs.json"
@@ -617,7 +656,7 @@ def test_other_bad_input_is_one_line(tmp_path, capsys):
     table = write(tmp_path / "runs.jsonl", surface())
     fails(capsys, ["fit", tmp_path / "none.json"], "No such file")
     (tmp_path / "bad.jsonl").write_text('{"loss": 1}\n{"loss": ')
-    fails(capsys, ["fit", tmp_path / "bad.jsonl"], "must be JSON, JSONL or CSV, got .*; repair")
+    fails(capsys, ["fit", tmp_path / "bad.jsonl"], "must be JSON, JSONL or CSV, got line 2: .*; repair")
     (tmp_path / "deep.json").write_text("[" * 100_000)
     fails(capsys, ["fit", tmp_path / "deep.json"], "deep.json must be JSON, JSONL or CSV")
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
@@ -1502,7 +1541,7 @@ def test_a_server_killed_under_load_keeps_every_acknowledged_submit_and_charges_
         time.sleep(0.1)
     server, url, said = served(tmp_path / "api.db", "--backend", "law")  # it ends all at once
     try:
-        assert "1 queued again" in said and len(acknowledged) > 8
+        assert "1 queued again" in said and "have ended before" not in said and len(acknowledged) > 8
         listed = [{"status": {"status_type": "queued"}}]
         while any(e["status"]["status_type"] in ("queued", "running") for e in listed):
             listed = requests.get(url + "/experiments", headers=KEY, timeout=60).json()
@@ -1585,6 +1624,34 @@ def test_a_sweep_writes_one_line_a_run_and_does_nothing_twice(tmp_path, law_api,
     assert law_api.used() == 6
 
 
+@pytest.mark.parametrize("text", ['[{"a": 1}]', "notes", '{"a": 1}'])
+def test_a_sweep_leaves_a_file_of_another_kind_as_it_is(tmp_path, law_api, capsys, text):
+    argv = sweep_of(tmp_path, 1, law_api.url)
+    (tmp_path / "results.jsonl").write_text(text)  # no line end: it looks like a line cut by a kill
+    fails(capsys, argv, "results of a sweep")
+    assert (tmp_path / "results.jsonl").read_text() == text
+
+
+def test_a_sweep_says_when_its_results_are_another_servers(tmp_path, serving, law_api, capsys):
+    argv = sweep_of(tmp_path, 2, law_api.url)
+    scaling.main(argv)
+    scaling.main(argv)
+    assert "note" not in capsys.readouterr().out
+    (tmp_path / "new").mkdir()
+    with contextlib.closing(Serving(tmp_path / "new" / "api.db")) as other:
+        scaling.main([*argv, "--url", other.url])
+        assert "note: 2 results in " in capsys.readouterr().out and other.used() == 0
+
+
+def test_a_sweep_says_why_a_run_failed(tmp_path, serving, capsys):
+    api = serving(back_end=lambda store: scaling.LawBackEnd(store, scaling.Law(flops_per_s=1e11)))
+    scaling.main(sweep_of(tmp_path, 1, api.url))
+    assert "experiment 1 failed: timeout\n" in capsys.readouterr().out
+    api.back_end.law = None
+    scaling.main(sweep_of(tmp_path, 2, api.url))
+    assert "experiment 2 failed: AttributeError: " in capsys.readouterr().out
+
+
 def test_a_sweep_says_when_the_contract_makes_sgd_of_a_config(tmp_path, law_api, capsys):
     argv = sweep_of(tmp_path, 1, law_api.url)
     plan = [body(), body(optimizer_config={"lr_scheduler": {"peak_value": 0.01}})]
@@ -1642,6 +1709,9 @@ def test_a_port_or_database_in_use_is_one_line(tmp_path, api, capsys, monkeypatc
     c.close()
     (tmp_path / "text.db").write_text("no database at all, but long enough to be one " * 100)
     fails(capsys, ["serve", "--db", str(tmp_path / "text.db"), "--port", "0"], "not a database")
+    fails(capsys, ["serve", "--db", str(tmp_path / "locked.db"), "--port", "0"], "holds other tables")
+    with contextlib.closing(sqlite3.connect(tmp_path / "locked.db")) as c:
+        assert c.execute("SELECT name FROM sqlite_master").fetchall() == [("t",)]
     assert not (tmp_path / "text.db.lock").exists()
 
 
@@ -1653,6 +1723,11 @@ def test_a_port_or_database_in_use_is_one_line(tmp_path, api, capsys, monkeypatc
 def test_bad_users_are_one_line(tmp_path, capsys, text, pattern):
     (tmp_path / "users.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     fails(capsys, ["serve", "--db", str(tmp_path / "a.db"), "--users", str(tmp_path / "users.csv")], pattern)
+
+
+def test_a_list_of_users_may_be_a_spreadsheets(tmp_path):
+    (tmp_path / "users.csv").write_bytes(b"\xef\xbb\xbfsunet_id,api_key\r\na,1\r\n")
+    assert scaling.read_users(tmp_path / "users.csv") == [("a", "1")]
 
 
 def test_other_users_than_the_database_has_are_refused(tmp_path, capsys):
