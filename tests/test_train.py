@@ -258,6 +258,31 @@ def test_a_resumed_run_takes_new_flags_and_another_place(tmp_path, corpus):
     assert [g["weight_decay"] for g in groups] == [0.5, 0.0]
 
 
+def test_a_resumed_run_takes_a_new_micro_batch_and_a_new_dtype_of_moments(tmp_path, corpus, monkeypatch):
+    train.main(flags(tmp_path, corpus))
+    real_step, sizes = train.loss_and_gradient, []
+
+    def step(hidden_states, model, batch, micro_batch_size, *rest):
+        sizes.append(micro_batch_size)
+        return real_step(hidden_states, model, batch, micro_batch_size, *rest)
+
+    monkeypatch.setattr(train, "loss_and_gradient", step)
+    more = ("--max_steps", "10", "--batch_size", "6", "--moment_dtype", "bfloat16")
+    train.main(flags(tmp_path, corpus, "--resume", *more))
+    assert sizes == [6, 6]
+    state = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["optimizer"]["state"]
+    assert {s[key].dtype for s in state.values() for key in ("m", "v")} == {torch.bfloat16}
+
+
+def test_the_logged_share_of_the_peak_is_that_of_the_logged_rate(tmp_path, corpus, capsys, monkeypatch):
+    monkeypatch.setattr(lm, "peak_flops", lambda device: 1e10)
+    train.main(flags(tmp_path, corpus, "--max_steps", "2"))
+    config = lm.ModelConfig(**torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["config"])
+    last = [r for r in records(tmp_path) if "loss" in r][-1]
+    assert last["mfu"] == pytest.approx(last["tokens_per_s"] * lm.flops_per_token(config) / 1e10, rel=1e-9)
+    assert f"mfu {last['mfu']:.1%}" in capsys.readouterr().out
+
+
 def test_resuming_on_another_tokenizer_is_refused(tmp_path, corpus, capsys):
     train.main(flags(tmp_path, corpus))
     (corpus / "new.py").write_text("something entirely different\n" * 300)
@@ -371,6 +396,8 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_batch(tmp_path, corpus, c
         x, _ = lm.get_batch(ids, 4, 16, "cpu", generator)
     assert [ids[s : s + 16].tolist() for s in starts] == x.tolist()  # the batch named is the batch drawn
     assert torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["iteration"] == 3
+    calls.clear()
+    fails(capsys, flags(tmp_path, corpus, "--save_every", "6", out="none"), "at step 5", "no checkpoint was saved")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -610,6 +637,20 @@ def test_an_out_dir_that_holds_a_run_is_kept_unless_told(tmp_path, corpus, capsy
     assert len(losses(tmp_path)) == 2
     (tmp_path / "notes").write_text("a file")
     fails(capsys, flags(tmp_path, corpus, out="notes"), "out_dir must be a folder")
+
+
+def test_of_an_overwritten_run_nothing_stays_that_could_pass_for_the_new_one(tmp_path, corpus):
+    train.main(flags(tmp_path, corpus))
+    bpe.write_tokens(corpus, bpe.Tokenizer.load(tmp_path / "out"), tmp_path / "x.bin", num_workers=1)
+    argv = [*TINY, "--data", str(tmp_path / "x.bin"), "--out_dir", str(tmp_path / "out"), "--overwrite"]
+    train.main([*argv, "--norm", "post"])  # has neither a tokenizer nor a Hugging Face folder
+    assert sorted(p.name for p in tmp_path.glob("out/*")) == [
+        "checkpoint.pt", "checkpoint.pt.prev", "log.jsonl", "model"]  # fmt: skip
+    assert not [*tmp_path.glob("out/model/*")] and lm.load_model(tmp_path / "out")[1] is None
+    train.main(argv)  # a folder, but no tokenizer in it
+    assert lm.load_model(tmp_path / "out")[1] is None
+    assert lm.main(["export", "--model", str(tmp_path / "out"), "--out_dir", str(tmp_path / "hf")]) is None
+    assert (tmp_path / "hf/model.safetensors").exists()
 
 
 def test_a_checkpoint_of_another_shape_is_named(tmp_path, corpus, capsys):
