@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -435,6 +436,27 @@ def test_tokenizer_and_token_files_are_made_once_and_again_when_the_text_changes
     (corpus / "file_00.py").write_text("something = 'else'\n" * 50)
     prepare()
     assert all(times()[name] > before[name] for name in before)
+
+
+def test_runs_that_start_together_make_their_data_one_after_the_other(tmp_path, corpus, monkeypatch):
+    pytest.importorskip("fcntl")
+    inside, most, make_tokens = [], [], bpe.make_tokens
+
+    def watched(*args):
+        inside.append(args)
+        most.append(len(inside))
+        time.sleep(0.05)  # room for another to come in between
+        try:
+            return make_tokens(*args)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(bpe, "make_tokens", watched)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(bpe.prepare_data, str(corpus), 300, tmp_path / "data", num_workers=1)
+                for _ in range(3)]  # fmt: skip
+    first, *others = (run.result()[0].tolist() for run in runs)
+    assert set(most) == {1} and len(most) == 6 and others == [first, first]
 
 
 def test_damaged_files_under_data_are_made_again(tmp_path, corpus):
