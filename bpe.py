@@ -1512,6 +1512,8 @@ def prepare_data(data, vocab_size, data_dir="data", valid_data=None, tokenizer=N
     if Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
         raise ValueError(f"data_dir must lie outside the text, got {data_dir} for {data}; give "
                          "another data_dir")
+    if data not in ("python", *DATASETS):
+        list_files(data)  # a name of nothing leaves no folder behind
     with alone_in(folder):
         texts = find_texts(data, valid_data, folder, errors)
         hashes = [files_sha256([path]) for path in texts]

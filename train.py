@@ -183,7 +183,7 @@ class Trainer:
         rate, peak = tokens / seconds, lm.peak_flops(self.device)
         mfu = peak and rate * lm.flops_per_token(self.config) / peak
         mean_s = (now - self.eta_from[1]) / max(1, step - self.eta_from[0]) or seconds
-        entry.update(step_ms=seconds * 1e3, tokens_per_s=rate, mfu=mfu)
+        entry.update(step_ms=seconds * 1e3, tokens_per_s=rate, **({"mfu": mfu} if mfu else {}))
         if self.device.type == "cuda":
             entry["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         print(lm.log_line(entry, args.max_steps, mfu, mean_s * (args.max_steps - step)), flush=True)

@@ -657,6 +657,7 @@ def test_an_out_dir_that_holds_a_run_is_kept_unless_told(tmp_path, corpus, capsy
     assert (tmp_path / "out/log.jsonl").read_text() == before
     assert train.main(flags(tmp_path, corpus, "--overwrite", "--max_steps", "2")) == 0
     assert len(losses(tmp_path)) == 2
+    assert all(None not in record.values() for record in records(tmp_path)[1:])
     (tmp_path / "notes").write_text("a file")
     fails(capsys, flags(tmp_path, corpus, out="notes"), "out_dir must be a folder")
 
