@@ -1476,11 +1476,13 @@ def make_tokens(text, text_sha256, tokenizer, path, num_workers, errors):
 
 @contextlib.contextmanager
 def alone_in(folder):
-    """Waits until no other process makes data in `folder`, where the system has such locks."""
+    """Waits until no other process makes data in `folder`. Where there are no such locks (Windows,
+    a disk that is read only, on which all is made) it does not."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
+    with contextlib.ExitStack() as held:
         with contextlib.suppress(ImportError, OSError):
             import fcntl
+            file = held.enter_context(open(folder / "lock", "w"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
