@@ -16,6 +16,7 @@ Sources:
 """
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import heapq
@@ -1477,6 +1478,23 @@ def make_tokens(text, text_sha256, tokenizer, path, num_workers, errors):
     return read_tokens(path, tokenizer)
 
 
+@contextlib.contextmanager
+def alone_in(folder):
+    """Waits until no other process makes data in `folder`. Where there are no such locks (Windows,
+    a disk that is read only, on which all is made) it does not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+            file = held.enter_context(open(folder / "lock", "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that makes data in {folder}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def prepare_data(data, vocab_size, data_dir="data", valid_data=None, tokenizer=None,
                  pattern="gpt2", num_workers=None, errors="strict"):
     """Returns (train ids, valid ids, tokenizer, tokens per byte of the validation text).
@@ -1500,21 +1518,24 @@ def prepare_data(data, vocab_size, data_dir="data", valid_data=None, tokenizer=N
     if Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
         raise ValueError(f"data_dir must lie outside the text, got {data_dir} for {data}; give "
                          "another data_dir")
-    texts = find_texts(data, valid_data, folder, errors)
-    hashes = [files_sha256([path]) for path in texts]
-    if tokenizer:
-        folder = folder / tokenizer.sha256[:12]
-    else:
-        folder = folder / f"{pattern}_{vocab_size}"
-        tokenizer = make_tokenizer(texts[0], hashes[0], vocab_size, pattern, folder, num_workers,
-                                   errors)
-    ids = []
-    for split, text, sha256 in zip(("train", "valid"), texts, hashes, strict=True):
-        path = folder / f"{split}.bin"
-        split_ids, meta = make_tokens(text, sha256, tokenizer, path, num_workers, errors)
-        print(f"{split}: {meta['tokens']:,} tokens of {meta['bytes']:,} bytes, {path}")
-        ids.append(split_ids)
-    return *ids, tokenizer, meta["tokens"] / max(1, meta["bytes"])
+    if data not in ("python", *DATASETS):
+        list_files(data)  # a name of nothing leaves no folder behind
+    with alone_in(folder):
+        texts = find_texts(data, valid_data, folder, errors)
+        hashes = [files_sha256([path]) for path in texts]
+        if tokenizer:
+            folder = folder / tokenizer.sha256[:12]
+        else:
+            folder = folder / f"{pattern}_{vocab_size}"
+            tokenizer = make_tokenizer(texts[0], hashes[0], vocab_size, pattern, folder,
+                                       num_workers, errors)
+        ids = []
+        for split, text, sha256 in zip(("train", "valid"), texts, hashes, strict=True):
+            path = folder / f"{split}.bin"
+            split_ids, meta = make_tokens(text, sha256, tokenizer, path, num_workers, errors)
+            print(f"{split}: {meta['tokens']:,} tokens of {meta['bytes']:,} bytes, {path}")
+            ids.append(split_ids)
+        return *ids, tokenizer, meta["tokens"] / max(1, meta["bytes"])
 
 
 def open_token_files(data, vocab_size, valid_data=None, tokenizer=None):

@@ -1682,7 +1682,11 @@ class FlashAttentionTriton(torch.autograd.Function):
             scale = check_inputs(*heads, is_causal, None)
             checked = scale, None, False, torch.are_deterministic_algorithms_enabled()
         scale, spans, allow_tf32, deterministic = checked
-        o, lse = _forward(*heads, is_causal, scale, spans, allow_tf32)
+        if torch.compiler.is_compiling():
+            o, lse = _forward_op(*heads, *(spans or (None, None)), bool(is_causal), scale,
+                                 allow_tf32, deterministic)
+        else:
+            o, lse = _forward(*heads, is_causal, scale, spans, allow_tf32)
         o, lse = in_shape(o, q.shape), in_shape(lse, q.shape[:-1])
         ctx.save_for_backward(q, k, v, o, lse, *(spans or ()))
         ctx.settings = is_causal, scale, allow_tf32, deterministic
@@ -1695,7 +1699,8 @@ class FlashAttentionTriton(torch.autograd.Function):
         heads = [as_heads(x) for x in (q, k, v, o)]
         lse = in_shape(lse, heads[0].shape[:-1])
         do = as_heads(do.resolve_neg())
-        if torch.is_grad_enabled():  # create_graph: an operator that says no to a second derivative
+        # with create_graph, the operator says no to a second derivative
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             grads = _backward_op(*heads, lse, do, *(spans or (None, None)), causal, scale,
                                  allow_tf32, deterministic)
         else:

@@ -894,13 +894,14 @@ class AdamW(torch.optim.Optimizer):
                                          "stochastic_rounding": self.stochastic_rounding}
 
     def load_state_dict(self, state_dict):
-        """As torch.optim's, which would give m and v the dtype of the parameter."""
+        """As torch.optim's, but m and v keep their dtype or take moment_dtype, if given."""
         super().load_state_dict(state_dict)
         numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(numbers, params, strict=True):
             for key in ("m", "v") if i in state_dict["state"] else ():
-                self.state[p][key] = state_dict["state"][i][key].to(p.device, copy=True)
+                self.state[p][key] = state_dict["state"][i][key].to(
+                    p.device, self.moment_dtype, copy=True)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1249,7 +1250,7 @@ def read_checkpoint(src):
         return content
     if tried:
         raise ValueError(f"a checkpoint must be readable, got {'; '.join(tried)}; "
-                         "remove it to start anew")
+                         "give another, or move it away to start anew")
     raise FileNotFoundError(f"no checkpoint at {src}; train one first")
 
 
@@ -1347,7 +1348,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         if tokenizer is None:
             raise ValueError("prompts of text need a tokenizer, got none; pass one")
         prompts = [tokenizer.encode(p) for p in prompts]
-    prompts = [p.tolist() if hasattr(p, "tolist") else list(p) for p in prompts]
+    try:
+        prompts = [list(p.tolist() if hasattr(p, "tolist") else p) for p in prompts]
+    except TypeError:
+        raise ValueError(f"each prompt must be a list of ids, got {prompts[0]!r}; put the ids of "
+                         "one prompt into a list of their own") from None
     check_generation(model, prompts, tokenizer, max_new_tokens, temperature, top_k, top_p,
                      num_samples, stop_strings)
     device, limit = next(model.parameters()).device, model.config.context_length
@@ -1934,7 +1939,7 @@ def load_model(path, device="cpu", dtype=None, **overrides):
         model = TransformerLM(config)
         restore(content, model)
         model, folder = model.to(device=device, dtype=dtype), os.path.dirname(os.path.abspath(file))
-    for candidate in (os.path.join(folder, "tokenizer.json"), os.path.join(folder, "model")):
+    for candidate in (os.path.join(folder, *inner, "tokenizer.json") for inner in ((), ("model",))):
         if os.path.exists(candidate):
             return model, Tokenizer.load(candidate)
     return model, None
@@ -2518,8 +2523,9 @@ def stop_on_non_finite(entry, drawn_from, highest, sequences, saved):
     raise FloatingPointError(
         f"loss and gradient must be finite, got loss {entry['loss']} and norm {entry['grad_norm']} "
         f"at step {entry['step']}, on windows that start at training tokens "
-        f"{', '.join(map(str, starts))} ...; lower --lr, the last good checkpoint is of step "
-        f"{saved}")
+        f"{', '.join(map(str, starts))} ...; lower --lr, "
+        + ("no checkpoint was saved before" if saved is None else
+           f"the last good checkpoint is of step {saved}"))
 
 
 def export_and_sample(model, tokenizer, out_dir, prompt, num_tokens, seed):
@@ -2569,7 +2575,7 @@ def build_parser():
     add("--peak_tflops", type=rate, default=19.5, help="of the device (19.5: A100, float32)")
     add("--utilisation", type=rate, default=0.5, help="share of the peak that is reached")
     add("--memory_gib", type=rate, default=80, help="of the device")
-    add("--train_steps", type=int, default=400_000)
+    add("--train_steps", type=counting, default=400_000)
     p.set_defaults(run=count)
 
     p = verbs.add_parser("bench", help="time and memory of forward, backward and step")
@@ -2577,7 +2583,7 @@ def build_parser():
     add = p.add_argument
     add("--mode", default="all", choices=("all", "forward", "backward", "step"))
     add("--batch_size", type=counting, default=4)
-    add("--warmup_steps", type=int, default=5)
+    add("--warmup_steps", type=positive(int, zero=True), default=5)
     add("--repeats", type=counting, default=10)
     add("--device", default="auto")
     add("--dtype", default="float32", choices=("auto", *dtypes))

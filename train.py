@@ -87,8 +87,10 @@ class Trainer:
         self.step, self.saved = 0, None
         if args.resume:
             self.load()
-        for old in [*self.out_dir.glob("checkpoint.pt*")] if args.overwrite else ():
-            old.unlink()
+        if args.overwrite:  # what the new run may not write must not pass for its own
+            for old in ("checkpoint.pt*", "tokenizer.json", "model/*.json", "model/*.safetensors"):
+                for path in self.out_dir.glob(old):
+                    path.unlink()
         if self.tokenizer:  # of this run, whatever becomes of data_dir
             self.tokenizer.save(self.out_dir / "tokenizer.json")
         self.log = self.open_log()
@@ -156,7 +158,8 @@ class Trainer:
         saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]  # flags
         lm.restore(saved, self.model, self.optimizer)
         self.generator.set_state(saved["generator"])
-        self.micro_batch_size = min(self.micro_batch_size, saved["micro_batch_size"])
+        if saved["flags"]["batch_size"] == self.args.batch_size:  # halved, if so, for good reason
+            self.micro_batch_size = min(self.micro_batch_size, saved["micro_batch_size"])
         self.step = self.saved = saved["iteration"]
         self.started -= saved["elapsed_s"]
         print(f"resumed {self.checkpoint} at step {self.step}")
@@ -180,7 +183,7 @@ class Trainer:
         rate, peak = tokens / seconds, lm.peak_flops(self.device)
         mfu = peak and rate * lm.flops_per_token(self.config) / peak
         mean_s = (now - self.eta_from[1]) / max(1, step - self.eta_from[0]) or seconds
-        entry.update(step_ms=seconds * 1e3, tokens_per_s=rate)
+        entry.update(step_ms=seconds * 1e3, tokens_per_s=rate, **({"mfu": mfu} if mfu else {}))
         if self.device.type == "cuda":
             entry["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         print(lm.log_line(entry, args.max_steps, mfu, mean_s * (args.max_steps - step)), flush=True)

@@ -856,6 +856,17 @@ def test_compiled_without_a_graph_break_it_gives_the_same_numbers(compiler, pack
 
 
 @kernels
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_autograd_function_compiles_without_a_graph_break_too(compiler, causal):
+    inputs = make()
+    do = torch.randn_like(inputs[0])
+    compiled = compiler(FA.FlashAttentionTriton.apply)  # as the handout's leaderboard does
+    eager = run(lambda *qkv: FA.FlashAttentionTriton.apply(*qkv, causal), *inputs, do)
+    for ours, theirs in zip(run(lambda *qkv: compiled(*qkv, causal), *inputs, do), eager, strict=True):
+        close(ours, theirs, rtol=0, atol=0)  # the same kernels, and nothing around them
+
+
+@kernels
 def test_compiled_it_takes_other_lengths_and_autocast_and_recomputation(compiler):
     def block(q, k, v):
         return checkpoint(FA.flash_attention, q, k, v, use_reentrant=False)

@@ -1034,6 +1034,16 @@ def test_adamw_of_bfloat16_goes_on_from_its_state_dict_bit_for_bit(options):
     assert torch.equal(straight, broken)
 
 
+def test_adamw_that_is_told_a_moment_dtype_takes_over_moments_of_another():
+    p = torch.nn.Parameter(torch.ones(8))
+    p.grad = torch.linspace(-1, 1, 8)
+    first, second = M.AdamW([p]), M.AdamW([p], moment_dtype=torch.bfloat16)
+    first.step()
+    second.load_state_dict(first.state_dict())
+    for key in ("m", "v"):
+        assert torch.equal(second.state[p][key], first.state[p][key].bfloat16())
+
+
 def test_adamw_leaves_a_parameter_without_gradient_alone_and_runs_a_closure():
     p, frozen = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
     optimizer = M.AdamW([p, frozen], weight_decay=0.5)
@@ -1547,6 +1557,12 @@ def test_a_base_or_epsilon_that_no_model_has_is_refused(wrong):
 def test_a_text_is_no_list_of_prompts():
     with pytest.raises(ValueError, match="prompts must be a list, got the text 'def main'"):
         M.generate(exact_model(), "def main", 4)
+
+
+@pytest.mark.parametrize("prompt", [[1, 2, 3], torch.tensor([1, 2, 3]), np.array([1, 2, 3])], ids=str)
+def test_the_ids_of_one_prompt_are_no_list_of_prompts(prompt):
+    with pytest.raises(ValueError, match=r"each prompt must be a list of ids, got .*1.*; put"):
+        M.generate(exact_model(), prompt, 4)
 
 
 def test_several_samples_of_a_prompt_come_in_order_differ_and_share_one_prefill():

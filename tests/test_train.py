@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -258,6 +259,31 @@ def test_a_resumed_run_takes_new_flags_and_another_place(tmp_path, corpus):
     assert [g["weight_decay"] for g in groups] == [0.5, 0.0]
 
 
+def test_a_resumed_run_takes_a_new_micro_batch_and_a_new_dtype_of_moments(tmp_path, corpus, monkeypatch):
+    train.main(flags(tmp_path, corpus))
+    real_step, sizes = train.loss_and_gradient, []
+
+    def step(hidden_states, model, batch, micro_batch_size, *rest):
+        sizes.append(micro_batch_size)
+        return real_step(hidden_states, model, batch, micro_batch_size, *rest)
+
+    monkeypatch.setattr(train, "loss_and_gradient", step)
+    more = ("--max_steps", "10", "--batch_size", "6", "--moment_dtype", "bfloat16")
+    train.main(flags(tmp_path, corpus, "--resume", *more))
+    assert sizes == [6, 6]
+    state = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["optimizer"]["state"]
+    assert {s[key].dtype for s in state.values() for key in ("m", "v")} == {torch.bfloat16}
+
+
+def test_the_logged_share_of_the_peak_is_that_of_the_logged_rate(tmp_path, corpus, capsys, monkeypatch):
+    monkeypatch.setattr(lm, "peak_flops", lambda device: 1e10)
+    train.main(flags(tmp_path, corpus, "--max_steps", "2"))
+    config = lm.ModelConfig(**torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["config"])
+    last = [r for r in records(tmp_path) if "loss" in r][-1]
+    assert last["mfu"] == pytest.approx(last["tokens_per_s"] * lm.flops_per_token(config) / 1e10, rel=1e-9)
+    assert f"mfu {last['mfu']:.1%}" in capsys.readouterr().out
+
+
 def test_resuming_on_another_tokenizer_is_refused(tmp_path, corpus, capsys):
     train.main(flags(tmp_path, corpus))
     (corpus / "new.py").write_text("something entirely different\n" * 300)
@@ -371,6 +397,8 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_batch(tmp_path, corpus, c
         x, _ = lm.get_batch(ids, 4, 16, "cpu", generator)
     assert [ids[s : s + 16].tolist() for s in starts] == x.tolist()  # the batch named is the batch drawn
     assert torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["iteration"] == 3
+    calls.clear()
+    fails(capsys, flags(tmp_path, corpus, "--save_every", "6", out="none"), "at step 5", "no checkpoint was saved")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -408,6 +436,27 @@ def test_tokenizer_and_token_files_are_made_once_and_again_when_the_text_changes
     (corpus / "file_00.py").write_text("something = 'else'\n" * 50)
     prepare()
     assert all(times()[name] > before[name] for name in before)
+
+
+def test_runs_that_start_together_make_their_data_one_after_the_other(tmp_path, corpus, monkeypatch):
+    pytest.importorskip("fcntl")
+    inside, most, make_tokens = [], [], bpe.make_tokens
+
+    def watched(*args):
+        inside.append(args)
+        most.append(len(inside))
+        time.sleep(0.05)  # room for another to come in between
+        try:
+            return make_tokens(*args)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(bpe, "make_tokens", watched)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(bpe.prepare_data, str(corpus), 300, tmp_path / "data", num_workers=1)
+                for _ in range(3)]  # fmt: skip
+    first, *others = (run.result()[0].tolist() for run in runs)
+    assert set(most) == {1} and len(most) == 6 and others == [first, first]
 
 
 def test_damaged_files_under_data_are_made_again(tmp_path, corpus):
@@ -608,8 +657,23 @@ def test_an_out_dir_that_holds_a_run_is_kept_unless_told(tmp_path, corpus, capsy
     assert (tmp_path / "out/log.jsonl").read_text() == before
     assert train.main(flags(tmp_path, corpus, "--overwrite", "--max_steps", "2")) == 0
     assert len(losses(tmp_path)) == 2
+    assert all(None not in record.values() for record in records(tmp_path)[1:])
     (tmp_path / "notes").write_text("a file")
     fails(capsys, flags(tmp_path, corpus, out="notes"), "out_dir must be a folder")
+
+
+def test_of_an_overwritten_run_nothing_stays_that_could_pass_for_the_new_one(tmp_path, corpus):
+    train.main(flags(tmp_path, corpus))
+    bpe.write_tokens(corpus, bpe.Tokenizer.load(tmp_path / "out"), tmp_path / "x.bin", num_workers=1)
+    argv = [*TINY, "--data", str(tmp_path / "x.bin"), "--out_dir", str(tmp_path / "out"), "--overwrite"]
+    train.main([*argv, "--norm", "post"])  # has neither a tokenizer nor a Hugging Face folder
+    assert sorted(p.name for p in tmp_path.glob("out/*")) == [
+        "checkpoint.pt", "checkpoint.pt.prev", "log.jsonl", "model"]  # fmt: skip
+    assert not [*tmp_path.glob("out/model/*")] and lm.load_model(tmp_path / "out")[1] is None
+    train.main(argv)  # a folder, but no tokenizer in it
+    assert lm.load_model(tmp_path / "out")[1] is None
+    assert lm.main(["export", "--model", str(tmp_path / "out"), "--out_dir", str(tmp_path / "hf")]) is None
+    assert (tmp_path / "hf/model.safetensors").exists()
 
 
 def test_a_checkpoint_of_another_shape_is_named(tmp_path, corpus, capsys):
