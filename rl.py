@@ -47,7 +47,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -1271,10 +1271,10 @@ def end_ids(tokenizer):
 
 
 def load_model(path, *place, **given):
-    """lm.load_model, with a tokenizer that also knows the ends that the folder's config.json has:
-    they may have any name."""
+    """lm.load_model, with a tokenizer that also knows the ends that the folder's files name: they
+    may have any name."""
     model, tokenizer = lm.load_model(path, *place, **given)
-    if tokenizer and "eos_token_id" in model.text_bounds:
+    if tokenizer and "eos_token_id" in {**model.text_bounds, **model.generation_config}:
         special = lm.special_ids(tokenizer)
         tokenizer.ends = [special[i] for i in lm.end_ids(model, tokenizer) if i in special]
     return model, tokenizer
@@ -1707,8 +1707,10 @@ class Run:
             self.model, self.tokenizer = load_model(args.model, self.device, torch.float32,
                                                     **given)
             if length > self.model.config.context_length:  # a shorter one is of this run alone
-                self.model, self.tokenizer = load_model(args.model, self.device, torch.float32,
-                                                        context_length=length, **given)
+                self.model.config = replace(self.model.config, context_length=length)
+                rope = lm.make_rope(self.model.config, self.device)
+                for layer in self.model.layers:
+                    layer.attn.rope = rope
         elif self.task:
             torch.manual_seed(args.seed)
             self.tokenizer = self.task.tokenizer
@@ -1876,7 +1878,9 @@ class Run:
             lm.save_checkpoint(
                 self.model, self.optimizer, self.step, self.checkpoint, flags=self.flags(),
                 config=asdict(self.model.config), position=self.position, rollouts=self.rollouts,
-                dry=self.dry, elapsed_s=time.perf_counter() - self.started)
+                dry=self.dry, elapsed_s=time.perf_counter() - self.started,
+                text_bounds=self.model.text_bounds,
+                generation_config=self.model.generation_config)
         self.saved = self.step
 
     def load(self):

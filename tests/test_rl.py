@@ -1511,6 +1511,12 @@ def test_a_shorter_context_is_the_runs_and_not_that_of_the_model_it_leaves(tmp_p
                         "--out_dir", str(out)]) == 0  # fmt: skip
         assert lm.from_pretrained(out / "model").config.context_length == kept
         assert rl.main(["sft", "--resume", "--out_dir", str(out), "--max_steps", "3"]) == 0
+    for folder in ("m", "80"):  # a model folder, and a run's checkpoint
+        model, _ = rl.load_model(tmp_path / folder)
+        assert rl.main(["sft", *base, "--model", str(tmp_path / folder), "--data", pairs, "--context_length", "90",
+                        "--out_dir", str(tmp_path / f"{folder}90")]) == 0  # fmt: skip
+        longer, ids = lm.from_pretrained(tmp_path / f"{folder}90/model"), torch.arange(90)[None]
+        assert longer(ids).shape == (1, 90, 257) and model.config.context_length < 90
     fails(capsys, [*eval_flags(tmp_path, out, "gsm8k", gsm8k(tmp_path)), "--max_new_tokens", "80"],
           "must leave room for a prompt in the model's context of 80 tokens")
 
@@ -1521,7 +1527,16 @@ def test_a_model_folder_tells_its_end_token_whatever_its_name_is(tmp_path, model
     _, tokenizer = rl.load_model(model_folder)
     assert rl.end_ids(tokenizer) == (256,) and rl.end_ids(Tokenizer.load(file)) == ()
     config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [256], "top_p": 0.8}))
+    pairs = write_jsonl(tmp_path / "s.jsonl", [{"prompt": "1+1=", "response": "2"}])
+    sft = ["sft", "--data", pairs, "--max_steps", "1", "--device", "cpu", "--model"]
+    assert rl.main([*sft, str(model_folder), "--out_dir", str(tmp_path / "a")]) == 0
+    assert rl.main([*sft, str(tmp_path / "a"), "--out_dir", str(tmp_path / "b")]) == 0  # from the checkpoint
+    left = (json.loads((tmp_path / "b/model" / f"{name}.json").read_text()) for name in ("config", "generation_config"))
+    assert [*left] == [config | {"torch_dtype": "float32"}, {"eos_token_id": [256], "top_p": 0.8}]
     (model_folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    assert rl.end_ids(rl.load_model(model_folder)[1]) == (256,)  # from the other file
+    (model_folder / "generation_config.json").unlink()
     assert rl.main(eval_flags(tmp_path, model_folder, "gsm8k", gsm8k(tmp_path))) == 0
     assert "has no end token" in capsys.readouterr().out
 
