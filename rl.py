@@ -2505,17 +2505,27 @@ def keep_fitting(rows, length, limit, what):
 
 def task_problems(args, task, extra=0):
     """(held-out problems, solved ones to learn from, `extra` unsolved ones) of a task. Unsolved
-    ones begin behind those that the model's own run here has learnt from, or behind --examples."""
-    if extra and args.model and args.examples is None:
-        former = lm.saved_flags(Path(args.model).parent)
-        args.examples = former.get("examples") if former.get("task") == args.task else None
-    held, end = args.eval_problems, args.eval_problems + (args.examples or TASK_EXAMPLES)
+    ones begin behind those that the model's own run here has learnt from, or behind --examples.
+    The first args.held are never learnt from, neither here nor in the run before."""
+    former, path = {}, Path(args.model or "")
+    if args.model:  # RUN or RUN/model
+        former = lm.saved_flags(path if (path / "checkpoint.pt").exists() else path.parent)
+    if any(former.get(k) != getattr(args, k) for k in ("task", "digits")):
+        former = {}
+    if extra and args.examples is None:
+        args.examples = former.get("examples")
+    before = former.get("held", former.get("eval_problems", args.eval_problems))
+    held = args.held = getattr(args, "held", before)  # on resuming as it was
+    if args.eval_problems > held:
+        raise ValueError(f"--eval_problems must be at most the {held} that were held out before, "
+                         f"got {args.eval_problems}; lower it: others have been learnt from")
+    end = held + (args.examples or TASK_EXAMPLES)
     problems, rng = task.problems(end + extra), random.Random(DATA_SEED)
     if len(problems) < end + extra:
         raise ValueError(f"the task must have as many problems as are asked for, got {end + extra} "
                          f"of {len(problems)}; lower --problems, --examples or --eval_problems")
     solved = problems[held:end] if not extra else []
-    return (problems[:held], [{**p, "response": task.solve(p, rng)} for p in solved],
+    return (problems[: args.eval_problems], [{**p, "response": task.solve(p, rng)} for p in solved],
             problems[end:])
 
 

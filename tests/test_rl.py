@@ -1003,12 +1003,15 @@ def test_grpo_goes_on_behind_the_problems_that_its_model_has_learnt_from(tmp_pat
            f"--max_new_tokens 4 --d_model 16 --num_layers 1 --num_heads 2 --d_ff 16 --out_dir {tmp_path / 'sft'}")  # fmt: skip
     assert rl.main(sft.split()) == 0
     task = rl.addition_task(rl.parse(sft.split()))
-    for given, first in (([], 54), (["--examples", "7"], 11)):
-        args = rl.parse(["grpo", "--task", "addition", "--digits", "2", "--eval_problems", "4", *given,
-                         "--model", str(tmp_path / "sft/model")])  # fmt: skip
-        held, _, unsolved = rl.task_problems(args, task, 5)
-        assert (held, unsolved) == (task.problems(4), task.problems(first + 5)[first:])
-        assert args.examples == first - 4  # and so in the log, for whoever goes on from there
+    for given, first in (([], 54), (["--examples", "7"], 11), (["--eval_problems", "2"], 54)):
+        for model in ("sft/model", "sft"):
+            args = rl.parse(["grpo", "--task", "addition", "--digits", "2", "--eval_problems", "4", *given,
+                             "--model", str(tmp_path / model)])  # fmt: skip
+            held, _, unsolved = rl.task_problems(args, task, 5)
+            assert (held, unsolved) == (task.problems(args.eval_problems), task.problems(first + 5)[first:])
+            assert (args.examples, args.held) == (first - 4, 4)  # so in the log, for whoever goes on from there
+    with pytest.raises(ValueError, match="--eval_problems must be at most the 4 that were held out before, got 5"):
+        rl.task_problems(rl.parse([*sft.split(), "--eval_problems", "5", "--model", str(tmp_path / "sft")]), task)
 
 
 def test_an_algorithm_is_a_set_of_flags_that_others_override():
