@@ -2214,10 +2214,11 @@ def dpo_step(run):
 def train_to_end(run):
     """Trains to max_steps; returns 0, or 128 + the signal that stopped it after a save."""
     args = run.args
+    min_lr = args.lr if args.min_lr is None else args.min_lr
     validate(run)  # on resuming too: a kill may have come between saving and this
     while run.step < args.max_steps:
         began = time.perf_counter()
-        lr = lm.lr_cosine_schedule(run.step + 1, args.lr, args.min_lr, args.warmup_steps,
+        lr = lm.lr_cosine_schedule(run.step + 1, args.lr, min_lr, args.warmup_steps,
                                    args.max_steps)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
@@ -2238,9 +2239,13 @@ def train_to_end(run):
             print(f"signal {signal}: saved at step {run.step}, --resume goes on")
             return 128 + signal
         validate(run)
-    if run.rank == 0:
-        lm.save_pretrained(run.model, run.tokenizer, run.out_dir / "model")
-    print(f"wrote {run.out_dir / 'model'} after {time.perf_counter() - run.started:.0f} s")
+    folder, told = run.out_dir / "model", f"wrote {run.out_dir / 'model'}"
+    try:
+        if run.rank == 0:
+            lm.save_pretrained(run.model, run.tokenizer, folder)
+    except ValueError as reason:  # some shapes have no Hugging Face class
+        told = f"{folder} was not written: {reason}"
+    print(f"{told} after {time.perf_counter() - run.started:.0f} s")
     return 0
 
 
@@ -2807,8 +2812,7 @@ def report(args, examples, done, per_s):
 
 def train(args):
     """Any of sft, ei, grpo and dpo."""
-    args.min_lr = args.lr if args.min_lr is None else args.min_lr
-    if args.min_lr > args.lr:
+    if (args.min_lr or 0) > args.lr:
         raise ValueError(f"--min_lr must be at most --lr, got {args.min_lr} and {args.lr}; lower "
                          "it")
     run, plain = Run(args), vars(parse([args.verb]))
@@ -3194,14 +3198,19 @@ def parse(argv):
         argv = ["demo", *argv]
     parser, verbs = build_parser()
     args = parser.parse_args(argv)
+    algorithm = getattr(args, "algorithm", None)
     if getattr(args, "take_step", None) and args.resume:
         saved = lm.saved_flags(args.out_dir)
         if saved.get("verb", args.verb) != args.verb:
             raise ValueError(f"--resume must go on with the same verb, got {args.verb} for a run "
                              f"of {saved['verb']}; give another --out_dir")
+        former = saved.get("algorithm")
+        if algorithm and algorithm != former:  # another one begins from the plain flags
+            saved = {k: v for k, v in saved.items() if k not in ALGORITHMS.get(former, ())}
         verbs[args.verb].set_defaults(**{**saved, "out_dir": args.out_dir})
-    if getattr(args, "algorithm", None):
-        verbs[args.verb].set_defaults(**ALGORITHMS[args.algorithm])
+        algorithm = None if algorithm == former else algorithm
+    if algorithm:
+        verbs[args.verb].set_defaults(**ALGORITHMS[algorithm])
     return parser.parse_args(argv)
 
 

@@ -792,6 +792,21 @@ def test_a_run_that_is_resumed_gives_the_same_numbers_bit_for_bit(verb, start, t
         assert tensor.equal(weights[1]["model"][name])
 
 
+def test_a_rate_without_decay_follows_the_rate_that_a_resumed_run_is_given(start, tmp_path):
+    sft = flags("sft", start, tmp_path, "--max_steps", "2")
+    assert rl.main(sft) == 0
+    assert rl.main(["sft", "--resume", "--out_dir", str(tmp_path), "--max_steps", "4", "--lr", "1e-4"]) == 0
+    assert [r["lr"] for r in steps(tmp_path) if "lr" in r] == [3e-3] * 2 + [1e-4] * 2
+
+
+def test_a_shape_without_a_hugging_face_class_is_trained_and_said_to_be_left_in_the_checkpoint(tmp_path, capsys):
+    assert rl.main(["sft", *TINY, *SHAPE, "--pos", "none", "--max_steps", "1", "--out_dir", str(tmp_path)]) == 0
+    assert re.search("model was not written: .*keep the checkpoint", capsys.readouterr().out)
+    assert not (tmp_path / "model").exists()
+    grpo = flags("grpo", tmp_path, tmp_path / "g", "--max_steps", "1")
+    assert rl.main(grpo) == 0
+
+
 def test_a_run_that_is_killed_goes_on_bit_for_bit(start, tmp_path):
     argv = flags("grpo", start, tmp_path / "killed", "--max_steps", "100000", "--eval_every", "100000")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -1020,6 +1035,19 @@ def test_an_algorithm_is_a_set_of_flags_that_others_override():
         assert {k: args[k] for k in changes} == changes
     args = rl.parse(["grpo", "--algorithm", "dapo", "--clip_high", "0.4"])
     assert (args.clip_high, args.overlong) == (0.4, "mask")
+
+
+def test_a_resumed_run_takes_another_algorithm_whole_and_keeps_what_was_given_to_its_own(tmp_path):
+    given = ["grpo", "--algorithm", "dapo", "--clip_high", "0.4", "--lr", "1e-3"]
+    write_jsonl(tmp_path / "log.jsonl", [{"flags": {**vars(rl.parse(given)), "take_step": None, "prepare": None,
+                                                    "measure": None, "run": None}}])  # fmt: skip
+    resume = ["grpo", "--resume", "--out_dir", str(tmp_path)]
+    for name, clip_high in (("dapo", 0.4), ("dr_grpo", 0.2)):
+        args, fresh = rl.parse([*resume, "--algorithm", name]), rl.parse(["grpo", "--algorithm", name])
+        assert (args.lr, args.clip_high) == (1e-3, clip_high)
+        assert {k: getattr(args, k) for k in rl.ALGORITHMS[name]} == rl.ALGORITHMS[name] | (
+            {"clip_high": clip_high} if name == "dapo" else {})
+        assert args.overlong == fresh.overlong and args.dynamic_sampling == fresh.dynamic_sampling
 
 
 def test_commands_of_the_readme_are_accepted():
