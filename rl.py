@@ -2668,6 +2668,9 @@ def generate_responses(model, tokenizer, prompts, max_new_tokens, temperature=0.
     return [[next(rows) if fit else missing for _ in range(num_samples)] for fit in fits]
 
 
+RESULTS = ("results.json", "alpaca_eval.json", "sst.jsonl")  # what an evaluation ends in
+
+
 def read_generations(folder):
     """What an evaluation left in `folder`: {(index, sample): record}, and its flags or None."""
     done, flags = {}, None
@@ -2696,8 +2699,9 @@ def open_generations(args, rank, barrier):
                          f"{', '.join(changed)}; give the same ones, or --overwrite")
     barrier()  # all have read it
     folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("generations*.jsonl") if rank == 0 and not args.resume else ():
-        file.unlink()
+    former = [*folder.glob("generations*.jsonl"), *map(folder.joinpath, RESULTS)]
+    for file in former if rank == 0 and not args.resume else ():
+        file.unlink(missing_ok=True)
     barrier()
     path = folder / (f"generations.{rank}.jsonl" if rank else "generations.jsonl")
     file = lm.open_log(path, int(args.resume), {"flags": flags})  # drops a line that was cut off
@@ -2758,6 +2762,13 @@ def evaluate(args):
     if not end_ids(tokenizer):
         print("the tokenizer has no end token: only --stop and --max_new_tokens end a response")
     done, file = open_generations(args, rank, barrier)
+    asked = [(e["prompt"], e.get("answer")) for e in examples]
+    changed = [i for (i, _), r in done.items()
+               if i >= len(asked) or (r["prompt"], r["ground_truth"]) != asked[i]]
+    if changed:
+        raise ValueError(f"--resume needs the examples of the evaluation in {args.out_dir}, got "
+                         f"another one in place {min(changed) + 1}; give the same --data, or "
+                         "--overwrite")
     began, old = time.perf_counter(), len(done)
     with file:
         generate_missing(args, examples, model, tokenizer, done, file, rank, ranks)

@@ -1585,7 +1585,7 @@ def test_an_evaluation_leaves_every_generation_and_its_results(tmp_path, model_f
     assert "### Instruction:\n0 + 1?\nAnswer:" in written(tmp_path)[0][1]["prompt"]
 
 
-def test_an_evaluation_that_was_killed_goes_on_to_the_same_end(tmp_path, model_folder):
+def test_an_evaluation_that_was_killed_goes_on_to_the_same_end(tmp_path, model_folder, capsys, monkeypatch):
     flags = ("--num_samples", "3", "--pass_at", "1", "3", "--prompt", "question_only")
     data = gsm8k(tmp_path)
     rl.main(eval_flags(tmp_path, model_folder, "math", data, *flags, out="whole"))
@@ -1601,6 +1601,17 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_end(tmp_path, model_f
         rl.main(eval_flags(tmp_path, model_folder, "math", data, *flags, "--seed", "1", "--resume"))
     rl.main(eval_flags(tmp_path, model_folder, "math", data, *flags, "--resume"))
     assert written(tmp_path) == written(tmp_path, "whole")
+    capsys.readouterr()
+    text = Path(data).read_text()
+    for change in (("#### 3", "#### 4"), ("2 + 1?", "2 + 2?"), (text.splitlines(True)[-1], "")):
+        Path(data).write_text(text.replace(*change))
+        fails(capsys, eval_flags(tmp_path, model_folder, "math", data, *flags, "--resume"),
+              "needs the examples of the evaluation in .*another one in place [35];")
+    Path(data).write_text(text)
+    monkeypatch.setattr(rl, "rollout", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rl.main(eval_flags(tmp_path, model_folder, "math", data, *flags, "--overwrite"))
+    assert [p.name for p in (tmp_path / "eval").iterdir()] == ["generations.jsonl"]  # no results of before
 
 
 def test_two_ranks_evaluate_like_one(tmp_path, model_folder):
