@@ -2565,7 +2565,7 @@ def hold_out(run, problems):
     else:
         reward_fn = r1_zero_reward if args.prompt == "r1_zero" else question_only_reward
         run.reward_fn = functools.partial(reward_fn, strict=args.strict)
-        run.stop = args.stop or STOPS.get(args.prompt, ())
+        run.stop = (*STOPS.get(args.prompt, ()), *args.stop)
         problems = read_problems(args.valid_data)[: args.eval_problems] if args.valid_data else []
     run.held_out = encode_problems(run, problems) if problems else []
 
@@ -2866,7 +2866,8 @@ def plot(logs, out):
         for path in map(Path, logs):
             try:
                 records = [*map(json.loads, path.read_text(encoding="utf-8").splitlines())]
-            except ValueError as error:
+                records = [r for r in records if "elapsed_s" in r]
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"{path} must be a run's log.jsonl, got: {error}; give another "
                                  "file") from None
             key = next((k for k in keys if any(k in r for r in records)), None)

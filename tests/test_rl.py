@@ -967,6 +967,9 @@ def test_files_are_learnt_from_in_every_verb_and_what_is_too_long_is_counted(tmp
                     "--out_dir", str(tmp_path / "r1")]) == 0  # fmt: skip
     assert "not used" not in capsys.readouterr().out
     assert records(tmp_path / "d")[-1]["greedy"] in (0, 1)
+    run = rl.Run(rl.parse([*grpo, "--prompt", "r1_zero", "--context_length", "600", "--stop", "\n\n",
+                           "--out_dir", str(tmp_path / "d5")]))  # fmt: skip
+    assert run.stop == ("</answer>", "\n\n")
     preferences = write_jsonl(tmp_path / "f.jsonl", [{"prompt": "hi", "chosen": "yes", "rejected": "no"}])
     dpo = ["dpo", *base, "--data", preferences, "--batch_size", "1", "--out_dir"]
     assert rl.main([*dpo, str(tmp_path / "e")]) == 0
@@ -1151,6 +1154,7 @@ def test_a_plot_is_drawn_or_what_it_lacks_is_said(start, tmp_path, capsys, monke
     assert "curves.png" in capsys.readouterr().out
     log = write_jsonl(tmp_path / "log.jsonl", [{"flags": {}}])
     fails(capsys, ["plot", log], "must hold steps to draw, got none")
+    fails(capsys, ["plot", write_jsonl(tmp_path / "g.jsonl", [{"reward": 1.0}])], "must hold steps to draw")
     Path(log).write_text("step,loss\n")
     fails(capsys, ["plot", log], r"log\.jsonl must be a run's log")
 
