@@ -1718,9 +1718,11 @@ class Run:
             self.model = lm.TransformerLM(config).to(self.device)
         else:
             raise ValueError("--model or --task must say what to train, got neither; give one")
-        if self.tokenizer is None or not end_ids(self.tokenizer):
-            raise ValueError("the tokenizer must have a token that ends a text, got none; add "
-                             "<|endoftext|> to its special tokens")
+        ends, V = self.tokenizer and end_ids(self.tokenizer), self.model.config.vocab_size
+        if not ends or ends[0] >= V:
+            got = f"id {ends[0]}, for a model of {V} ids" if ends else "none"
+            raise ValueError(f"the tokenizer must have a token that ends a text, got {got}; add "
+                             "<|endoftext|> to its special tokens, and to the model")
         if self.task and self.tokenizer.sha256 != self.task.tokenizer.sha256:
             raise ValueError(f"--task {args.task} needs a model trained on it, got {args.model}, "
                              f"which has another tokenizer; make one with sft --task {args.task}")
@@ -2244,7 +2246,7 @@ def train_to_end(run):
         if run.rank == 0:
             lm.save_pretrained(run.model, run.tokenizer, folder)
     except ValueError as reason:  # some shapes have no Hugging Face class
-        told = f"{folder} was not written: {reason}"
+        told = f"{folder} was not written ({reason})"
     print(f"{told} after {time.perf_counter() - run.started:.0f} s")
     return 0
 
@@ -2668,9 +2670,6 @@ def generate_responses(model, tokenizer, prompts, max_new_tokens, temperature=0.
     return [[next(rows) if fit else missing for _ in range(num_samples)] for fit in fits]
 
 
-RESULTS = ("results.json", "alpaca_eval.json", "sst.jsonl")  # what an evaluation ends in
-
-
 def read_generations(folder):
     """What an evaluation left in `folder`: {(index, sample): record}, and its flags or None."""
     done, flags = {}, None
@@ -2699,9 +2698,9 @@ def open_generations(args, rank, barrier):
                          f"{', '.join(changed)}; give the same ones, or --overwrite")
     barrier()  # all have read it
     folder.mkdir(parents=True, exist_ok=True)
-    former = [*folder.glob("generations*.jsonl"), *map(folder.joinpath, RESULTS)]
-    for file in former if rank == 0 and not args.resume else ():
-        file.unlink(missing_ok=True)
+    names = ("generations*.jsonl", "results.json", "alpaca_eval.json", "sst.jsonl")
+    for file in itertools.chain(*map(folder.glob, names)) if not (rank or args.resume) else ():
+        file.unlink()
     barrier()
     path = folder / (f"generations.{rank}.jsonl" if rank else "generations.jsonl")
     file = lm.open_log(path, int(args.resume), {"flags": flags})  # drops a line that was cut off
@@ -2862,7 +2861,8 @@ def plot(logs, out):
     except ImportError:
         raise ValueError("a plot needs matplotlib, got none; pip install matplotlib") from None
     figure = Figure(figsize=(12, 4.5), layout="constrained")
-    for axis, keys in zip(figure.subplots(1, 2), (("reward", "loss"), ("greedy",)), strict=True):
+    panels = (("reward", "loss"), ("greedy", "held_out_accuracy"))
+    for axis, keys in zip(figure.subplots(1, 2), panels, strict=True):
         for path in map(Path, logs):
             try:
                 records = [*map(json.loads, path.read_text(encoding="utf-8").splitlines())]
@@ -2936,7 +2936,8 @@ def add_run_flags(parser):
         task=(TASKS, None, "learn from problems made here, instead of --data"),
         data=(str, None, "JSONL, JSON or csv of what the verb learns from"),
         valid_data=(str, None, "problems to evaluate on; of dpo: pairs"),
-        prompt=(PROMPTS, "question_only", "the template of the questions in both"),
+        prompt=(PROMPTS, "question_only", "the template of the questions in both: answers "
+                "are wanted in <answer> with r1_zero, in a box with the others"),
         strict=(bool, False, "want the handout's exact spacing of tags"),
         examples=(at_least_1, None, "the first ones of --data (default: all), or solved ones of "
                   f"--task (default: {TASK_EXAMPLES})"),

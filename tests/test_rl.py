@@ -801,7 +801,7 @@ def test_a_rate_without_decay_follows_the_rate_that_a_resumed_run_is_given(start
 
 def test_a_shape_without_a_hugging_face_class_is_trained_and_said_to_be_left_in_the_checkpoint(tmp_path, capsys):
     assert rl.main(["sft", *TINY, *SHAPE, "--pos", "none", "--max_steps", "1", "--out_dir", str(tmp_path)]) == 0
-    assert re.search("model was not written: .*keep the checkpoint", capsys.readouterr().out)
+    assert re.search(r"model was not written \(.*keep the checkpoint instead\) after", capsys.readouterr().out)
     assert not (tmp_path / "model").exists()
     grpo = flags("grpo", tmp_path, tmp_path / "g", "--max_steps", "1")
     assert rl.main(grpo) == 0
@@ -1152,6 +1152,11 @@ def test_a_plot_is_drawn_or_what_it_lacks_is_said(start, tmp_path, capsys, monke
     assert not rl.main(argv)
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert "curves.png" in capsys.readouterr().out
+    pairs, shown = write_jsonl(tmp_path / "p.jsonl", [{"loss": 0.6, "elapsed_s": 1.0},
+                                                      {"held_out_accuracy": 0.9, "elapsed_s": 2.0}]), []  # fmt: skip
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, *points, label: shown.append((*points, label)))
+    assert not rl.main(["plot", pairs, "--out", str(tmp_path / "curves.png")])
+    assert [(x, y) for x, y, _ in shown] == [((1.0,), (0.6,)), ((2.0,), (0.9,))]
     log = write_jsonl(tmp_path / "log.jsonl", [{"flags": {}}])
     fails(capsys, ["plot", log], "must hold steps to draw, got none")
     fails(capsys, ["plot", write_jsonl(tmp_path / "g.jsonl", [{"reward": 1.0}])], "must hold steps to draw")
@@ -1574,6 +1579,8 @@ def test_a_model_folder_tells_its_end_token_whatever_its_name_is(tmp_path, model
     (model_folder / "generation_config.json").unlink()
     assert rl.main(eval_flags(tmp_path, model_folder, "gsm8k", gsm8k(tmp_path))) == 0
     assert "has no end token" in capsys.readouterr().out
+    Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<x>", "<|endoftext|>"]).save(file)
+    fails(capsys, [*sft, str(model_folder), "--out_dir", str(tmp_path / "c")], "got id 257, for a model of 257 ids")
 
 
 def test_an_evaluation_leaves_every_generation_and_its_results(tmp_path, model_folder, monkeypatch):
