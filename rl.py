@@ -1998,13 +1998,16 @@ def ei_step(run):
     first = run.share(len(problems)).start * args.group_size
     kept = {int(number[first + i]): r for i, r in enumerate(rows) if is_right(r)}
     say_when_dry(run, entry["kept"] == 0, entry)
+    updates = []
     for epoch in range(args.epochs):
         order = shuffled(entry["kept"], args.seed, (run.rollouts << 20) + epoch)
         for part in spans(len(order), args.batch_size):
             mine = [kept[i] for i in order[part].tolist() if i in kept]
             tokens = run.sum([sum(len(r["tokens"]) for r in mine)]).item()
             loss_of = functools.partial(sft_loss, run, tokens=tokens)
-            entry.update(run.update(mine, loss_of, ["loss"]))
+            updates.append(run.update(mine, loss_of, ["loss"]))
+    for name in ("loss", "grad_norm") if updates else ():
+        entry[name] = mean(update[name] for update in updates)
     return {**entry, "rollout_share": rollout_s / (time.perf_counter() - began)}
 
 
@@ -2206,7 +2209,7 @@ def dpo_step(run):
         run.say_once("warning: chosen and rejected responses have both become less likely than "
                      "under the reference: the margin grows while both are unlearned; lower --lr, "
                      "or raise --beta")
-    return {**entry, "tokens": 2 * sum(map(row_length, rows))}
+    return {**entry, "tokens": sum(map(row_length, rows))}
 
 
 # -------------------------------------------------------------------------------------------------

@@ -889,9 +889,17 @@ def test_expert_iteration_trains_on_what_is_rewarded_alone(start, tmp_path, monk
     trained = []
     plain = rl.sft_loss
     monkeypatch.setattr(rl, "sft_loss", lambda run, rows, tokens: (trained.extend(rows), plain(run, rows, tokens))[1])
+    updates, update = [], rl.Run.update
+    monkeypatch.setattr(rl.Run, "update", lambda *args: (updates.append(update(*args)), updates[-1])[1])
     assert rl.main(flags("ei", start, tmp_path)) == 0
     assert trained and all(row["reward"] == 1 for row in trained)
-    assert sum(r["kept"] for r in records(tmp_path) if "kept" in r) * 2 == len(trained)  # two epochs
+    logged = [r for r in records(tmp_path) if "kept" in r]
+    assert sum(r["kept"] for r in logged) * 2 == len(trained)  # two epochs
+    for r in logged:  # means over a step's updates
+        of_step = [updates.pop(0) for _ in range(2 * -(-r["kept"] // 4))]
+        for name in ("loss", "grad_norm") if of_step else ():
+            assert r[name] == pytest.approx(sum(u[name] for u in of_step) / len(of_step))
+    assert not updates
 
 
 def test_dpo_starts_at_ln_2_and_learns_to_prefer(start, tmp_path):
@@ -901,6 +909,8 @@ def test_dpo_starts_at_ln_2_and_learns_to_prefer(start, tmp_path):
     assert losses[0]["accuracy"] == 0.5  # ties count half
     assert sum(r["accuracy"] for r in losses[-5:]) / 5 > 0.9
     assert {"chosen", "rejected", "margin"} <= losses[0].keys()
+    tokens = losses[0]["tokens_per_s"] * losses[0]["step_ms"] / 1e3  # of 12 sequences, an end in each
+    assert tokens == pytest.approx(round(tokens)) and 12 * (4 + 1 + 1) <= round(tokens) <= 12 * (4 + 2 + 1)
     held = [r for r in records(tmp_path) if "held_out_loss" in r]
     assert (held[0]["step"], held[0]["held_out_accuracy"], held[-1]["step"]) == (0, 0.5, 40)
     assert held[0]["held_out_loss"] == pytest.approx(math.log(2), abs=1e-6)
