@@ -2957,7 +2957,7 @@ def add_run_flags(parser):
         micro_batch_size=(at_least_1, 64, "sequences in a backward pass"),
         micro_batch_tokens=(whole, 0, "most tokens in it, with padding; 0: any"))
     group.add_argument("--stop", action="append", type=some_text, default=[],
-                       help="text that ends a response, beside the end token")
+                       help="text that ends a response, beside the end token and the prompt's own")
     group.add_argument("--checkpoint_every", type=at_least_1, nargs="*", default=[], metavar="K",
                        help="keep only the input of groups of K blocks")
     beta = lm.positive(float, zero=True, below=1)
