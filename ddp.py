@@ -506,7 +506,8 @@ class DDP(Replicated):
     Buckets are filled in reverse order of the parameters, about that of the backward pass, and
     start in the same order on all ranks: one that is complete waits for those before it.
     owner: {parameter: rank}, of a ShardedOptimizer: the mean goes to that rank alone, the others
-    keep no gradient (ZeRO, stages 1 and 2 [3]). For that many bytes once, not twice, over the link;
+    keep no gradient (ZeRO, stages 1 and 2 [3]); those left from an update before must be dropped,
+    or they are divided again. For that many bytes once, not twice, over the link;
     buckets then grow, up to 8 times, until every rank owns a part: all links are in use.
     """
 
@@ -1781,8 +1782,8 @@ class Trainer:
         del content
         self.log = None
         if ranks.rank == 0:
-            for old in [*self.out_dir.glob("checkpoint.pt*")] if args.overwrite else ():
-                old.unlink()
+            if args.overwrite:
+                lm.clear_run(self.out_dir)
             if self.tokenizer:  # of this run, whatever becomes of data_dir
                 self.tokenizer.save(self.out_dir / "tokenizer.json")
             self.log = self.open_log()

@@ -40,6 +40,7 @@ import sys
 import time
 import zipfile
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -2480,6 +2481,13 @@ def stop_politely(received):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def clear_run(out_dir):
+    """Removes what a run left in out_dir but its log, which that of the next one replaces."""
+    for pattern in ("checkpoint.pt*", "tokenizer.json", "model/*"):
+        for old in filter(Path.is_file, Path(out_dir).glob(pattern)):
+            old.unlink()
 
 
 def first_line(error):

@@ -87,8 +87,8 @@ class Trainer:
         self.step, self.saved = 0, None
         if args.resume:
             self.load()
-        for old in [*self.out_dir.glob("checkpoint.pt*")] if args.overwrite else ():
-            old.unlink()
+        if args.overwrite:
+            lm.clear_run(self.out_dir)
         if self.tokenizer:  # of this run, whatever becomes of data_dir
             self.tokenizer.save(self.out_dir / "tokenizer.json")
         self.log = self.open_log()
