@@ -43,6 +43,7 @@ import tempfile
 import threading
 import time
 import traceback
+import uuid
 import weakref
 import zlib
 from dataclasses import asdict, fields, is_dataclass
@@ -418,9 +419,11 @@ class Wrapper(nn.Module):
             if p.grad is not None:
                 (parts if self.owner or name in self.rows else whole).append(p.grad)
         device = next(iter(params.values())).device
-        square = lm.grad_norm(parts).to(device).square()
+        parts, whole = (lm.grad_norm(grads).to(device) for grads in (parts, whole))
+        square = parts.double().square()  # on all ranks, and a square that float16 cannot hold
         dist.all_reduce(square)
-        norm = (square + lm.grad_norm(whole).to(device).square()).sqrt()
+        norm = (square + whole.double().square()).sqrt()
+        norm = norm.to(torch.promote_types(parts.dtype, whole.dtype))
         return lm.clip_grad_norm_(params.values(), max_norm, norm)
 
     def check_same(self):
@@ -503,7 +506,8 @@ class DDP(Replicated):
     Buckets are filled in reverse order of the parameters, about that of the backward pass, and
     start in the same order on all ranks: one that is complete waits for those before it.
     owner: {parameter: rank}, of a ShardedOptimizer: the mean goes to that rank alone, the others
-    keep no gradient (ZeRO, stages 1 and 2 [3]). For that many bytes once, not twice, over the link;
+    keep no gradient (ZeRO, stages 1 and 2 [3]); those left from an update before must be dropped,
+    or they are divided again. For that many bytes once, not twice, over the link;
     buckets then grow, up to 8 times, until every rank owns a part: all links are in use.
     """
 
@@ -1459,7 +1463,7 @@ class Ranks:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        self.count, self.init_timeout, self.watch = 0, init_timeout, None
+        self.count, self.init_timeout, self.watch, self.start = 0, init_timeout, None, None
         if "MASTER_ADDR" in os.environ:
             self.store = self.connect()
         elif self.rank or self.world_size > 1:
@@ -1477,8 +1481,8 @@ class Ranks:
         try:
             timeout = timedelta(seconds=self.init_timeout)
             store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
-            # torchrun's store outlives a restart: what the ranks before it said is of no use
-            return dist.PrefixStore(f"lmzero/{self.restarts}", store)
+            self.start = self.start or self.meet(store)
+            return dist.PrefixStore(self.start, store)
         except (dist.DistError, ValueError) as error:
             if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
                 raise ValueError(f"MASTER_PORT must be free, got {where}, which another program "
@@ -1488,6 +1492,25 @@ class Ranks:
                              "start them all, and see that this host reaches that one") from None
         finally:
             limit.cancel()
+
+    def meet(self, store):
+        """A name that the processes of this start share. torchrun's store outlives them, and what
+        those before said is of no use; a host counts no restart that another's rank made it do."""
+        me, until = uuid.uuid4().hex, time.monotonic() + self.init_timeout
+        store.set(f"lmzero/start/{self.rank}", me)
+        if self.rank == 0:
+            self.restarts = max(self.restarts, store.add("lmzero/starts", 1) - 1)
+        while time.monotonic() < until:
+            if self.rank == 0:
+                names = [store.get(f"lmzero/start/{r}").decode() for r in range(self.world_size)]
+                store.set("lmzero/start", " ".join(names))
+                if all(store.check([f"{me}/{name}"]) for name in names[1:]):
+                    return me
+            elif me in (names := store.get("lmzero/start").decode().split()):
+                store.set(f"{names[0]}/{me}", "")
+                return names[0]
+            time.sleep(0.02)
+        raise dist.DistStoreError(f"no answer from {'rank 0' if self.rank else 'the others'}")
 
     def key(self):
         self.count += 1
@@ -1759,8 +1782,8 @@ class Trainer:
         del content
         self.log = None
         if ranks.rank == 0:
-            for old in [*self.out_dir.glob("checkpoint.pt*")] if args.overwrite else ():
-                old.unlink()
+            if args.overwrite:
+                lm.clear_run(self.out_dir)
             if self.tokenizer:  # of this run, whatever becomes of data_dir
                 self.tokenizer.save(self.out_dir / "tokenizer.json")
             self.log = self.open_log()
@@ -1813,7 +1836,8 @@ class Trainer:
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}
         first = {"flags": self.flags(), "versions": versions, "device": card,
                  "ranks": self.ranks.world_size}
-        return lm.open_log(self.out_dir / "log.jsonl", self.step, first)
+        validates = self.step % self.args.eval_every == 0 or self.step >= self.args.max_steps
+        return lm.open_log(self.out_dir / "log.jsonl", self.step, first, validates)
 
     def record(self, **entry):
         if self.log:
@@ -1919,6 +1943,10 @@ class Trainer:
         args, T = self.args, self.config.context_length
         loop_started, self.step_began = time.perf_counter(), lm.time_mark(self.device)
         while self.step < args.max_steps:
+            if self.step and self.step % args.eval_every == 0:  # also where it was resumed
+                self.settle()
+                self.validate(args.eval_tokens)
+                self.step_began = lm.time_mark(self.device)
             self.watch("forward and backward", self.step + 1)
             lr = lm.lr_cosine_schedule(self.step + 1, args.lr, self.min_lr, args.warmup_steps,
                                        args.max_steps)
@@ -1937,17 +1965,13 @@ class Trainer:
                 self.settle()
             stopping = self.stopping if self.ranks.world_size > 1 else bool(self.signals)
             saving = self.step % args.save_every == 0 or self.step == args.max_steps or stopping
-            validating = self.step % args.eval_every == 0 and self.step < args.max_steps
-            if saving or validating:
+            if saving:
                 self.settle()
-                if saving:  # before evaluation: whatever happens there, the step is safe
-                    self.save()
+                self.save()
                 if stopping:
                     number = self.signals[0] if self.signals else signal.SIGTERM
                     print(f"signal {number}: saved at step {self.step}, --resume goes on")
                     return 128 + number
-                if validating:
-                    self.validate(args.eval_tokens)
                 self.step_began = lm.time_mark(self.device)
         self.finish(time.perf_counter() - loop_started)
         return 0
@@ -2089,8 +2113,8 @@ def bench(args, ranks):
     print(f"{config}\n{parameters_of(config):,} parameters; batch_size of a rank"
           + "".join(f"; {name} {value}" for name, value in conditions.items())
           + (f"; {reason}" if reason else ""))
-    print("ms: median of turns (lowest to highest), the slowest rank's. communicating, exposed: in "
-          + ("NCCL's kernels, and those of no other kernel beside them, by torch.profiler" if cuda
+    print("ms: median of turns (lowest to highest), the slowest rank's. communicating, exposed: "
+          + ("in NCCL's kernels, and with no other kernel beside them, by torch.profiler" if cuda
              else "not known on CPUs, and waiting for collectives of ours")
           + "; hidden: the rest.\nGiB of rank 0: allocated after init, highest before the "
           "optimizer's step, highest in it, optimizer state", flush=True)
@@ -2517,7 +2541,7 @@ def show_limits(rows, device):
         "fsdp_tensor_parallel_ranks_shared_links": (shared, f"{X1:,.1f} by {Y1:,.1f}"),
         "ring_all_reduce_s": (ring_all_reduce_seconds(1e9, N, W), f"1 GB on {N} ranks"),
         "alternate_ring_all_reduce_s": (alternate_ring_all_reduce_seconds(1e9, N, W), "the same")}
-    print(f"C {C / 1e12:.1f} TFLOP/s ({str(dtype)[6:]} matrices of {n}), W {W / 1e9:.2f} GB/s (the "
+    print(f"C {C / 1e12:.3g} TFLOP/s ({str(dtype)[6:]} matrices of {n}), W {W / 1e9:.3g} GB/s (the "
           f"best bus bandwidth of a ring above): C / W = {C / W:,.0f}\n"
           f"bound by computation up to so many ranks, for B {B:,} tokens and d_ff F {F:,}:")
     for name, (value, how) in limits.items():
@@ -2553,8 +2577,10 @@ def build_parser():
     add_strategy_flags(p.add_argument)
     lm.add_training_flags(p)
 
+    shown = " ".join(f"--{flag} {' '.join(value) if isinstance(value, list) else value}"
+                     for flag, value in STEP_8B.items())
     p = add_verb("bench", bench, "time and memory of a step; --preset 8b: the leaderboard's, as it "
-                 f"is run best ({STEP_8B})")
+                 f"is run best ({shown})")
     add = p.add_argument
     add("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     add_strategy_flags(add)
@@ -2627,10 +2653,13 @@ def parse(parser, argv):
     return args
 
 
-def resumed_flags(parser, argv, args, ranks):
-    """args, with the flags of the run that goes on behind those given now."""
-    saved = ranks.share(lambda: lm.saved_flags(args.out_dir, args))
-    args = with_defaults(parser, argv, "train", **{**saved, "out_dir": args.out_dir})
+def resumed_flags(parser, argv, given, ranks):
+    """The flags given now, before those of the run that goes on."""
+    saved = ranks.share(lambda: lm.saved_flags(given.out_dir, given))
+    args = with_defaults(parser, argv, "train", **{**saved, "out_dir": given.out_dir})
+    for flag, strategies in TAKEN_BY.items():  # of another strategy, before
+        if getattr(given, flag) is None and args.strategy not in strategies:
+            setattr(args, flag, None)
     args.resume, args.overwrite = True, False
     return args
 
@@ -2651,6 +2680,9 @@ def main(argv=None):
                 with contextlib.redirect_stderr(refused if rank else sys.stderr):
                     args = parse(parser, argv)
             except SystemExit as stop:
+                if rank == 0 and stop.code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                    with contextlib.suppress(ValueError, RuntimeError):  # it has told why
+                        Ranks(60).agree(functools.partial(raise_last_line, "error: flags"))
                 if not (rank and stop.code):
                     raise
             ranks = Ranks(args.init_timeout if args else 60)
@@ -2684,15 +2716,14 @@ def is_of_collectives(error):
 
 def fail(ranks, rank, error, code):
     """Tells the error in one line, once; exits this rank, and so torchrun ends the others."""
-    message = (str(error).splitlines() or [type(error).__name__])[0]
     if rank and not isinstance(error, Agreed):
         time.sleep(1)  # rank 0 may have the same to tell
     first = rank == 0
     if ranks is not None and not isinstance(error, Agreed):
         first = ranks.claim(without_store=rank == 0 or code == 1)  # it ended with rank 0
     if first:
-        print(f"ddp.py: error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr,
-              flush=True)
+        print(f"ddp.py: error: {f'rank {rank}: ' if rank else ''}{lm.first_line(error)}",
+              file=sys.stderr, flush=True)
     if ranks is not None and ranks.world_size > 1:
         sys.stdout.flush()
         if rank == 0 and not isinstance(error, Agreed):

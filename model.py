@@ -40,6 +40,7 @@ import sys
 import time
 import zipfile
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -2500,14 +2501,29 @@ def stop_politely(received):
             signal.signal(number, handler)
 
 
-def open_log(path, step, first):
-    """The log.jsonl of a run, to append to: what it holds up to `step`, or the record `first`."""
+def clear_run(out_dir):
+    """Removes what a run left in out_dir but its log, which that of the next one replaces."""
+    for pattern in ("checkpoint.pt*", "tokenizer.json", "model/*.json", "model/*.safetensors"):
+        for old in filter(Path.is_file, Path(out_dir).glob(pattern)):
+            old.unlink()
+
+
+def first_line(error):
+    """The first line of an error, or its class where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def open_log(path, step, first, validates=False):
+    """The log.jsonl of a run, to append to: what it holds up to `step`, or the record `first`.
+    validates: whether that step's validation will be made, or made again"""
     kept = []
     if step and os.path.exists(path):
         with open(path, encoding="utf-8") as log:
             for line in log.read().splitlines():
                 with contextlib.suppress(ValueError, TypeError, AttributeError):  # half a line
-                    if json.loads(line).get("step", 0) <= step:
+                    record = json.loads(line)
+                    again = validates and record.get("step") == step and "valid_loss" in record
+                    if record.get("step", 0) <= step and not again:
                         kept.append(line)
     with atomic_write(path) as file:
         file.write(("\n".join(kept or [json.dumps(first)]) + "\n").encode())
@@ -2637,7 +2653,7 @@ def main(argv=None):
     try:
         args.run(args)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        parser.exit(2, f"model.py {args.verb}: error: {str(error).splitlines()[0]}\n")
+        parser.exit(2, f"model.py {args.verb}: error: {first_line(error)}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"model.py {args.verb}: interrupted\n")
     finally:

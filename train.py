@@ -87,10 +87,8 @@ class Trainer:
         self.step, self.saved = 0, None
         if args.resume:
             self.load()
-        if args.overwrite:  # what the new run may not write must not pass for its own
-            for old in ("checkpoint.pt*", "tokenizer.json", "model/*.json", "model/*.safetensors"):
-                for path in self.out_dir.glob(old):
-                    path.unlink()
+        if args.overwrite:
+            lm.clear_run(self.out_dir)
         if self.tokenizer:  # of this run, whatever becomes of data_dir
             self.tokenizer.save(self.out_dir / "tokenizer.json")
         self.log = self.open_log()
@@ -126,7 +124,8 @@ class Trainer:
         card = torch.cuda.get_device_name() if self.device.type == "cuda" else str(self.device)
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}
         first = {"flags": self.flags(), "versions": versions, "device": card}
-        return lm.open_log(self.out_dir / "log.jsonl", self.step, first)
+        validates = self.step % self.args.eval_every == 0 or self.step >= self.args.max_steps
+        return lm.open_log(self.out_dir / "log.jsonl", self.step, first, validates)
 
     def record(self, **entry):
         entry["elapsed_s"] = round(time.perf_counter() - self.started, 3)
@@ -202,6 +201,10 @@ class Trainer:
         args, T = self.args, self.config.context_length
         loop_started, self.step_began = time.perf_counter(), lm.time_mark(self.device)
         while self.step < args.max_steps:
+            if self.step and self.step % args.eval_every == 0:  # also where it was resumed
+                self.settle()
+                self.validate(args.eval_tokens)
+                self.step_began = lm.time_mark(self.device)
             lr = lm.lr_cosine_schedule(self.step + 1, args.lr, self.min_lr, args.warmup_steps,
                                        args.max_steps)
             for group in self.optimizer.param_groups:
@@ -217,16 +220,12 @@ class Trainer:
             if not on_cuda:
                 self.settle()
             saving = self.step % args.save_every == 0 or self.step == args.max_steps or self.signals
-            validating = self.step % args.eval_every == 0 and self.step < args.max_steps
-            if saving or validating:
+            if saving:
                 self.settle()
-                if saving:  # before evaluation: whatever happens there, the step is safe
-                    self.save()
+                self.save()
                 if self.signals:
                     print(f"signal {self.signals[0]}: saved at step {self.step}, --resume goes on")
                     return 128 + self.signals[0]
-                if validating:
-                    self.validate(args.eval_tokens)
                 self.step_began = lm.time_mark(self.device)
         self.finish(time.perf_counter() - loop_started)
         return 0
@@ -317,7 +316,7 @@ def main(argv=None):
         with lm.stop_politely(trainer.signals):
             return trainer.run()
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        parser.exit(2, f"train.py: error: {str(error).splitlines()[0]}\n")
+        parser.exit(2, f"train.py: error: {lm.first_line(error)}\n")
     except KeyboardInterrupt:  # before the first step: later ones are saved, see lm.stop_politely
         parser.exit(130, "train.py: interrupted; run it again, it uses what was made so far\n")
 

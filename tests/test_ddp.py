@@ -591,6 +591,19 @@ def wrappers_clip_by_the_norm_of_the_whole_gradient(folder):
 
 
 @on_ranks
+def clipping_takes_norms_that_a_dtype_cannot_square_and_ranks_that_own_no_gradient(folder):
+    for dtype, rtol in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2), (torch.float64, 1e-6)):  # float32 adds
+        for kind in ("FSDP", "zero1"):
+            wrapper, _ = wrap(kind, nn.Linear(3, 1, bias=False).to(dtype))  # one parameter, on one rank
+            wrapper(torch.full((1, 3), 1e3, dtype=dtype)).sum().backward()
+            wrapper.finish_gradient_synchronization()
+            assert math.isclose(wrapper.clip_grad_norm_(1.0).item(), 1e3 * 3**0.5, rel_tol=rtol), (kind, dtype)
+            for p in wrapper.local_parameters().values():
+                expected = torch.full_like(p, 3**-0.5)
+                assert p.grad is None or torch.allclose(p.grad, expected, rtol=2 * rtol, atol=0), (kind, dtype)
+
+
+@on_ranks
 def torch_checkpoint_trains_the_same_reentrant_or_not(folder):
     def checkpointed(model, x, reentrant):
         x.requires_grad_()
@@ -1407,7 +1420,7 @@ def test_a_run_goes_on_under_other_strategies_other_numbers_of_ranks_and_in_trai
 
     def save(self):
         real(self)
-        if self.step == 3:  # not a step with a validation: that comes after the checkpoint
+        if self.step == 4:  # its validation comes after the checkpoint
             raise InterruptedError("stopped")
 
     monkeypatch.setattr(train.Trainer, "save", save)
@@ -1524,6 +1537,7 @@ def test_a_flag_that_one_rank_alone_has_is_named(folder):
     for flag, shown in (("--resume", "--resume True for False on rank 1"),
                         ("--no_such", "rank 1: unrecognized arguments: --no_such")):
         ends_with_one_line(start_ranks(2, argv, lambda r: [flag] if r else []), shown)  # noqa: B023
+    ends_with_one_line(start_ranks(2, argv, lambda r: [] if r else ["--no_such"]), "unrecognized", timeout=50)
 
 
 def test_ranks_with_other_data_are_named(folder, tmp_path):
@@ -1572,6 +1586,67 @@ def test_a_restart_goes_on_only_with_the_run_that_this_torchrun_began(folder, ca
     assert "resumed" in restarted("--max_steps", "4")
     assert not (folder / "restarted/.torchrun").exists()  # it has ended
     assert "resumed" not in restarted("--overwrite")
+
+
+def start_twice(rank, n, port):
+    """Under torchrun of several hosts, whose store outlives a start: only the last one's rank was killed."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                      TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")  # fmt: skip
+    before = ddp.Ranks(30)
+    assert before.restarts == 0
+    before.collect(f"before {rank}")
+    before.share(lambda: "before")  # all have come so far
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(rank == n - 1))
+    again = ddp.Ranks(30)
+    told = again.collect(rank)
+    assert rank or (told == [*range(n)] and again.restarts == 1)
+    again.share(lambda: None)
+
+
+def test_a_restart_that_one_host_alone_counts_meets_the_others_and_knows_nothing_of_before():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    spawn(start_twice, 3, store.port)
+
+
+def test_a_strategys_own_flag_is_left_behind_with_it(folder, capsys):
+    for more in (["--bucket_mb", "1"], ["--resume", "--strategy", "fsdp", "--reduce_dtype", "bfloat16"],
+                 ["--resume", "--strategy", "naive"]):  # fmt: skip
+        assert ddp.main(["train", *flags(folder, "left", *more)]) == 0
+    first, *_ = (folder / "left/log.jsonl").read_text().splitlines()
+    assert json.loads(first)["flags"]["bucket_mb"] == 1
+    assert capsys.readouterr().out.count("resumed") == 2
+
+
+@pytest.mark.parametrize("module", [train, ddp])
+def test_a_validation_that_was_cut_off_is_made_when_the_run_goes_on_and_a_whole_one_logged_once(
+    folder, module, monkeypatch
+):
+    verb = ["train"] * (module is ddp)
+    argv = [*verb, *flags(folder, f"cut_{module.__name__}")]
+    real = module.Trainer.validate
+
+    def validate(self, num_tokens):
+        if self.step == 4:
+            raise InterruptedError("stopped")
+        real(self, num_tokens)
+
+    monkeypatch.setattr(module.Trainer, "validate", validate)
+    with pytest.raises(SystemExit):
+        module.main(argv)
+    monkeypatch.undo()
+    for _ in range(2):  # the second finds a run that has ended
+        assert module.main([*argv, "--resume"]) == 0
+        assert numbers(folder, f"cut_{module.__name__}") == numbers(folder, "train_tied")
+
+
+def test_an_error_without_a_text_is_told_by_its_class(folder, monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError
+
+    monkeypatch.setattr(train, "Trainer", fail)
+    with pytest.raises(SystemExit):
+        train.main(flags(folder, "new"))
+    assert capsys.readouterr().err == "train.py: error: ValueError\n"
 
 
 def test_nccl_without_a_gpu_is_one_line(folder):

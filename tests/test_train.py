@@ -655,9 +655,11 @@ def test_an_out_dir_that_holds_a_run_is_kept_unless_told(tmp_path, corpus, capsy
     before = (tmp_path / "out/log.jsonl").read_text()
     fails(capsys, flags(tmp_path, corpus), "holds a run", "--resume", "--overwrite")
     assert (tmp_path / "out/log.jsonl").read_text() == before
-    assert train.main(flags(tmp_path, corpus, "--overwrite", "--max_steps", "2")) == 0
+    assert (tmp_path / "out/model/model.safetensors").exists()
+    assert train.main(flags(tmp_path, corpus, "--overwrite", "--max_steps", "2", "--norm", "post")) == 0
     assert len(losses(tmp_path)) == 2
     assert all(None not in record.values() for record in records(tmp_path)[1:])
+    assert not [*(tmp_path / "out/model").iterdir()]  # what has no such folder keeps none of another
     (tmp_path / "notes").write_text("a file")
     fails(capsys, flags(tmp_path, corpus, out="notes"), "out_dir must be a folder")
 
