@@ -2090,11 +2090,10 @@ def bench(args, ranks):
     print(f"{config}\n{parameters_of(config):,} parameters; batch_size of a rank"
           + "".join(f"; {name} {value}" for name, value in conditions.items())
           + (f"; {reason}" if reason else ""))
-    print("ms: median of turns (lowest to highest), the slowest rank's. "
-          + ("communicating, exposed: in NCCL's kernels, and those of no other kernel beside them, "
-             "by torch.profiler; hidden: the rest" if cuda else
-             "exposed: waiting for collectives of ours; what is hidden is not known on CPUs")
-          + ".\nGiB of rank 0: allocated after init, highest before the "
+    print("ms: median of turns (lowest to highest), the slowest rank's. communicating, exposed: in "
+          + ("NCCL's kernels, and those of no other kernel beside them, by torch.profiler" if cuda
+             else "not known on CPUs, and waiting for collectives of ours")
+          + "; hidden: the rest.\nGiB of rank 0: allocated after init, highest before the "
           "optimizer's step, highest in it, optimizer state", flush=True)
     print(f"{'strategy':<11}|{'ms a step':>26} |"
           + " |".join(f"{title:>{width}}" for title, (_, width, _) in COLUMNS.items()))
@@ -2519,7 +2518,7 @@ def show_limits(rows, device):
         "fsdp_tensor_parallel_ranks_shared_links": (shared, f"{X1:,.1f} by {Y1:,.1f}"),
         "ring_all_reduce_s": (ring_all_reduce_seconds(1e9, N, W), f"1 GB on {N} ranks"),
         "alternate_ring_all_reduce_s": (alternate_ring_all_reduce_seconds(1e9, N, W), "the same")}
-    print(f"C {C / 1e12:.3g} TFLOP/s ({str(dtype)[6:]} matrices of {n}), W {W / 1e9:.2f} GB/s (the "
+    print(f"C {C / 1e12:.1f} TFLOP/s ({str(dtype)[6:]} matrices of {n}), W {W / 1e9:.2f} GB/s (the "
           f"best bus bandwidth of a ring above): C / W = {C / W:,.0f}\n"
           f"bound by computation up to so many ranks, for B {B:,} tokens and d_ff F {F:,}:")
     for name, (value, how) in limits.items():

@@ -2874,7 +2874,8 @@ def plot(logs, out):
     for path in map(Path, logs):
         try:
             records = [*map(json.loads, path.read_text(encoding="utf-8").splitlines())]
-        except ValueError as error:
+            records = [r for r in records if "elapsed_s" in r]
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} must be a run's log.jsonl, got: {error}; give another "
                              "file") from None
         runs.append((path.parent.name, records))
