@@ -783,13 +783,14 @@ class TransformerLM(nn.Module):
     `checkpoint_every` trades time for memory: (8,) keeps the input of every 8th block and computes
     the rest again in the backward pass; (8, 1) does that block by block within each group (nested).
     `recompute(levels)` chooses what is kept within each block.
-    `text_bounds`: bos_token_id and eos_token_id of the Hugging Face folder that it came from.
+    `text_bounds`: bos_token_id and eos_token_id of the Hugging Face folder that it came from;
+    `generation_config`: what its generation_config.json holds, {} without one.
     """
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.checkpoint_every, self.text_bounds = (), {}
+        self.checkpoint_every, self.text_bounds, self.generation_config = (), {}, {}
         self.token_embeddings = Embedding(c.vocab_size, c.d_model)
         rope = make_rope(c)  # one table for all layers
         self.layers = nn.ModuleList(TransformerBlock(c, rope) for _ in range(c.num_layers))
@@ -1826,6 +1827,9 @@ def from_pretrained(path, device="cpu", dtype=None, **overrides):
         model.lm_head.weight = model.token_embeddings.weight
     model.text_bounds = {name: hf[name] for name in ("bos_token_id", "eos_token_id")
                          if isinstance(hf.get(name), (int, list))}
+    beside = os.path.join(path, "generation_config.json")
+    if os.path.isfile(beside):
+        model.generation_config = read_json_object(beside)
     rope = make_rope(config, device)  # the tables are not in the file: made on the real device
     for layer in model.layers:
         layer.attn.rope = rope
@@ -1903,6 +1907,8 @@ def save_pretrained(model, tokenizer, path, dtype=None):
             if first in special:
                 settings[name] = special[first]
         write_json(settings, os.path.join(path, "tokenizer_config.json"))
+    if model.generation_config:
+        write_json(model.generation_config, os.path.join(path, "generation_config.json"))
     write_safetensors(tensors, os.path.join(path, "model.safetensors"))
     write_json(hf, os.path.join(path, "config.json"))
 
@@ -1929,6 +1935,8 @@ def load_model(path, device="cpu", dtype=None, **overrides):
                 config = replace(config, attention="sdpa")
         model = TransformerLM(config)
         restore(content, model)
+        for name in ("text_bounds", "generation_config"):  # of the folder that it began with
+            setattr(model, name, content.get(name, {}))
         model, folder = model.to(device=device, dtype=dtype), os.path.dirname(os.path.abspath(file))
     for candidate in (os.path.join(folder, "tokenizer.json"), os.path.join(folder, "model")):
         if os.path.exists(candidate):
@@ -1939,9 +1947,10 @@ def load_model(path, device="cpu", dtype=None, **overrides):
 def end_ids(model, tokenizer):
     """The ids that end a text: those of the folder that the model came from, else the tokenizer's
     special tokens, but those that a reader is shown."""
-    ends = model.text_bounds.get("eos_token_id")
-    if ends is not None:
-        return tuple(ends) if isinstance(ends, list) else (ends,)
+    for given in (model.generation_config, model.text_bounds):
+        ends = given.get("eos_token_id")
+        if isinstance(ends, (int, list)):
+            return tuple(ends) if isinstance(ends, list) else (ends,)
     shown = getattr(tokenizer, "shown_tokens", ())
     return tuple(i for i, text in special_ids(tokenizer).items() if text not in shown)
 

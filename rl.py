@@ -47,7 +47,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -1271,10 +1271,10 @@ def end_ids(tokenizer):
 
 
 def load_model(path, *place, **given):
-    """lm.load_model, with a tokenizer that also knows the ends that the folder's config.json has:
-    they may have any name."""
+    """lm.load_model, with a tokenizer that also knows the ends that the folder's files name: they
+    may have any name."""
     model, tokenizer = lm.load_model(path, *place, **given)
-    if tokenizer and "eos_token_id" in model.text_bounds:
+    if tokenizer and "eos_token_id" in {**model.text_bounds, **model.generation_config}:
         special = lm.special_ids(tokenizer)
         tokenizer.ends = [special[i] for i in lm.end_ids(model, tokenizer) if i in special]
     return model, tokenizer
@@ -1707,8 +1707,10 @@ class Run:
             self.model, self.tokenizer = load_model(args.model, self.device, torch.float32,
                                                     **given)
             if length > self.model.config.context_length:  # a shorter one is of this run alone
-                self.model, self.tokenizer = load_model(args.model, self.device, torch.float32,
-                                                        context_length=length, **given)
+                self.model.config = replace(self.model.config, context_length=length)
+                rope = lm.make_rope(self.model.config, self.device)
+                for layer in self.model.layers:
+                    layer.attn.rope = rope
         elif self.task:
             torch.manual_seed(args.seed)
             self.tokenizer = self.task.tokenizer
@@ -1716,9 +1718,11 @@ class Run:
             self.model = lm.TransformerLM(config).to(self.device)
         else:
             raise ValueError("--model or --task must say what to train, got neither; give one")
-        if self.tokenizer is None or not end_ids(self.tokenizer):
-            raise ValueError("the tokenizer must have a token that ends a text, got none; add "
-                             "<|endoftext|> to its special tokens")
+        ends, V = self.tokenizer and end_ids(self.tokenizer), self.model.config.vocab_size
+        if not ends or ends[0] >= V:
+            got = f"id {ends[0]}, for a model of {V} ids" if ends else "none"
+            raise ValueError(f"the tokenizer must have a token that ends a text, got {got}; add "
+                             "<|endoftext|> to its special tokens, and to the model")
         if self.task and self.tokenizer.sha256 != self.task.tokenizer.sha256:
             raise ValueError(f"--task {args.task} needs a model trained on it, got {args.model}, "
                              f"which has another tokenizer; make one with sft --task {args.task}")
@@ -1876,7 +1880,9 @@ class Run:
             lm.save_checkpoint(
                 self.model, self.optimizer, self.step, self.checkpoint, flags=self.flags(),
                 config=asdict(self.model.config), position=self.position, rollouts=self.rollouts,
-                dry=self.dry, elapsed_s=time.perf_counter() - self.started)
+                dry=self.dry, elapsed_s=time.perf_counter() - self.started,
+                text_bounds=self.model.text_bounds,
+                generation_config=self.model.generation_config)
         self.saved = self.step
 
     def load(self):
@@ -1998,13 +2004,16 @@ def ei_step(run):
     first = run.share(len(problems)).start * args.group_size
     kept = {int(number[first + i]): r for i, r in enumerate(rows) if is_right(r)}
     say_when_dry(run, entry["kept"] == 0, entry)
+    updates = []
     for epoch in range(args.epochs):
         order = shuffled(entry["kept"], args.seed, (run.rollouts << 20) + epoch)
         for part in spans(len(order), args.batch_size):
             mine = [kept[i] for i in order[part].tolist() if i in kept]
             tokens = run.sum([sum(len(r["tokens"]) for r in mine)]).item()
             loss_of = functools.partial(sft_loss, run, tokens=tokens)
-            entry.update(run.update(mine, loss_of, ["loss"]))
+            updates.append(run.update(mine, loss_of, ["loss"]))
+    for name in ("loss", "grad_norm") if updates else ():
+        entry[name] = mean(update[name] for update in updates)
     return {**entry, "rollout_share": rollout_s / (time.perf_counter() - began)}
 
 
@@ -2206,7 +2215,7 @@ def dpo_step(run):
         run.say_once("warning: chosen and rejected responses have both become less likely than "
                      "under the reference: the margin grows while both are unlearned; lower --lr, "
                      "or raise --beta")
-    return {**entry, "tokens": 2 * sum(map(row_length, rows))}
+    return {**entry, "tokens": sum(map(row_length, rows))}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2216,10 +2225,11 @@ def dpo_step(run):
 def train_to_end(run):
     """Trains to max_steps; returns 0, or 128 + the signal that stopped it after a save."""
     args = run.args
+    min_lr = args.lr if args.min_lr is None else args.min_lr
     validate(run)  # on resuming too: a kill may have come between saving and this
     while run.step < args.max_steps:
         began = time.perf_counter()
-        lr = lm.lr_cosine_schedule(run.step + 1, args.lr, args.min_lr, args.warmup_steps,
+        lr = lm.lr_cosine_schedule(run.step + 1, args.lr, min_lr, args.warmup_steps,
                                    args.max_steps)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
@@ -2240,9 +2250,13 @@ def train_to_end(run):
             print(f"signal {signal}: saved at step {run.step}, --resume goes on")
             return 128 + signal
         validate(run)
-    if run.rank == 0:
-        lm.save_pretrained(run.model, run.tokenizer, run.out_dir / "model")
-    print(f"wrote {run.out_dir / 'model'} after {time.perf_counter() - run.started:.0f} s")
+    folder, told = run.out_dir / "model", f"wrote {run.out_dir / 'model'}"
+    try:
+        if run.rank == 0:
+            lm.save_pretrained(run.model, run.tokenizer, folder)
+    except ValueError as reason:  # some shapes have no Hugging Face class
+        told = f"{folder} was not written ({reason})"
+    print(f"{told} after {time.perf_counter() - run.started:.0f} s")
     return 0
 
 
@@ -2517,17 +2531,27 @@ def keep_fitting(rows, length, limit, what):
 
 def task_problems(args, task, extra=0):
     """(held-out problems, solved ones to learn from, `extra` unsolved ones) of a task. Unsolved
-    ones begin behind those that the model's own run here has learnt from, or behind --examples."""
-    if extra and args.model and args.examples is None:
-        former = lm.saved_flags(Path(args.model).parent)
-        args.examples = former.get("examples") if former.get("task") == args.task else None
-    held, end = args.eval_problems, args.eval_problems + (args.examples or TASK_EXAMPLES)
+    ones begin behind those that the model's own run here has learnt from, or behind --examples.
+    The first args.held are never learnt from, neither here nor in the run before."""
+    former, path = {}, Path(args.model or "")
+    if args.model:  # RUN or RUN/model
+        former = lm.saved_flags(path if (path / "checkpoint.pt").exists() else path.parent)
+    if any(former.get(k) != getattr(args, k) for k in ("task", "digits")):
+        former = {}
+    if extra and args.examples is None:
+        args.examples = former.get("examples")
+    before = former.get("held", former.get("eval_problems", args.eval_problems))
+    held = args.held = getattr(args, "held", before)  # on resuming as it was
+    if args.eval_problems > held:
+        raise ValueError(f"--eval_problems must be at most the {held} that were held out before, "
+                         f"got {args.eval_problems}; lower it: others have been learnt from")
+    end = held + (args.examples or TASK_EXAMPLES)
     problems, rng = task.problems(end + extra), random.Random(DATA_SEED)
     if len(problems) < end + extra:
         raise ValueError(f"the task must have as many problems as are asked for, got {end + extra} "
                          f"of {len(problems)}; lower --problems, --examples or --eval_problems")
     solved = problems[held:end] if not extra else []
-    return (problems[:held], [{**p, "response": task.solve(p, rng)} for p in solved],
+    return (problems[: args.eval_problems], [{**p, "response": task.solve(p, rng)} for p in solved],
             problems[end:])
 
 
@@ -2562,7 +2586,7 @@ def hold_out(run, problems):
     else:
         reward_fn = r1_zero_reward if args.prompt == "r1_zero" else question_only_reward
         run.reward_fn = functools.partial(reward_fn, strict=args.strict)
-        run.stop = args.stop or STOPS.get(args.prompt, ())
+        run.stop = (*STOPS.get(args.prompt, ()), *args.stop)
         problems = read_problems(args.valid_data)[: args.eval_problems] if args.valid_data else []
     run.held_out = encode_problems(run, problems) if problems else []
 
@@ -2704,7 +2728,8 @@ def open_generations(args, rank, barrier):
                          f"{', '.join(changed)}; give the same ones, or --overwrite")
     barrier()  # all have read it
     folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("generations*.jsonl") if rank == 0 and not args.resume else ():
+    names = ("generations*.jsonl", "results.json", "alpaca_eval.json", "sst.jsonl")
+    for file in itertools.chain(*map(folder.glob, names)) if not (rank or args.resume) else ():
         file.unlink()
     barrier()
     path = folder / (f"generations.{rank}.jsonl" if rank else "generations.jsonl")
@@ -2766,6 +2791,13 @@ def evaluate(args):
     if not end_ids(tokenizer):
         print("the tokenizer has no end token: only --stop and --max_new_tokens end a response")
     done, file = open_generations(args, rank, barrier)
+    asked = [(e["prompt"], e.get("answer")) for e in examples]
+    changed = [i for (i, _), r in done.items()
+               if i >= len(asked) or (r["prompt"], r["ground_truth"]) != asked[i]]
+    if changed:
+        raise ValueError(f"--resume needs the examples of the evaluation in {args.out_dir}, got "
+                         f"another one in place {min(changed) + 1}; give the same --data, or "
+                         "--overwrite")
     began, old = time.perf_counter(), len(done)
     with file:
         generate_missing(args, examples, model, tokenizer, done, file, rank, ranks)
@@ -2820,8 +2852,7 @@ def report(args, examples, done, per_s):
 
 def train(args):
     """Any of sft, ei, grpo and dpo."""
-    args.min_lr = args.lr if args.min_lr is None else args.min_lr
-    if args.min_lr > args.lr:
+    if (args.min_lr or 0) > args.lr:
         raise ValueError(f"--min_lr must be at most --lr, got {args.min_lr} and {args.lr}; lower "
                          "it")
     run, plain = Run(args), vars(parse([args.verb]))
@@ -2874,7 +2905,7 @@ def plot(logs, out):
     for path in map(Path, logs):
         try:
             records = [*map(json.loads, path.read_text(encoding="utf-8").splitlines())]
-            records = [r for r in records if "elapsed_s" in r]
+            records = [r for r in records if "step" in r and "elapsed_s" in r]
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} must be a run's log.jsonl, got: {error}; give another "
                              "file") from None
@@ -2953,7 +2984,8 @@ def add_run_flags(parser):
         task=(TASKS, None, "learn from problems made here, instead of --data"),
         data=(str, None, "JSONL, JSON or csv of what the verb learns from"),
         valid_data=(str, None, "problems to evaluate on; of dpo, of sft --packed: pairs"),
-        prompt=(PROMPTS, "question_only", "the template of the questions in both"),
+        prompt=(PROMPTS, "question_only", "the template of the questions in both: answers "
+                "are wanted in <answer> with r1_zero, in a box with the others"),
         strict=(bool, False, "want the handout's exact spacing of tags"),
         examples=(at_least_1, None, "the first ones of --data (default: all), or solved ones of "
                   f"--task (default: {TASK_EXAMPLES})"),
@@ -3227,14 +3259,19 @@ def parse(argv):
         argv = ["demo", *argv]
     parser, verbs = build_parser()
     args = parser.parse_args(argv)
+    algorithm = getattr(args, "algorithm", None)
     if getattr(args, "take_step", None) and args.resume:
         saved = lm.saved_flags(args.out_dir)
         if saved.get("verb", args.verb) != args.verb:
             raise ValueError(f"--resume must go on with the same verb, got {args.verb} for a run "
                              f"of {saved['verb']}; give another --out_dir")
+        former = saved.get("algorithm")
+        if algorithm and algorithm != former:  # another one begins from the plain flags
+            saved = {k: v for k, v in saved.items() if k not in ALGORITHMS.get(former, ())}
         verbs[args.verb].set_defaults(**{**saved, "out_dir": args.out_dir})
-    if getattr(args, "algorithm", None):
-        verbs[args.verb].set_defaults(**ALGORITHMS[args.algorithm])
+        algorithm = None if algorithm == former else algorithm
+    if algorithm:
+        verbs[args.verb].set_defaults(**ALGORITHMS[algorithm])
     return parser.parse_args(argv)
 
 

@@ -792,6 +792,21 @@ def test_a_run_that_is_resumed_gives_the_same_numbers_bit_for_bit(verb, start, t
         assert tensor.equal(weights[1]["model"][name])
 
 
+def test_a_rate_without_decay_follows_the_rate_that_a_resumed_run_is_given(start, tmp_path):
+    sft = flags("sft", start, tmp_path, "--max_steps", "2")
+    assert rl.main(sft) == 0
+    assert rl.main(["sft", "--resume", "--out_dir", str(tmp_path), "--max_steps", "4", "--lr", "1e-4"]) == 0
+    assert [r["lr"] for r in steps(tmp_path) if "lr" in r] == [3e-3] * 2 + [1e-4] * 2
+
+
+def test_a_shape_without_a_hugging_face_class_is_trained_and_said_to_be_left_in_the_checkpoint(tmp_path, capsys):
+    assert rl.main(["sft", *TINY, *SHAPE, "--pos", "none", "--max_steps", "1", "--out_dir", str(tmp_path)]) == 0
+    assert re.search(r"model was not written \(.*keep the checkpoint instead\) after", capsys.readouterr().out)
+    assert not (tmp_path / "model").exists()
+    grpo = flags("grpo", tmp_path, tmp_path / "g", "--max_steps", "1")
+    assert rl.main(grpo) == 0
+
+
 def test_a_run_that_is_killed_goes_on_bit_for_bit(start, tmp_path):
     argv = flags("grpo", start, tmp_path / "killed", "--max_steps", "100000", "--eval_every", "100000")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -874,9 +889,17 @@ def test_expert_iteration_trains_on_what_is_rewarded_alone(start, tmp_path, monk
     trained = []
     plain = rl.sft_loss
     monkeypatch.setattr(rl, "sft_loss", lambda run, rows, tokens: (trained.extend(rows), plain(run, rows, tokens))[1])
+    updates, update = [], rl.Run.update
+    monkeypatch.setattr(rl.Run, "update", lambda *args: (updates.append(update(*args)), updates[-1])[1])
     assert rl.main(flags("ei", start, tmp_path)) == 0
     assert trained and all(row["reward"] == 1 for row in trained)
-    assert sum(r["kept"] for r in records(tmp_path) if "kept" in r) * 2 == len(trained)  # two epochs
+    logged = [r for r in records(tmp_path) if "kept" in r]
+    assert sum(r["kept"] for r in logged) * 2 == len(trained)  # two epochs
+    for r in logged:  # means over a step's updates
+        of_step = [updates.pop(0) for _ in range(2 * -(-r["kept"] // 4))]
+        for name in ("loss", "grad_norm") if of_step else ():
+            assert r[name] == pytest.approx(sum(u[name] for u in of_step) / len(of_step))
+    assert not updates
 
 
 def test_dpo_starts_at_ln_2_and_learns_to_prefer(start, tmp_path):
@@ -886,6 +909,8 @@ def test_dpo_starts_at_ln_2_and_learns_to_prefer(start, tmp_path):
     assert losses[0]["accuracy"] == 0.5  # ties count half
     assert sum(r["accuracy"] for r in losses[-5:]) / 5 > 0.9
     assert {"chosen", "rejected", "margin"} <= losses[0].keys()
+    tokens = losses[0]["tokens_per_s"] * losses[0]["step_ms"] / 1e3  # of 12 sequences, an end in each
+    assert tokens == pytest.approx(round(tokens)) and 12 * (4 + 1 + 1) <= round(tokens) <= 12 * (4 + 2 + 1)
     held = [r for r in records(tmp_path) if "held_out_loss" in r]
     assert (held[0]["step"], held[0]["held_out_accuracy"], held[-1]["step"]) == (0, 0.5, 40)
     assert held[0]["held_out_loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -952,6 +977,9 @@ def test_files_are_learnt_from_in_every_verb_and_what_is_too_long_is_counted(tmp
                     "--out_dir", str(tmp_path / "r1")]) == 0  # fmt: skip
     assert "not used" not in capsys.readouterr().out
     assert records(tmp_path / "d")[-1]["greedy"] in (0, 1)
+    run = rl.Run(rl.parse([*grpo, "--prompt", "r1_zero", "--context_length", "600", "--stop", "\n\n",
+                           "--out_dir", str(tmp_path / "d5")]))  # fmt: skip
+    assert run.stop == ("</answer>", "\n\n")
     preferences = write_jsonl(tmp_path / "f.jsonl", [{"prompt": "hi", "chosen": "yes", "rejected": "no"}])
     dpo = ["dpo", *base, "--data", preferences, "--batch_size", "1", "--out_dir"]
     assert rl.main([*dpo, str(tmp_path / "e")]) == 0
@@ -1003,12 +1031,15 @@ def test_grpo_goes_on_behind_the_problems_that_its_model_has_learnt_from(tmp_pat
            f"--max_new_tokens 4 --d_model 16 --num_layers 1 --num_heads 2 --d_ff 16 --out_dir {tmp_path / 'sft'}")  # fmt: skip
     assert rl.main(sft.split()) == 0
     task = rl.addition_task(rl.parse(sft.split()))
-    for given, first in (([], 54), (["--examples", "7"], 11)):
-        args = rl.parse(["grpo", "--task", "addition", "--digits", "2", "--eval_problems", "4", *given,
-                         "--model", str(tmp_path / "sft/model")])  # fmt: skip
-        held, _, unsolved = rl.task_problems(args, task, 5)
-        assert (held, unsolved) == (task.problems(4), task.problems(first + 5)[first:])
-        assert args.examples == first - 4  # and so in the log, for whoever goes on from there
+    for given, first in (([], 54), (["--examples", "7"], 11), (["--eval_problems", "2"], 54)):
+        for model in ("sft/model", "sft"):
+            args = rl.parse(["grpo", "--task", "addition", "--digits", "2", "--eval_problems", "4", *given,
+                             "--model", str(tmp_path / model)])  # fmt: skip
+            held, _, unsolved = rl.task_problems(args, task, 5)
+            assert (held, unsolved) == (task.problems(args.eval_problems), task.problems(first + 5)[first:])
+            assert (args.examples, args.held) == (first - 4, 4)  # so in the log, for whoever goes on from there
+    with pytest.raises(ValueError, match="--eval_problems must be at most the 4 that were held out before, got 5"):
+        rl.task_problems(rl.parse([*sft.split(), "--eval_problems", "5", "--model", str(tmp_path / "sft")]), task)
 
 
 def test_an_algorithm_is_a_set_of_flags_that_others_override():
@@ -1017,6 +1048,19 @@ def test_an_algorithm_is_a_set_of_flags_that_others_override():
         assert {k: args[k] for k in changes} == changes
     args = rl.parse(["grpo", "--algorithm", "dapo", "--clip_high", "0.4"])
     assert (args.clip_high, args.overlong) == (0.4, "mask")
+
+
+def test_a_resumed_run_takes_another_algorithm_whole_and_keeps_what_was_given_to_its_own(tmp_path):
+    given = ["grpo", "--algorithm", "dapo", "--clip_high", "0.4", "--lr", "1e-3"]
+    write_jsonl(tmp_path / "log.jsonl", [{"flags": {**vars(rl.parse(given)), "take_step": None, "prepare": None,
+                                                    "measure": None, "run": None}}])  # fmt: skip
+    resume = ["grpo", "--resume", "--out_dir", str(tmp_path)]
+    for name, clip_high in (("dapo", 0.4), ("dr_grpo", 0.2)):
+        args, fresh = rl.parse([*resume, "--algorithm", name]), rl.parse(["grpo", "--algorithm", name])
+        assert (args.lr, args.clip_high) == (1e-3, clip_high)
+        assert {k: getattr(args, k) for k in rl.ALGORITHMS[name]} == rl.ALGORITHMS[name] | (
+            {"clip_high": clip_high} if name == "dapo" else {})
+        assert args.overlong == fresh.overlong and args.dynamic_sampling == fresh.dynamic_sampling
 
 
 def test_commands_of_the_readme_are_accepted():
@@ -1124,6 +1168,11 @@ def test_a_plot_has_a_panel_for_each_thing_that_its_runs_log_by_steps(tmp_path, 
     assert panels["held-out data, share right", "step"] == [[[0, 0.25]]] * 2
     assert panels["held-out data, share right", "seconds"] == [[[1, 0.25]]] * 2
     assert len(panels) == 4
+    pairs = [{"step": 1, "elapsed_s": 1, "loss": 0.6},
+             {"step": 2, "elapsed_s": 2, "held_out_accuracy": 0.9, "held_out_loss": 0.5}]  # fmt: skip
+    rl.main(["plot", write_jsonl(tmp_path / "dpo.jsonl", pairs)])
+    assert drawn[-1]["held-out data, share right", "step"] == [[[2, 0.9]]]
+    assert drawn[-1]["held-out data, loss", "step"] == [[[2, 0.5]]]
 
 
 def test_packed_pairs_that_are_held_out_have_the_loss_of_the_plain_definition(tmp_path, capsys):
@@ -1160,6 +1209,7 @@ def test_a_plot_is_drawn_or_what_it_lacks_is_said(start, tmp_path, capsys, monke
     assert "curves.png" in capsys.readouterr().out
     log = write_jsonl(tmp_path / "log.jsonl", [{"flags": {}}])
     fails(capsys, ["plot", log], "must hold steps to draw, got none")
+    fails(capsys, ["plot", write_jsonl(tmp_path / "g.jsonl", [{"reward": 1.0}])], "must hold steps to draw")
     Path(log).write_text("step,loss\n")
     fails(capsys, ["plot", log], r"log\.jsonl must be a run's log")
 
@@ -1551,6 +1601,12 @@ def test_a_shorter_context_is_the_runs_and_not_that_of_the_model_it_leaves(tmp_p
                         "--out_dir", str(out)]) == 0  # fmt: skip
         assert lm.from_pretrained(out / "model").config.context_length == kept
         assert rl.main(["sft", "--resume", "--out_dir", str(out), "--max_steps", "3"]) == 0
+    for folder in ("m", "80"):  # a model folder, and a run's checkpoint
+        model, _ = rl.load_model(tmp_path / folder)
+        assert rl.main(["sft", *base, "--model", str(tmp_path / folder), "--data", pairs, "--context_length", "90",
+                        "--out_dir", str(tmp_path / f"{folder}90")]) == 0  # fmt: skip
+        longer, ids = lm.from_pretrained(tmp_path / f"{folder}90/model"), torch.arange(90)[None]
+        assert longer(ids).shape == (1, 90, 257) and model.config.context_length < 90
     fails(capsys, [*eval_flags(tmp_path, out, "gsm8k", gsm8k(tmp_path)), "--max_new_tokens", "80"],
           "must leave room for a prompt in the model's context of 80 tokens")
 
@@ -1561,9 +1617,20 @@ def test_a_model_folder_tells_its_end_token_whatever_its_name_is(tmp_path, model
     _, tokenizer = rl.load_model(model_folder)
     assert rl.end_ids(tokenizer) == (256,) and rl.end_ids(Tokenizer.load(file)) == ()
     config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [256], "top_p": 0.8}))
+    pairs = write_jsonl(tmp_path / "s.jsonl", [{"prompt": "1+1=", "response": "2"}])
+    sft = ["sft", "--data", pairs, "--max_steps", "1", "--device", "cpu", "--model"]
+    assert rl.main([*sft, str(model_folder), "--out_dir", str(tmp_path / "a")]) == 0
+    assert rl.main([*sft, str(tmp_path / "a"), "--out_dir", str(tmp_path / "b")]) == 0  # from the checkpoint
+    left = (json.loads((tmp_path / "b/model" / f"{name}.json").read_text()) for name in ("config", "generation_config"))
+    assert [*left] == [config | {"torch_dtype": "float32"}, {"eos_token_id": [256], "top_p": 0.8}]
     (model_folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    assert rl.end_ids(rl.load_model(model_folder)[1]) == (256,)  # from the other file
+    (model_folder / "generation_config.json").unlink()
     assert rl.main(eval_flags(tmp_path, model_folder, "gsm8k", gsm8k(tmp_path))) == 0
     assert "has no end token" in capsys.readouterr().out
+    Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<x>", "<|endoftext|>"]).save(file)
+    fails(capsys, [*sft, str(model_folder), "--out_dir", str(tmp_path / "c")], "got id 257, for a model of 257 ids")
 
 
 def test_an_evaluation_leaves_every_generation_and_its_results(tmp_path, model_folder, monkeypatch):
@@ -1579,7 +1646,7 @@ def test_an_evaluation_leaves_every_generation_and_its_results(tmp_path, model_f
     assert "### Instruction:\n0 + 1?\nAnswer:" in written(tmp_path)[0][1]["prompt"]
 
 
-def test_an_evaluation_that_was_killed_goes_on_to_the_same_end(tmp_path, model_folder):
+def test_an_evaluation_that_was_killed_goes_on_to_the_same_end(tmp_path, model_folder, capsys, monkeypatch):
     flags = ("--num_samples", "3", "--pass_at", "1", "3", "--prompt", "question_only")
     data = gsm8k(tmp_path)
     rl.main(eval_flags(tmp_path, model_folder, "math", data, *flags, out="whole"))
@@ -1595,6 +1662,17 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_end(tmp_path, model_f
         rl.main(eval_flags(tmp_path, model_folder, "math", data, *flags, "--seed", "1", "--resume"))
     rl.main(eval_flags(tmp_path, model_folder, "math", data, *flags, "--resume"))
     assert written(tmp_path) == written(tmp_path, "whole")
+    capsys.readouterr()
+    text = Path(data).read_text()
+    for change in (("#### 3", "#### 4"), ("2 + 1?", "2 + 2?"), (text.splitlines(True)[-1], "")):
+        Path(data).write_text(text.replace(*change))
+        fails(capsys, eval_flags(tmp_path, model_folder, "math", data, *flags, "--resume"),
+              "needs the examples of the evaluation in .*another one in place [35];")
+    Path(data).write_text(text)
+    monkeypatch.setattr(rl, "rollout", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rl.main(eval_flags(tmp_path, model_folder, "math", data, *flags, "--overwrite"))
+    assert [p.name for p in (tmp_path / "eval").iterdir()] == ["generations.jsonl"]  # no results of before
 
 
 def test_two_ranks_evaluate_like_one(tmp_path, model_folder):
