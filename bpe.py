@@ -1734,6 +1734,18 @@ def peak_memory_mib(num_workers):
     return (own + num_workers * child) / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
+def text_files(args, special_tokens, folder):
+    """The files of --input, but for a .jsonl(.gz) a text file in `folder` with its documents."""
+    paths = list_files(args.input)
+    for number, path in enumerate(paths):
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            if END_OF_TEXT not in special_tokens:
+                raise ValueError(f"{path.name} must have the special token {END_OF_TEXT} between "
+                                 f"documents, got {special_tokens}; add it, or give plain text")
+            paths[number], _ = write_splits(path, Path(folder, str(number)), args.errors, False)
+    return paths
+
+
 def train(args):
     """Text to a tokenizer.json; time, memory and longest token are printed."""
     if not args.input:
@@ -1742,8 +1754,10 @@ def train(args):
         raise ValueError(f"out_dir must be a folder, got the file {args.out_dir}; rename it")
     started = time.perf_counter()
     pattern = PATTERNS[args.pattern]
-    vocab, merges = train_bpe(args.input, args.vocab_size, args.special_tokens, args.num_workers,
-                              pattern, errors=args.errors, progress=True)
+    with tempfile.TemporaryDirectory() as folder:
+        vocab, merges = train_bpe(text_files(args, args.special_tokens, folder), args.vocab_size,
+                                  args.special_tokens, args.num_workers, pattern,
+                                  errors=args.errors, progress=True)
     tokenizer = Tokenizer(vocab, merges, args.special_tokens, pattern)
     tokenizer.save(Path(args.out_dir, "tokenizer.json"))
     if args.gpt2_files:
@@ -1764,8 +1778,9 @@ def encode(args):
         return
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        meta = write_tokens(args.input, tokenizer, args.out or Path(folder, "measured.bin"),
-                            args.num_workers, errors=args.errors, progress=True)
+        meta = write_tokens(text_files(args, tokenizer.special_tokens, folder), tokenizer,
+                            args.out or Path(folder, "measured.bin"), args.num_workers,
+                            errors=args.errors, progress=True)
     seconds = time.perf_counter() - started
     print(f"{meta['tokens']:,} tokens of {meta['bytes']:,} bytes of text in {meta['documents']:,} "
           f"documents | {meta['bytes'] / max(1, meta['tokens']):.3f} bytes/token | {seconds:.2f} s "
@@ -1793,7 +1808,7 @@ def build_parser():
         sub.set_defaults(run=verb)
         add[verb] = sub.add_argument
     for verb in (train, encode, bench):
-        add[verb]("--input", nargs="+", help="text files and folders")
+        add[verb]("--input", nargs="+", help="text files, .jsonl(.gz) with \"text\", folders")
         add[verb]("--num_workers", type=int, default=default_workers(None))
     for verb in (train, encode):
         add[verb]("--errors", choices=("strict", "replace"), default="strict",

@@ -3904,13 +3904,30 @@ TRAINING = {name: default for name, default in train_fasttext.__kwdefaults__.ite
 
 
 def read_texts(path):
-    """Yields the texts of a file: "text" of each line of a .jsonl(.gz), else its lines."""
+    """Yields the texts of a file: "text" of each line of a .jsonl(.gz), else what <|endoftext|>
+    parts, as in a run's clean.txt, else its lines."""
     path = Path(path)
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         yield from (text for _, text in bpe.read_jsonl(path, "replace"))
         return
     with open_input(path, "rt", encoding="utf-8", errors="replace", newline="\n") as file:
-        yield from (line.rstrip("\n") for line in file if line.strip())
+        parted = file.seekable() and any(bpe.END_OF_TEXT in line for line in file)
+        if file.seekable():
+            file.seek(0)
+        texts = documents_of(file) if parted else (line.rstrip("\n") for line in file)
+        yield from (text for text in texts if text.strip())
+
+
+def documents_of(lines):
+    """Yields what <|endoftext|> parts."""
+    begun = []
+    for line in lines:
+        *ended, rest = line.split(bpe.END_OF_TEXT)
+        for part in ended:
+            yield "".join(begun) + part
+            begun = []
+        begun.append(rest)
+    yield "".join(begun)
 
 
 def train_classifier(args):
@@ -4156,7 +4173,8 @@ def add_classify_flags(add):
     add("--kind", choices=CLASSIFIERS, default="quality", help="what to tell without --model")
     add("--model", help="a .bin or .ftz file; with --train the .bin to write")
     add("--text", help="one text to label")
-    add("--input", nargs="+", help="files of texts: .jsonl(.gz) with \"text\", else a line each")
+    add("--input", nargs="+", help="files of texts: .jsonl(.gz) with \"text\", a run's "
+        "clean.txt, else a line each")
     add("--out", help="a .jsonl of texts, labels and scores, instead of the screen")
     add("--train", nargs=2, metavar=("POSITIVE", "NEGATIVE"), help="files of texts of two labels")
     add("--labels", nargs=2, default=["wiki", "cc"], help="of the two files")

@@ -2210,12 +2210,16 @@ def count(args):
             print(f"  {part:<28}{shown:>18}{unit} {value / total:7.1%}")
     step = 3 * sum(flops.values())
     seconds = step / (args.peak_tflops * 1e12 * args.utilisation)
+    used = sum(memory.values())
+    each = sum(estimate_memory(config, B + 1, **options).values()) - used
     best = largest_batch(config, args.memory_gib * 2**30, **options)
     rest = 10 * sum(parameters.values())  # about 10 operations a parameter: see AdamW's docstring
     days = args.train_steps * seconds / 86_400
     print(f"\ntraining step: {step / 1e12:,.3f} TFLOP of matmuls and {rest / 1e12:.4f} TFLOP of "
           f"AdamW,\n  {seconds * 1e3:,.1f} ms at {args.utilisation:.0%} of {args.peak_tflops:g} "
           f"TFLOP/s\n  {args.train_steps:,} such steps of {B * T:,} tokens: {days:,.1f} days\n"
+          f"memory about this batch: {each / 2**30:.3f} GiB x sequences + "
+          f"{(used - B * each) / 2**30:.2f} GiB\n"
           f"largest batch in {args.memory_gib:g} GiB: {best} sequences of {T} tokens")
 
 

@@ -1972,12 +1972,18 @@ def sft_loss(run, rows, tokens):
     return loss, [loss]
 
 
+def window_rows(windows):
+    """Of items of a PackedSFTDataset what other pairs are: all but a window's first token is
+    learnt."""
+    return [dict(prompt_ids=window["input_ids"][:1].tolist(), tokens=window["labels"].tolist())
+            for window in windows]
+
+
 def sft_step(run):
     """One update on batch_size pairs: the mean loss over all their response tokens."""
     rows = run.draw(run.examples, run.args.batch_size)
-    if run.args.packed:  # every token but the first of a window is learnt
-        windows = [[*row["input_ids"][:1].tolist(), *row["labels"].tolist()] for row in rows]
-        rows = [dict(prompt_ids=ids[:1], tokens=ids[1:]) for ids in windows]
+    if run.args.packed:
+        rows = window_rows(rows)
     tokens = sum(len(row["tokens"]) for row in rows)
     mine = rows[run.share(len(rows))]
     entry = run.update(mine, functools.partial(sft_loss, run, tokens=tokens), ["loss"])
@@ -2260,9 +2266,9 @@ def validate(run):
     due = run.step % run.args.eval_every == 0 or last
     if not run.held_out or not due or run.step == run.evaluated:
         return
-    found = run.args.measure(run, last)
+    found = (lose_held_out if run.args.packed else run.args.measure)(run, last)
     shown = [f"{k} {v:.4f}" if k == "held_out_loss" else f"{k} {v:.1%}" for k, v in found.items()]
-    what = "pairs" if run.args.verb == "dpo" else "problems"
+    what = "pairs" if run.args.verb == "dpo" else "windows" if run.args.packed else "problems"
     print(f"step {run.step}/{run.args.max_steps} | of {len(run.held_out)} held-out {what} | "
           + " | ".join(shown), flush=True)
     run.record({"step": run.step, **found})
@@ -2289,6 +2295,16 @@ def solve_held_out(run, last):
             entry[key + (f" {kind}" if kind else "")] = run.sum([found]).item() / among
     run.rollouts = rollouts
     return entry
+
+
+@torch.no_grad()
+def lose_held_out(run, last):
+    """The loss of the held-out windows of --packed, in nats a token."""
+    tokens, total = sum(len(row["tokens"]) for row in run.held_out), 0.0
+    for part in run.micro_batches(run.held_out[run.share(len(run.held_out))]):
+        with lm.compute_context(run.device, run.dtype):
+            total += sft_loss(run, part, tokens)[0].item()
+    return {"held_out_loss": run.sum([total]).item()}
 
 
 @torch.no_grad()
@@ -2577,20 +2593,31 @@ def hold_out(run, problems):
     run.held_out = encode_problems(run, problems) if problems else []
 
 
+def packed_windows(run, path, shuffle):
+    length = run.context_length
+    windows = PackedSFTDataset(run.tokenizer, path, length, shuffle, run.args.seed)
+    if not len(windows):
+        raise ValueError(f"--packed needs more than context_length = {length} tokens, got "
+                         f"{len(windows.ids)} of {path}; give more pairs")
+    return windows
+
+
 def prepare_pairs(run):
     """Pairs to learn from, and held-out problems where there are some."""
     args, held_out, run.held_out = run.args, [], []
     if run.task:
         held_out, pairs, _ = task_problems(args, run.task)
     elif args.packed:
-        if args.correct_only or args.examples or args.valid_data:
-            raise ValueError("--packed takes a whole file, got --correct_only, --examples or "
-                             "--valid_data too; leave them out")
-        length = run.context_length
-        run.examples = PackedSFTDataset(run.tokenizer, args.data, length, True, args.seed)
-        if not len(run.examples):
-            raise ValueError(f"--packed needs more than context_length = {length} tokens, got "
-                             f"{len(run.examples.ids)}; give more pairs")
+        if args.correct_only or args.examples:
+            raise ValueError("--packed takes a whole file, got --correct_only or --examples too; "
+                             "leave them out")
+        run.examples = packed_windows(run, args.data, shuffle=True)
+        print(f"{len(run.examples):,} windows of {run.context_length} tokens: one pass is "
+              f"{-(-len(run.examples) // args.batch_size):,} steps")
+        if args.valid_data:
+            windows = packed_windows(run, args.valid_data, shuffle=False)
+            run.held_out = window_rows(
+                windows[i] for i in range(min(len(windows), args.eval_problems)))
         return
     else:
         pairs = read_pairs(args.data)
@@ -2855,36 +2882,54 @@ def unused_flags(args):
     names = [*losses, "digits", "numbers", "problems", *["prompt"] * args.packed]
     if not args.valid_data:
         names += evaluation
-    samples = args.verb in ("ei", "grpo") or args.valid_data and args.verb == "sft"
+    samples = args.verb in ("ei", "grpo") or (
+        args.verb == "sft" and args.valid_data and not args.packed)
     return names if samples else [*names, *sampling]
 
 
+PANELS = (  # of a plot, those that have data: label, x, the first of these that a run logs
+    ("reward or loss", "step", ("reward", "loss")),
+    ("held-out data, share right", "step", ("greedy", "held_out_accuracy")),
+    ("held-out data, share right", "elapsed_s", ("greedy", "held_out_accuracy")),
+    ("held-out data, loss", "step", ("held_out_loss",)),
+    ("entropy, nats a token", "step", ("entropy",)),
+    ("length of responses, tokens", "step", ("length",)),
+    ("norm of the gradient", "step", ("grad_norm",)))
+
+
 def plot(logs, out):
-    """Draws reward or loss, and held-out accuracy, of each log.jsonl into the picture `out`."""
+    """Draws the PANELS of each log.jsonl into the picture `out`."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("a plot needs matplotlib, got none; pip install matplotlib") from None
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    panels = (("reward", "loss"), ("greedy", "held_out_accuracy"))
-    for axis, keys in zip(figure.subplots(1, 2), panels, strict=True):
-        for path in map(Path, logs):
-            try:
-                records = [*map(json.loads, path.read_text(encoding="utf-8").splitlines())]
-                records = [r for r in records if "elapsed_s" in r]
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path} must be a run's log.jsonl, got: {error}; give another "
-                                 "file") from None
+    runs, panels = [], {}
+    for path in map(Path, logs):
+        try:
+            records = [*map(json.loads, path.read_text(encoding="utf-8").splitlines())]
+            records = [r for r in records if "step" in r and "elapsed_s" in r]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} must be a run's log.jsonl, got: {error}; give another "
+                             "file") from None
+        runs.append((path.parent.name, records))
+        if not any(key in r for key in ("reward", "loss") for r in records):
+            raise ValueError(f"{path} must hold steps to draw, got none; give another log")
+    for number, (run, records) in enumerate(runs):
+        for label, x, keys in PANELS:
             key = next((k for k in keys if any(k in r for r in records)), None)
-            points = [(r["elapsed_s"], r[key]) for r in records if key in r]
+            points = [(r[x], r[key]) for r in records if key in r]
             if points:
-                axis.plot(*zip(*points, strict=True), label=f"{path.parent.name} {key}")
-            elif "reward" in keys:
-                raise ValueError(f"{path} must hold steps to draw, got none; give another log")
-        axis.set(xlabel="seconds", ylabel=" or ".join(keys))
+                curve = (run if len(keys) == 1 else f"{run} {key}", f"C{number}", points)
+                panels.setdefault((label, x), []).append(curve)
+    columns, rows = min(3, len(panels)), -(-len(panels) // 3)
+    figure = Figure(figsize=(5.5 * columns, 4 * rows), layout="constrained")
+    for place, ((label, x), curves) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(rows, columns, place)
+        for name, color, points in curves:
+            axis.plot(*zip(*points, strict=True), ".-", color=color, label=name)
+        axis.set(xlabel="step" if x == "step" else "seconds", ylabel=label)
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=8)
+        axis.legend(fontsize=8)
     figure.savefig(out, dpi=120)
     print(f"wrote {out}")
 
@@ -2940,7 +2985,7 @@ def add_run_flags(parser):
         model=(str, None, "a Hugging Face folder, or what a script here left (default: a new one)"),
         task=(TASKS, None, "learn from problems made here, instead of --data"),
         data=(str, None, "JSONL, JSON or csv of what the verb learns from"),
-        valid_data=(str, None, "problems to evaluate on; of dpo: pairs"),
+        valid_data=(str, None, "problems to evaluate on; of dpo, of sft --packed: pairs"),
         prompt=(PROMPTS, "question_only", "the template of the questions in both: answers "
                 "are wanted in <answer> with r1_zero, in a box with the others"),
         strict=(bool, False, "want the handout's exact spacing of tags"),

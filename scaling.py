@@ -2648,7 +2648,10 @@ def plan(args):
         print(f"by the {law}: loss {row['loss']:.4f}; off on larger budgets, or the runs' scatter: "
               f"{100 * row['error']:.2f}%")
     print(f"predicted loss {run['loss']:.4f} ({low:.4f} to {high:.4f}) by the {run['law']}, at "
-          f"{run['flops'] / arrays['flops'].max():.1f} times the FLOPs of the largest run")
+          f"{run['flops'] / arrays['flops'].max():.3g} times the FLOPs of the largest run")
+    if args.target_s and run["flops"] < arrays["flops"].max():
+        print(f"note: {args.target_s:g} s buy less than the largest run; is the speed here that of "
+              "the runs? --speed says it")
     if (tokens := fit.at(run["flops"])["tokens"]) > machine.max_tokens:
         print(f"note: {tokens:.3g} tokens would be best, a run may have {machine.max_tokens:.3g}")
     print_methods(methods, [run["flops"]])

@@ -277,15 +277,19 @@ def plot(logs, out):
         raise ValueError("--plot needs matplotlib, got none; pip install matplotlib") from None
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     curves = (("loss", "training", {"alpha": 0.35}), ("valid_loss", "validation", {"marker": "."}))
+    runs = [(path.parent.name, read_log(path)) for path in map(Path, logs)]
+    losses = [[r[key] for r in records for key, *_ in curves if key in r] for _, records in runs]
+    every, top = sum(losses, []), 1.5 * max((of_run[0] for of_run in losses if of_run), default=0)
     for axis, x, scale, unit in zip(figure.subplots(1, 2, sharey=True), ("step", "elapsed_s"),
                                      (1, 60), ("step", "minutes"), strict=True):
-        for color, path in enumerate(map(Path, logs)):
-            records = read_log(path)
+        for color, (run, records) in enumerate(runs):
             for key, name, style in curves:
                 points = [(r[x] / scale, r[key]) for r in records if key in r]
-                label = f"{path.parent.name} {name}"
-                axis.plot(*zip(*points, strict=True), color=f"C{color}", label=label, **style)
+                axis.plot(*zip(*points, strict=True), color=f"C{color}", label=f"{run} {name}",
+                          **style)
         axis.set(xlabel=unit, ylabel="loss, nats a token")
+        if max(every, default=0) > top:  # one diverged: at its scale the others would be flat
+            axis.set_ylim(0.95 * min(every), top)
         axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(out, dpi=120)

@@ -1,5 +1,6 @@
 """bpe.py: worked examples, equality with the reference, rivals as oracles, bad input, verbs."""
 
+import gzip
 import importlib
 import json
 import os
@@ -958,3 +959,23 @@ def test_unknown_flags_are_refused(capsys):
 def test_importing_does_nothing(capsys):
     importlib.reload(bpe)
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_texts_of_a_jsonl_file_are_documents_in_train_and_encode(tmp_path, capsys):
+    texts = ["one text\nof two lines", "another \u00e9", "the third"]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))  # fmt: skip
+    (tmp_path / "a.txt").write_text(END_OF_TEXT.join([*texts, ""]), encoding="utf-8")
+    for kind in ("jsonl.gz", "txt"):
+        bpe.main(["train", "--input", str(tmp_path / f"a.{kind}"), "--vocab_size", "260", "--num_workers", "1",
+                  "--out_dir", str(tmp_path / kind)])  # fmt: skip
+        bpe.main(["encode", "--tokenizer", str(tmp_path / kind), "--input", str(tmp_path / f"a.{kind}"),
+                  "--out", str(tmp_path / f"{kind[:3]}.bin"), "--num_workers", "1"])  # fmt: skip
+    tokenizer = Tokenizer.load(tmp_path / "txt")
+    assert tokenizer.sha256 == Tokenizer.load(tmp_path / "jsonl.gz").sha256
+    ids, meta = bpe.read_tokens(tmp_path / "jso.bin", tokenizer)
+    assert ids.tolist() == bpe.read_tokens(tmp_path / "txt.bin")[0].tolist() and meta["documents"] == 3
+    with pytest.raises(SystemExit):
+        bpe.main(["train", "--input", str(tmp_path / "a.jsonl.gz"), "--vocab_size", "260", "--out_dir",
+                  str(tmp_path / "c"), "--special_tokens", "<x>"])  # fmt: skip
+    assert "must have the special token" in capsys.readouterr().err

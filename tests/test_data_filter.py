@@ -1487,6 +1487,26 @@ def test_the_verbs_train_label_and_dedup(tmp_path, capsys):
     assert len(kept) + len(gone) == 100
 
 
+def test_a_classifier_takes_documents_as_a_run_leaves_them(tmp_path, capsys):
+    clean = tmp_path / "clean.txt"
+    clean.write_text("one\n\nof lines\n<|endoftext|>\ntwo<|endoftext|>\n\n<|endoftext|>\nlast")
+    assert [" ".join(text.split()) for text in data_filter.read_texts(clean)] == ["one of lines", "two", "last"]
+    clean.write_text("a line\n\nanother\n")
+    assert [*data_filter.read_texts(clean)] == ["a line", "another"]
+    archive = tmp_path / "x.warc"
+    page = b"<p>The cat sat on the mat and the dog did not.</p><p>It was a good day for all of them.</p>"
+    body = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n" + page
+    archive.write_bytes(b"".join(
+        b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://a.org/%d\r\n"
+        b"Content-Type: application/http; msgtype=response\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n"
+        % (i, len(body), body) for i in range(3)))  # fmt: skip
+    data_filter.main(["run", "--input", str(archive), "--out_dir", str(tmp_path / "out"), "--languages", "any",
+                      "--rules", "none", "--no_line_dedup", "--no_copies", "--vocab_size", "257"])  # fmt: skip
+    capsys.readouterr()
+    data_filter.main(["classify", "--kind", "language", "--input", str(tmp_path / "out/clean.txt")])
+    assert capsys.readouterr().out.count("en\t") == 3
+
+
 def test_the_bench_checks_itself_and_ends_in_one_line_of_json(capsys):
     data_filter.main(["bench", "--documents", "20", "--repeats", "1"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

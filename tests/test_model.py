@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -2256,6 +2257,17 @@ def test_the_memory_that_count_prints_falls_with_checkpointing(capsys):
         return float(line.split("GiB")[0].split()[-1].replace(",", ""))
 
     assert gib(less) < gib(plain) / 3
+
+
+def test_count_says_memory_as_so_much_a_sequence_and_so_much_besides(capsys):
+    for flags in ("--preset gpt2-xl --batch_size 8 --attention eager --d_ff 6400", "--preset gpt2 --batch_size 3"):
+        out = run(f"count {flags}", capsys)
+        (line,) = [line for line in out.splitlines() if line.startswith("memory about this batch")]
+        each, besides = (float(x) for x in re.findall(r"([0-9.]+) GiB", line))
+        config = M.config_from_flags(M.build_parser().parse_args(f"count {flags}".split()))
+        for batch in ((8, 9) if "xl" in flags else (3, 4)):
+            used = sum(M.estimate_memory(config, batch).values()) / 2**30
+            assert abs(batch * each + besides - used) < 0.01 + batch * 1e-3  # what is printed is rounded
 
 
 def bench(flags, capsys):

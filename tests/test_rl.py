@@ -1153,6 +1153,51 @@ def test_bench_ends_in_one_line_of_json(capsys):
     assert result["rollout_tok_per_s"] > 0 and result["gap"] < 1e-4
 
 
+def test_a_plot_has_a_panel_for_each_thing_that_its_runs_log_by_steps(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="plots need matplotlib").Figure
+    drawn = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: drawn.append(
+        {(a.get_ylabel(), a.get_xlabel()): [line.get_xydata().tolist() for line in a.lines] for a in self.axes}))
+    steps = [{"flags": {}}, {"step": 0, "elapsed_s": 1, "greedy": 0.25}] + [
+        {"step": i, "elapsed_s": 3 * i, "reward": i / 10, "entropy": 2 - i, "loss": 0} for i in (1, 2)]  # fmt: skip
+    logs = [write_jsonl(tmp_path / name, steps) for name in ("a.jsonl", "b.jsonl")]
+    rl.main(["plot", *map(str, logs)])
+    (panels,) = drawn
+    assert panels["reward or loss", "step"] == [[[1, 0.1], [2, 0.2]]] * 2
+    assert panels["entropy, nats a token", "step"] == [[[1, 1], [2, 0]]] * 2
+    assert panels["held-out data, share right", "step"] == [[[0, 0.25]]] * 2
+    assert panels["held-out data, share right", "seconds"] == [[[1, 0.25]]] * 2
+    assert len(panels) == 4
+    pairs = [{"step": 1, "elapsed_s": 1, "loss": 0.6},
+             {"step": 2, "elapsed_s": 2, "held_out_accuracy": 0.9, "held_out_loss": 0.5}]  # fmt: skip
+    rl.main(["plot", write_jsonl(tmp_path / "dpo.jsonl", pairs)])
+    assert drawn[-1]["held-out data, share right", "step"] == [[[2, 0.9]]]
+    assert drawn[-1]["held-out data, loss", "step"] == [[[2, 0.5]]]
+
+
+def test_packed_pairs_that_are_held_out_have_the_loss_of_the_plain_definition(tmp_path, capsys):
+    base = byte_model(tmp_path / "m", context_length=32)
+    pairs = write_jsonl(tmp_path / "s.jsonl", [{"prompt": "1+1=", "response": "2"}] * 3)
+    other = write_jsonl(tmp_path / "v.jsonl", [{"prompt": "say", "response": "so be it"}] * 2)
+    out = tmp_path / "out"
+    assert rl.main(["sft", *base, "--data", str(pairs), "--valid_data", str(other), "--packed", "--batch_size", "2",
+                    "--micro_batch_size", "3", "--lr", "0.01", "--out_dir", str(out)]) == 0  # fmt: skip
+    assert "13 windows of 32 tokens: one pass is 7 steps" in capsys.readouterr().out
+    model = lm.from_pretrained(out / "model")
+    tokenizer = Tokenizer.load(out / "tokenizer.json")
+    windows, losses = rl.PackedSFTDataset(tokenizer, other, 32, shuffle=False), []
+    assert len(windows) > 2
+    for window in windows:
+        ends = window["input_ids"] == rl.end_ids(tokenizer)[0]
+        documents = (ends.cumsum(0) - ends.long())[None]
+        hidden = model.hidden_states(window["input_ids"][None], documents=documents)
+        logits = hidden @ model.lm_head.weight.T
+        losses.append(torch.nn.functional.cross_entropy(logits[0], window["labels"]).item())
+    found = [r["held_out_loss"] for r in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+             if "held_out_loss" in r]  # fmt: skip
+    assert found[-1] == pytest.approx(sum(losses) / len(losses), rel=1e-5) and found[-1] < found[0]  # float32 sums
+
+
 def test_a_plot_is_drawn_or_what_it_lacks_is_said(start, tmp_path, capsys, monkeypatch):
     argv = ["plot", str(start.parent / "log.jsonl"), "--out", str(tmp_path / "curves.png")]
     with monkeypatch.context() as without:
@@ -1162,11 +1207,6 @@ def test_a_plot_is_drawn_or_what_it_lacks_is_said(start, tmp_path, capsys, monke
     assert not rl.main(argv)
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert "curves.png" in capsys.readouterr().out
-    pairs, shown = write_jsonl(tmp_path / "p.jsonl", [{"loss": 0.6, "elapsed_s": 1.0},
-                                                      {"held_out_accuracy": 0.9, "elapsed_s": 2.0}]), []  # fmt: skip
-    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, *points, label: shown.append((*points, label)))
-    assert not rl.main(["plot", pairs, "--out", str(tmp_path / "curves.png")])
-    assert [(x, y) for x, y, _ in shown] == [((1.0,), (0.6,)), ((2.0,), (0.9,))]
     log = write_jsonl(tmp_path / "log.jsonl", [{"flags": {}}])
     fails(capsys, ["plot", log], "must hold steps to draw, got none")
     fails(capsys, ["plot", write_jsonl(tmp_path / "g.jsonl", [{"reward": 1.0}])], "must hold steps to draw")

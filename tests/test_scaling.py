@@ -577,6 +577,9 @@ def test_plan_then_fit_then_target(tmp_path, capsys):
     low, high = result["loss_interval"]
     assert low <= result["predicted_final_loss"] * (1 + 1e-9) and high >= low
     assert result["tokens"] * 6 * result["parameters"] == pytest.approx(14_400 * 4e14, rel=0.01)
+    assert "less than the largest run" not in out
+    scaling.main(["plan", str(table), "--target_s", "14400", "--out", str(final), *flags, "--speed", "1e11"])
+    assert "14400 s buy less than the largest run" in capsys.readouterr().out
 
 
 def test_the_plan_measures_this_machine(tmp_path, capsys):

@@ -165,6 +165,20 @@ def test_plot_draws_the_curves_of_several_runs(tmp_path, corpus):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_diverges_does_not_press_the_others_flat(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="plots need matplotlib").Figure
+    for name, losses in (("good", (7, 5, 4)), ("bad", (7, 2500, 70)), ("killed", ())):
+        (tmp_path / name).mkdir()
+        lines = [{"flags": {}}, *({"step": i, "elapsed_s": i, "loss": x} for i, x in enumerate(losses))]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    limits = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: limits.append(self.axes[0].get_ylim()))
+    for runs in (("good", "killed"), ("good", "bad", "killed")):
+        train.main(["--plot", *(str(tmp_path / run / "log.jsonl") for run in runs)])
+    (low, high), (_, clipped) = limits
+    assert low > 3 and high < 8 and clipped == 1.5 * 7
+
+
 def test_a_plot_of_what_is_no_log_is_one_line_that_names_it(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     (tmp_path / "notes.txt").write_text("no records\n")
