@@ -4226,7 +4226,8 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except (ValueError, OSError) as error:
-        print(f"data_filter.py {args.verb}: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"data_filter.py {args.verb}: error: {(str(error) or repr(error)).splitlines()[0]}",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"data_filter.py {args.verb}: interrupted; the same command goes on", file=sys.stderr)

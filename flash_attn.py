@@ -2128,7 +2128,7 @@ def main(argv=None):
     try:
         args.run(args)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        parser.exit(2, f"flash_attn.py {args.verb}: error: {str(error).splitlines()[0]}\n")
+        parser.exit(2, f"flash_attn.py {args.verb}: error: {(str(error) or repr(error)).splitlines()[0]}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"flash_attn.py {args.verb}: interrupted\n")
 

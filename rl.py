@@ -3305,7 +3305,7 @@ def main(argv=None):
                 args.device = start_ranks(args.device)
             return args.run(args)
         except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-            return fail(str(error).splitlines()[0], 2)
+            return fail(lm.first_line(error), 2)
         except KeyboardInterrupt:
             return fail("interrupted", 130)
         finally:

@@ -2855,7 +2855,7 @@ def main(argv=None):
     try:
         return args.function(args)
     except (ValueError, OSError, sqlite3.Error) as error:
-        parser.exit(2, f"scaling.py: error: {str(error).splitlines()[0]}\n")
+        parser.exit(2, f"scaling.py: error: {lm.first_line(error)}\n")
     except KeyboardInterrupt:
         parser.exit(130, "scaling.py: interrupted; run it again, a sweep goes on\n")
 
