@@ -2128,7 +2128,8 @@ def main(argv=None):
     try:
         args.run(args)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        parser.exit(2, f"flash_attn.py {args.verb}: error: {(str(error) or repr(error)).splitlines()[0]}\n")
+        line = (str(error) or repr(error)).splitlines()[0]
+        parser.exit(2, f"flash_attn.py {args.verb}: error: {line}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"flash_attn.py {args.verb}: interrupted\n")
 
