@@ -1536,8 +1536,9 @@ def _backward(q, k, v, o, lse, do, causal, scale, spans, allow_tf32, determinist
     return dq, dk, dv
 
 
-# Keys of a tile of `decode_kernel` by bits of the dtype. A program a head pair would leave most of a
-# card idle where there are few: the keys are then split until each multiprocessor has DECODE_WAVES.
+# Keys of a tile of `decode_kernel` by bits of the dtype. A program a head pair would leave most of
+# a card idle where there are few: the keys are then split until each multiprocessor has
+# DECODE_WAVES.
 DECODE_KEYS, DECODE_WAVES = {16: 64, 32: 32}, 2
 
 
