@@ -2326,7 +2326,8 @@ COUNTDOWN_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 COUNTDOWN_NO = " no "  # behind an attempt that is given up, one token as the tags are
 COUNTDOWN_ALPHABET = "0123456789+-*/=() "  # of prompts and traces, beside these
 COUNTDOWN_MOST = 99  # of numbers and targets, and of the results that a trace tries
-COUNTDOWN_HASTE = 2 / 3  # of traces end with the first attempt, the others with the 2nd to 9th
+COUNTDOWN_HASTE = 2 / 3  # of traces end with the first attempt
+COUNTDOWN_PATIENCE = 16  # steps of the attempts that a trace has at most
 
 
 def addition_problems(n, digits, seed):
@@ -2369,23 +2370,24 @@ def countdown_prompt(numbers, target):
 
 
 def countdown_trace(numbers, target, rng):
-    """The text behind `countdown_prompt`, of a searcher with little patience: random attempts, each
-    given up with "no" as soon as two numbers are left that do not make the target, until one does,
-    which the answer says. At its patience's end it finishes the attempt and answers all the same.
-    Steps and checks are right, answers are often not: to go on is what rewards can teach, as in
-    searches of both outcomes (Gandhi et al. 2024, Stream of Search, arXiv 2404.03683)."""
-    attempts = 1 if rng.random() < COUNTDOWN_HASTE else rng.randint(2, 9)
+    """The text behind `countdown_prompt`, of a searcher with little patience: random attempts, whose
+    last step makes the target if one can, each but the last given up with "no". The last one is
+    right, or the patience is at its end; the answer is its expression all the same. What is written
+    can be checked by comparing two numbers, answers are often wrong: to go on is what rewards can
+    teach, as in searches of both outcomes (Gandhi et al. 2024, Stream of Search, arXiv 2404.03683).
+    """
+    patience = max(2, COUNTDOWN_PATIENCE // (len(numbers) - 1))
+    attempts = 1 if rng.random() < COUNTDOWN_HASTE else rng.randint(2, patience)
     failed = {}
     while True:
         steps, (a, b) = random_steps(numbers, rng, 2, COUNTDOWN_MOST)
         ends = results(a, b, COUNTDOWN_MOST) or results(a, b)
         right = [end for end in ends if end[1] == target]
-        attempts -= 1
+        step, (_, expression, _) = join(a, b, *rng.choice(right or ends))
+        attempt, attempts = " ".join([*steps, step]), attempts - 1
         if right or not attempts:
-            break
-        failed[" ".join(steps) + COUNTDOWN_NO] = None  # each attempt once
-    step, (_, expression, _) = join(a, b, *rng.choice(right or ends))
-    return f"{''.join(failed)}{' '.join([*steps, step])}</think> <answer>{expression}</answer>"
+            return f"{''.join(failed)}{attempt}</think> <answer>{expression}</answer>"
+        failed[attempt + COUNTDOWN_NO] = None  # each attempt once
 
 
 def countdown_reward(response, numbers, target):

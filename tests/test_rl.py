@@ -1769,19 +1769,20 @@ def test_countdown_problems_have_solutions_that_the_reward_accepts(count):
         assert set(re.sub("|".join(rl.COUNTDOWN_TAGS), "", text)) - {*"no"} <= set(rl.COUNTDOWN_ALPHABET)
 
 
-def test_traces_go_back_from_what_fails_and_answer_what_they_ended_with():
+def test_traces_begin_anew_when_an_attempt_fails_and_answer_what_they_ended_with():
     rng, problems = random.Random(0), rl.countdown_problems(300, 3, 0)
     traces = [rl.countdown_trace(p["numbers"], p["target"], rng) for p in problems]
     for p, trace in zip(problems, traces, strict=True):
         *failed, last = trace.partition("</think>")[0].split(" no ")
-        assert len({*failed}) == len(failed) < 9
-        for a, b, c in re.findall(r"(\d+)[-+*/](\d+)=(\d+)", " ".join(failed)):
-            assert int(c) <= rl.COUNTDOWN_MOST
+        assert len({*failed}) == len(failed) < 8
+        for a, b, c, end in re.findall(r"(\d+)[-+*/](\d+)=(\d+) \d+[-+*/]\d+=(\d+)", "\n".join(failed)):
+            assert int(c) <= rl.COUNTDOWN_MOST and int(end) != p["target"]
             left = p["numbers"].copy()
             for used in (a, b):
                 left.remove(int(used))
             ends = rl.results((int(c), c, 3), (left[0], str(left[0]), 3))
-            assert p["target"] not in [value for _, value in ends], (p, trace)
+            values = [value for _, value in ends]
+            assert int(end) in values and p["target"] not in values, (p, trace)
         right = int(last.rpartition("=")[2]) == p["target"]
         assert rl.countdown_reward(trace, p["numbers"], p["target"]) == (RIGHT if right else WRONG)
     for a, op, b, c in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", " ".join(traces)):
@@ -1793,7 +1794,9 @@ def test_two_of_three_traces_end_with_their_first_attempt():
     rng = random.Random(0)
     traces = [rl.countdown_trace([1, 1, 1], 99, rng) for _ in range(900)]  # no way: patience alone ends them
     assert 515 < sum(" no " not in trace for trace in traces) < 685  # 600, within 6 standard deviations
-    assert max(trace.count(" no ") for trace in traces) <= 3  # 1+1, 1*1, 1/1: each once
+    assert max(trace.count(" no ") for trace in traces) == 7  # of 10 different attempts, each once
+    long = [rl.countdown_trace([1] * 20, 99, rng) for _ in range(60)]
+    assert {trace.count(" no ") for trace in long} == {0, 1}
 
 
 @pytest.mark.parametrize(("answer", "right"), [
