@@ -264,7 +264,7 @@ def read_log(path):
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-    if not records or not isinstance(records[0], dict):
+    if not records or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path} must be the log.jsonl of a run, got something else; give another")
     return records
 
@@ -280,15 +280,17 @@ def plot(logs, out):
     runs = [(path.parent.name, read_log(path)) for path in map(Path, logs)]
     losses = [[r[key] for r in records for key, *_ in curves if key in r] for _, records in runs]
     every, top = sum(losses, []), 1.5 * max((of_run[0] for of_run in losses if of_run), default=0)
+    if not every:
+        raise ValueError(f"one log must hold a loss, got none in {', '.join(logs)}; give others")
     for axis, x, scale, unit in zip(figure.subplots(1, 2, sharey=True), ("step", "elapsed_s"),
                                      (1, 60), ("step", "minutes"), strict=True):
         for color, (run, records) in enumerate(runs):
             for key, name, style in curves:
-                points = [(r[x] / scale, r[key]) for r in records if key in r]
+                points = [(r[x] / scale, r[key]) for r in records if key in r and x in r]
                 axis.plot(*zip(*points, strict=True), color=f"C{color}", label=f"{run} {name}",
                           **style)
         axis.set(xlabel=unit, ylabel="loss, nats a token")
-        if max(every, default=0) > top:  # one diverged: at its scale the others would be flat
+        if min(every) > 0 and max(every) > top:  # one diverged: at its scale others would be flat
             axis.set_ylim(0.95 * min(every), top)
         axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
