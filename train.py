@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 import model as lm
+from bpe import alone_with
 
 
 def loss_and_gradient(hidden_states, model, batch, micro_batch_size, grad_clip, context):
@@ -43,6 +44,17 @@ def loss_and_gradient(hidden_states, model, batch, micro_batch_size, grad_clip, 
     return torch.stack((loss_sum, lm.clip_grad_norm_(model.parameters(), grad_clip)))
 
 
+def check_out_dir(args):
+    """raises ValueError unless --out_dir is a folder, or can be one, for the run of the flags."""
+    out_dir = Path(args.out_dir)
+    if out_dir.is_file():
+        raise ValueError(f"out_dir must be a folder, got the file {out_dir}; rename it")
+    holds_a_run = any((out_dir / f).exists() for f in ("log.jsonl", "checkpoint.pt"))
+    if holds_a_run and not (args.resume or args.overwrite):
+        raise ValueError(f"out_dir must be a new folder, got {out_dir}, which holds a run;"
+                         " give --resume to go on, --overwrite to start anew, or another")
+
+
 class Trainer:
     """The state of a run and what happens to it; `run` is the loop."""
 
@@ -51,13 +63,8 @@ class Trainer:
         self.device = lm.resolve_device(args.device)
         self.out_dir = Path(args.out_dir)
         self.checkpoint = self.out_dir / "checkpoint.pt"
-        if self.out_dir.is_file():
-            raise ValueError(f"out_dir must be a folder, got the file {self.out_dir}; rename it")
+        check_out_dir(args)
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        holds_a_run = any((self.out_dir / f).exists() for f in ("log.jsonl", "checkpoint.pt"))
-        if holds_a_run and not (args.resume or args.overwrite):
-            raise ValueError(f"out_dir must be a new folder, got {self.out_dir}, which holds a run;"
-                             " give --resume to go on, --overwrite to start anew, or another")
         lm.check_recompute_flags(args)
         self.min_lr = lm.last_rate(args)
         precision = lm.optimizer_precision(args)
@@ -318,9 +325,11 @@ def main(argv=None):
         if args.resume:  # the run's own flags, and over them those given now
             parser.set_defaults(**{**lm.saved_flags(args.out_dir, args), "out_dir": args.out_dir})
             args = parser.parse_args(argv)
-        trainer = Trainer(args)
-        with lm.stop_politely(trainer.signals):
-            return trainer.run()
+        check_out_dir(args)
+        with alone_with(Path(args.out_dir, "run.lock")):  # two runs would mix their files
+            trainer = Trainer(args)
+            with lm.stop_politely(trainer.signals):
+                return trainer.run()
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         parser.exit(2, f"train.py: error: {lm.first_line(error)}\n")
     except KeyboardInterrupt:  # before the first step: later ones are saved, see lm.stop_politely

@@ -212,6 +212,14 @@ def start(argv):
                             stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 
+def test_a_second_start_in_the_same_folder_waits_and_then_finds_a_run(tmp_path, corpus):
+    processes = [start(flags(tmp_path, corpus)) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 2]
+    assert sum("holds a run" in output for output in outputs) == 1
+    assert not (tmp_path / "out/run.lock").exists()
+
+
 def kill_at(argv, step, number):
     """Runs train.py and sends it a signal once it has logged `step`; returns exit code and output."""
     process = start(argv)
