@@ -1789,7 +1789,7 @@ def encode(args):
     if args.text is not None:
         print(*tokenizer.encode(args.text))
         return
-    list_files(args.input)  # a name of nothing leaves no folder behind
+    args.input = list_files(args.input)  # before there is any file of our own
     with tempfile.TemporaryDirectory() as folder:
         out = check_token_path(args.out or Path(folder, "measured.bin"))
         texts = Path(f"{out}.text")  # a kill leaves it, and the next call goes on with it

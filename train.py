@@ -149,6 +149,7 @@ class Trainer:
             flags=self.flags(), generator=self.generator.get_state(),
             elapsed_s=time.perf_counter() - self.started,
             micro_batch_size=self.micro_batch_size, tokenizer_hash=self.tokenizer_hash,
+            train_tokens=len(self.train_ids),
         )
         self.saved = self.step
 
@@ -169,6 +170,9 @@ class Trainer:
         self.step = self.saved = saved["iteration"]
         self.started -= saved["elapsed_s"]
         print(f"resumed {self.checkpoint} at step {self.step}")
+        if (before := saved.get("train_tokens", len(self.train_ids))) != len(self.train_ids):
+            print(f"on other data than before: {len(self.train_ids):,} training tokens, then "
+                  f"{before:,}")
 
     def settle(self):
         """Waits for the pending step, checks its numbers, and logs them when it is time."""

@@ -220,6 +220,17 @@ def test_a_second_start_in_the_same_folder_waits_and_then_finds_a_run(tmp_path, 
     assert not (tmp_path / "out/run.lock").exists()
 
 
+def test_a_resume_on_an_edited_text_says_so(tmp_path, corpus, capsys):
+    train.main(flags(tmp_path, corpus))
+    own = ["--tokenizer", str(tmp_path / "out/tokenizer.json"), "--resume", "--max_steps"]
+    train.main(flags(tmp_path, corpus, *own, "13"))
+    assert "on other data" not in capsys.readouterr().out
+    edited = tmp_path / "edited.txt"
+    edited.write_bytes(b"".join(path.read_bytes()[:-50] for path in sorted(corpus.glob("**/*.*"))))
+    train.main(flags(tmp_path, edited, *own, "14"))
+    assert "on other data than before" in capsys.readouterr().out
+
+
 def kill_at(argv, step, number):
     """Runs train.py and sends it a signal once it has logged `step`; returns exit code and output."""
     process = start(argv)
