@@ -1494,7 +1494,7 @@ def alone_with(path):
     with contextlib.ExitStack() as held:
         with contextlib.suppress(ImportError, OSError):
             import fcntl
-            while True:
+            for _ in range(1000):  # an end, too, where a file's number is not always the same
                 file = held.enter_context(open(path, "w"))
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -149,8 +149,10 @@ def test_a_cut_is_safe_where_normalizing_takes_letters_apart_and_together(patter
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("nfc", [True, False])
-@pytest.mark.parametrize("line", ["\u5b57\u3002\n", "\u0915 ", "12.345,6.789\n", "=====\n", "1 2 3 ", "- ", "a"], ids=ascii)
-def test_text_without_letters_is_cut_into_pieces_too(tmp_path, pattern, nfc, line):
+@pytest.mark.parametrize(
+    "line", ["\u5b57\u3002\n", "\u0915 ", "12.345,6.789\n", "=====\n", "1 2 3 ", "- ", "a"], ids=ascii
+)
+def test_text_without_letters_or_without_ascii_is_cut_into_pieces_too(tmp_path, pattern, nfc, line):
     path = write(tmp_path / "t", line * 3000)
     pieces = bpe.plan_pieces([path], 1000, bpe.cut_finder(pattern, (), nfc), ())
     longest = max(end - start for _, start, end in pieces)
