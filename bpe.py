@@ -166,17 +166,17 @@ def cut_finder(pattern, special_tokens=(), nfc=False):
     A cut is safe where encoding both sides alone gives what encoding the whole gives. In the
     known patterns a pre-token ends with its run of letters, numbers or signs (signs take line
     ends along), and nothing but white space looks ahead, which a single line end does in vain: so
-    at SAFE_CUTS; with NFC, which may turn a letter into letter and mark, between two characters of
-    ASCII. In any pattern: before a special token. Never where a special token begins before and
-    ends after, whether it would be matched there or not: that is known within `longest`
-    characters, whatever came before.
+    at SAFE_CUTS, none of which is before a mark; with NFC not behind a letter that it turns into
+    letter and mark. In any pattern: before a special token. Never where a special token begins
+    before and ends after, whether it would be matched there or not: that is known within
+    `longest` characters, whatever came before.
 
     special_tokens: tuple of str
     """
     candidates = [f"(?={regex.escape(token)})" for token in special_tokens]
     if pattern in PATTERNS.values():
-        both_ascii = r"(?<=[\x00-\x7f])(?=[\x00-\x7f])" if nfc else ""
-        candidates = [both_ascii + cut for cut in SAFE_CUTS] + candidates
+        unchanged = r"(?<!\p{NFC_QC=No})" if nfc else ""
+        candidates = [unchanged + cut for cut in SAFE_CUTS] + candidates
     if not candidates:
         return lambda text, start: -1
     search = regex.compile("|".join(candidates)).search
@@ -1097,6 +1097,19 @@ def encode_piece(number, piece, parts, errors):
     return piece[2] - piece[1]
 
 
+def check_token_path(path):
+    """Returns the Path of a file of tokens to write; raises ValueError where none can be."""
+    path = Path(path)
+    meta_path = path.with_suffix(".json")
+    if meta_path.exists() and "tokenizer_hash" not in what_was_made(meta_path):
+        raise ValueError(f"{meta_path}, which describes {path.name}, must not be another file, "
+                         "got one; choose another name")
+    if path.suffix != ".bin" or path.is_dir():
+        raise ValueError(f"a file of tokens must be called NAME.bin, got {path}"
+                         f"{', a folder' * path.is_dir()}; rename it")
+    return path
+
+
 def write_tokens(input_paths, tokenizer, out_path, num_workers=None, piece_bytes=PIECE_BYTES,
                  errors="strict", progress=False):
     """Returns the meta of the file of tokens it makes of UTF-8 text files, in order.
@@ -1110,13 +1123,8 @@ def write_tokens(input_paths, tokenizer, out_path, num_workers=None, piece_bytes
     whenever it is killed, the next call goes on with the pieces that are done, and nothing
     stands under the final name before it is whole.
     """
-    paths, out_path = list_files(input_paths), Path(out_path)
+    paths, out_path = list_files(input_paths), check_token_path(out_path)
     meta_path = out_path.with_suffix(".json")
-    if meta_path.exists() and "tokenizer_hash" not in what_was_made(meta_path):
-        raise ValueError(f"{meta_path}, which describes {out_path.name}, must not be another file, "
-                         "got one; choose another name")
-    if out_path.suffix != ".bin":
-        raise ValueError(f"a file of tokens must be called NAME.bin, got {out_path}; rename it")
     num_workers = default_workers(num_workers)
     special = tuple(tokenizer.special_tokens)
     pieces = plan_pieces(paths, piece_bytes, cut_finder(tokenizer.pattern, special, tokenizer.nfc),
@@ -1479,19 +1487,24 @@ def make_tokens(text, text_sha256, tokenizer, path, num_workers, errors):
 
 
 @contextlib.contextmanager
-def alone_in(folder):
-    """Waits until no other process makes data in `folder`. Where there are no such locks (Windows,
-    a disk that is read only, on which all is made) it does not."""
-    folder.mkdir(parents=True, exist_ok=True)
+def alone_with(path):
+    """Waits until no other process has the lock file `path`, which is there meanwhile. Where there
+    are no such locks (Windows, a disk that is read only, on which all is made) it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         with contextlib.suppress(ImportError, OSError):
             import fcntl
-            file = held.enter_context(open(folder / "lock", "w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another process that makes data in {folder}", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
+            for _ in range(1000):  # an end, too, where a file's number is not always the same
+                file = held.enter_context(open(path, "w"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    print(f"waiting for another process, which holds {path}", flush=True)
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                with contextlib.suppress(FileNotFoundError):  # removed by who held it: made anew
+                    if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                        break
+            held.callback(lambda: os.access(path.parent, os.W_OK) and path.unlink(missing_ok=True))
         yield
 
 
@@ -1520,7 +1533,7 @@ def prepare_data(data, vocab_size, data_dir="data", valid_data=None, tokenizer=N
                          "another data_dir")
     if data not in ("python", *DATASETS):
         list_files(data)  # a name of nothing leaves no folder behind
-    with alone_in(folder):
+    with alone_with(folder / "lock"):
         texts = find_texts(data, valid_data, folder, errors)
         hashes = [files_sha256([path]) for path in texts]
         if tokenizer:
@@ -1776,12 +1789,16 @@ def encode(args):
     if args.text is not None:
         print(*tokenizer.encode(args.text))
         return
-    started = time.perf_counter()
+    args.input = list_files(args.input)  # before there is any file of our own
     with tempfile.TemporaryDirectory() as folder:
-        meta = write_tokens(text_files(args, tokenizer.special_tokens, folder), tokenizer,
-                            args.out or Path(folder, "measured.bin"), args.num_workers,
-                            errors=args.errors, progress=True)
-    seconds = time.perf_counter() - started
+        out = check_token_path(args.out or Path(folder, "measured.bin"))
+        texts = Path(f"{out}.text")  # a kill leaves it, and the next call goes on with it
+        with alone_with(Path(f"{out}.lock")):
+            started = time.perf_counter()
+            meta = write_tokens(text_files(args, tokenizer.special_tokens, texts), tokenizer, out,
+                                args.num_workers, errors=args.errors, progress=True)
+            seconds = time.perf_counter() - started
+            shutil.rmtree(texts, ignore_errors=True)
     print(f"{meta['tokens']:,} tokens of {meta['bytes']:,} bytes of text in {meta['documents']:,} "
           f"documents | {meta['bytes'] / max(1, meta['tokens']):.3f} bytes/token | {seconds:.2f} s "
           f"| {meta['bytes'] / 1e6 / seconds:.2f} MB/s | {args.out or 'not kept: no --out'}")

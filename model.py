@@ -1917,8 +1917,10 @@ def save_pretrained(model, tokenizer, path, dtype=None):
             if first in special:
                 settings[name] = special[first]
         write_json(settings, os.path.join(path, "tokenizer_config.json"))
+    beside = Path(path, "generation_config.json")
+    beside.unlink(missing_ok=True)  # another model's
     if model.generation_config:
-        write_json(model.generation_config, os.path.join(path, "generation_config.json"))
+        write_json(model.generation_config, beside)
     write_safetensors(tensors, os.path.join(path, "model.safetensors"))
     write_json(hf, os.path.join(path, "config.json"))
 
@@ -2461,14 +2463,17 @@ def generate_text(args):
     if tokenizer is None:
         raise ValueError(f"{args.model} must have a tokenizer.json beside it, got none; "
                          "copy it there")
-    prompts = args.prompt or ["<|endoftext|>"]
+    start, bos = "<|endoftext|>", model.text_bounds.get("bos_token_id")
+    if start not in tokenizer.special_tokens:  # Llama's begin of text
+        start = next((text for i, text in special_ids(tokenizer).items() if i == bos), start)
+    prompts = args.prompt or [start]
     stop_ids = () if args.ignore_end else end_ids(model, tokenizer)
     rows = generate(model, prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                     args.num_samples, stop_ids, tuple(args.stop), tokenizer, args.seed)
     for row in rows:
         if len(rows) > 1:
             print(f"--- prompt {row.prompt_index}, {len(row.tokens)} tokens, {row.finish_reason}")
-        print(prompts[row.prompt_index].removeprefix("<|endoftext|>") + row.text)
+        print(prompts[row.prompt_index].removeprefix(start) + row.text)
 
 
 def export(args):
@@ -2628,7 +2633,7 @@ def build_parser():
     p = verbs.add_parser("generate", help="text from a trained model")
     add = p.add_argument
     add("--model", default="out", help="a Hugging Face folder, a checkpoint or its folder")
-    add("--prompt", action="append", help="repeat for several (default: end of text)")
+    add("--prompt", action="append", help="repeat for several (default: end or begin of text)")
     add("--max_new_tokens", type=int, default=256)
     add("--temperature", type=float, default=0.8, help="0: the likeliest token")
     add("--top_k", type=int, default=0, help="0: all")

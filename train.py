@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 import model as lm
+from bpe import alone_with
 
 
 def loss_and_gradient(hidden_states, model, batch, micro_batch_size, grad_clip, context):
@@ -43,6 +44,17 @@ def loss_and_gradient(hidden_states, model, batch, micro_batch_size, grad_clip, 
     return torch.stack((loss_sum, lm.clip_grad_norm_(model.parameters(), grad_clip)))
 
 
+def check_out_dir(args):
+    """raises ValueError unless --out_dir is a folder, or can be one, for the run of the flags."""
+    out_dir = Path(args.out_dir)
+    if out_dir.is_file():
+        raise ValueError(f"out_dir must be a folder, got the file {out_dir}; rename it")
+    holds_a_run = any((out_dir / f).exists() for f in ("log.jsonl", "checkpoint.pt"))
+    if holds_a_run and not (args.resume or args.overwrite):
+        raise ValueError(f"out_dir must be a new folder, got {out_dir}, which holds a run;"
+                         " give --resume to go on, --overwrite to start anew, or another")
+
+
 class Trainer:
     """The state of a run and what happens to it; `run` is the loop."""
 
@@ -51,13 +63,8 @@ class Trainer:
         self.device = lm.resolve_device(args.device)
         self.out_dir = Path(args.out_dir)
         self.checkpoint = self.out_dir / "checkpoint.pt"
-        if self.out_dir.is_file():
-            raise ValueError(f"out_dir must be a folder, got the file {self.out_dir}; rename it")
+        check_out_dir(args)
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        holds_a_run = any((self.out_dir / f).exists() for f in ("log.jsonl", "checkpoint.pt"))
-        if holds_a_run and not (args.resume or args.overwrite):
-            raise ValueError(f"out_dir must be a new folder, got {self.out_dir}, which holds a run;"
-                             " give --resume to go on, --overwrite to start anew, or another")
         lm.check_recompute_flags(args)
         self.min_lr = lm.last_rate(args)
         precision = lm.optimizer_precision(args)
@@ -142,6 +149,7 @@ class Trainer:
             flags=self.flags(), generator=self.generator.get_state(),
             elapsed_s=time.perf_counter() - self.started,
             micro_batch_size=self.micro_batch_size, tokenizer_hash=self.tokenizer_hash,
+            train_tokens=len(self.train_ids),
         )
         self.saved = self.step
 
@@ -162,6 +170,9 @@ class Trainer:
         self.step = self.saved = saved["iteration"]
         self.started -= saved["elapsed_s"]
         print(f"resumed {self.checkpoint} at step {self.step}")
+        if (before := saved.get("train_tokens", len(self.train_ids))) != len(self.train_ids):
+            print(f"on other data than before: {len(self.train_ids):,} training tokens, then "
+                  f"{before:,}")
 
     def settle(self):
         """Waits for the pending step, checks its numbers, and logs them when it is time."""
@@ -264,7 +275,7 @@ def read_log(path):
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-    if not records or not isinstance(records[0], dict):
+    if not records or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path} must be the log.jsonl of a run, got something else; give another")
     return records
 
@@ -280,15 +291,17 @@ def plot(logs, out):
     runs = [(path.parent.name, read_log(path)) for path in map(Path, logs)]
     losses = [[r[key] for r in records for key, *_ in curves if key in r] for _, records in runs]
     every, top = sum(losses, []), 1.5 * max((of_run[0] for of_run in losses if of_run), default=0)
+    if not every:
+        raise ValueError(f"one log must hold a loss, got none in {', '.join(logs)}; give others")
     for axis, x, scale, unit in zip(figure.subplots(1, 2, sharey=True), ("step", "elapsed_s"),
                                      (1, 60), ("step", "minutes"), strict=True):
         for color, (run, records) in enumerate(runs):
             for key, name, style in curves:
-                points = [(r[x] / scale, r[key]) for r in records if key in r]
+                points = [(r[x] / scale, r[key]) for r in records if key in r and x in r]
                 axis.plot(*zip(*points, strict=True), color=f"C{color}", label=f"{run} {name}",
                           **style)
         axis.set(xlabel=unit, ylabel="loss, nats a token")
-        if max(every, default=0) > top:  # one diverged: at its scale the others would be flat
+        if min(every) > 0 and max(every) > top:  # one diverged: at its scale others would be flat
             axis.set_ylim(0.95 * min(every), top)
         axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -316,9 +329,11 @@ def main(argv=None):
         if args.resume:  # the run's own flags, and over them those given now
             parser.set_defaults(**{**lm.saved_flags(args.out_dir, args), "out_dir": args.out_dir})
             args = parser.parse_args(argv)
-        trainer = Trainer(args)
-        with lm.stop_politely(trainer.signals):
-            return trainer.run()
+        check_out_dir(args)
+        with alone_with(Path(args.out_dir, "run.lock")):  # two runs would mix their files
+            trainer = Trainer(args)
+            with lm.stop_politely(trainer.signals):
+                return trainer.run()
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         parser.exit(2, f"train.py: error: {lm.first_line(error)}\n")
     except KeyboardInterrupt:  # before the first step: later ones are saved, see lm.stop_politely

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -132,9 +133,26 @@ def test_a_cut_anywhere_it_is_called_safe_changes_nothing(pattern, special):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_a_cut_is_safe_where_normalizing_takes_letters_apart_and_together(pattern):
+    def split(text):
+        return list(bpe.pretokens(pattern, unicodedata.normalize("NFC", text)))
+
+    letters = "a\u00e9\u5b57\u304b\uac00\u0915\u0958\ufb1d\u212a\u1100\u1161\u11a8\u2adc"  # U+0958: two then
+    rng, cuts, find_cut = random.Random(2), 0, bpe.cut_finder(pattern, (), True)
+    for _ in range(400):
+        text, start = random_text(rng, 20, letters + "\u0301\u093c\u3099 1.\u3002\n"), 1
+        while (cut := find_cut(text, start)) > 0:
+            assert split(text[:cut]) + split(text[cut:]) == split(text), ascii((text, cut))
+            start, cuts = cut + 1, cuts + 1
+    assert cuts > 100
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("nfc", [True, False])
-@pytest.mark.parametrize("line", ["12.345,6.789\n", "=====\n", "1 2 3 ", "- ", "a"], ids=ascii)
-def test_text_without_letters_is_cut_into_pieces_too(tmp_path, pattern, nfc, line):
+@pytest.mark.parametrize(
+    "line", ["\u5b57\u3002\n", "\u0915 ", "12.345,6.789\n", "=====\n", "1 2 3 ", "- ", "a"], ids=ascii
+)
+def test_text_without_letters_or_without_ascii_is_cut_into_pieces_too(tmp_path, pattern, nfc, line):
     path = write(tmp_path / "t", line * 3000)
     pieces = bpe.plan_pieces([path], 1000, bpe.cut_finder(pattern, (), nfc), ())
     longest = max(end - start for _, start, end in pieces)
@@ -979,3 +997,28 @@ def test_the_texts_of_a_jsonl_file_are_documents_in_train_and_encode(tmp_path, c
         bpe.main(["train", "--input", str(tmp_path / "a.jsonl.gz"), "--vocab_size", "260", "--out_dir",
                   str(tmp_path / "c"), "--special_tokens", "<x>"])  # fmt: skip
     assert "must have the special token" in capsys.readouterr().err
+
+
+def test_encoding_jsonl_that_is_stopped_goes_on_with_the_pieces_that_are_done(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
+    tokenizer.save(tmp_path / "tok")
+    command = ["encode", "--tokenizer", str(tmp_path / "tok"), "--input", str(tmp_path / "a.jsonl"),
+               "--out", str(tmp_path / "x.bin"), "--num_workers", "1"]  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(bpe, "join_parts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        bpe.main(command)
+    monkeypatch.setattr(bpe, "encode_piece", None)  # none is left to encode
+    bpe.main(command)
+    assert tokenizer.decode(bpe.read_tokens(tmp_path / "x.bin")[0]) == "some text" + END_OF_TEXT
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "tok", "x.bin", "x.json"]
+
+
+def test_encodings_to_one_file_at_once_wait_for_each_other(tokenizer, tmp_path):
+    write(tmp_path / "t.txt", "some text " * 50_000)
+    tokenizer.save(tmp_path / "tok")
+    command = [sys.executable, bpe.__file__, "encode", "--tokenizer", tmp_path / "tok", "--input",
+               tmp_path / "t.txt", "--out", tmp_path / "x.bin", "--num_workers", "1"]  # fmt: skip
+    processes = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert bpe.read_tokens(tmp_path / "x.bin", tokenizer)[1]["bytes"] == 500_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.txt", "tok", "x.bin", "x.json"]

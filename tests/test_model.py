@@ -2410,6 +2410,27 @@ def test_where_a_text_ends_is_kept_from_a_model_folder_to_its_export(tmp_path, c
     assert (exported["bos_token_id"], exported["eos_token_id"]) == (1, [59, third])
 
 
+def test_a_folder_keeps_no_generation_settings_of_the_model_before(tmp_path):
+    model = M.TransformerLM(tiny())
+    model.generation_config = {"eos_token_id": 7}
+    M.save_pretrained(model, None, tmp_path)
+    assert M.from_pretrained(tmp_path).generation_config == {"eos_token_id": 7}
+    M.save_pretrained(M.TransformerLM(tiny()), None, tmp_path)
+    assert M.from_pretrained(tmp_path).generation_config == {}
+
+
+def test_without_a_prompt_a_text_begins_as_the_models_own_do(tmp_path, capsys):
+    bpe = pytest.importorskip("bpe")
+    vocab = {i: bytes([i]) for i in range(256)}
+    tokenizer = bpe.Tokenizer(vocab, [], ["<|begin_of_text|>", "<|end_of_text|>"])
+    model = M.TransformerLM(tiny(vocab_size=258))
+    model.text_bounds = {"bos_token_id": 256, "eos_token_id": 257}
+    M.save_pretrained(model, tokenizer, tmp_path)
+    flags = ["generate", "--model", str(tmp_path), "--device", "cpu", "--max_new_tokens", "6"]
+    assert run(flags, capsys) == run([*flags, "--prompt", "<|begin_of_text|>"], capsys)
+    assert "<|" not in run(flags, capsys)
+
+
 def test_a_token_that_a_reader_is_shown_does_not_end_a_text():
     tokenizer = PairTokenizer()
     tokenizer.special_tokens, tokenizer.shown_tokens = ["<|endoftext|>", "aA"], {"aA"}

@@ -179,6 +179,21 @@ def test_a_run_that_diverges_does_not_press_the_others_flat(tmp_path, monkeypatc
     assert low > 3 and high < 8 and clipped == 1.5 * 7
 
 
+def test_losses_about_zero_are_drawn_whole_and_logs_without_one_are_an_error(tmp_path, monkeypatch, capsys):
+    figure = pytest.importorskip("matplotlib.figure", reason="plots need matplotlib").Figure
+    log, limits = tmp_path / "log.jsonl", []
+    monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: limits.append(self.axes[0].get_ylim()))
+    records = [{"flags": {}}, *({"step": i, "elapsed_s": i, "loss": x} for i, x in enumerate((-0.01, -0.5, 0.5)))]
+    log.write_text("".join(json.dumps(record) + "\n" for record in [*records, {"loss": 0.1}]))
+    train.main(["--plot", str(log)])
+    assert limits[0][0] <= -0.5 and limits[0][1] >= 0.5
+    for other, message in (('{"flags": {}}\n', "must hold a loss"), ("{}\n5\n", "must be the log.jsonl")):
+        log.write_text(other)
+        with pytest.raises(SystemExit):
+            train.main(["--plot", str(log)])
+        assert message in capsys.readouterr().err
+
+
 def test_a_plot_of_what_is_no_log_is_one_line_that_names_it(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     (tmp_path / "notes.txt").write_text("no records\n")
@@ -195,6 +210,25 @@ def test_a_plot_of_what_is_no_log_is_one_line_that_names_it(tmp_path, capsys):
 def start(argv):
     return subprocess.Popen([sys.executable, "-u", ROOT / "train.py", *argv], stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def test_a_second_start_in_the_same_folder_waits_and_then_finds_a_run(tmp_path, corpus):
+    processes = [start(flags(tmp_path, corpus)) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 2]
+    assert sum("holds a run" in output for output in outputs) == 1
+    assert not (tmp_path / "out/run.lock").exists()
+
+
+def test_a_resume_on_an_edited_text_says_so(tmp_path, corpus, capsys):
+    train.main(flags(tmp_path, corpus))
+    own = ["--tokenizer", str(tmp_path / "out/tokenizer.json"), "--resume", "--max_steps"]
+    train.main(flags(tmp_path, corpus, *own, "13"))
+    assert "on other data" not in capsys.readouterr().out
+    edited = tmp_path / "edited.txt"
+    edited.write_bytes(b"".join(path.read_bytes()[:-50] for path in sorted(corpus.glob("**/*.*"))))
+    train.main(flags(tmp_path, edited, *own, "14"))
+    assert "on other data than before" in capsys.readouterr().out
 
 
 def kill_at(argv, step, number):
