@@ -355,6 +355,7 @@ TEXT_ENCODINGS = ("utf-8", "utf-16", "cp", "gb18030", "big5", "euc_", "iso", "ko
 BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
 META_CHARSET = re.compile(rb"<meta[^>]{0,500}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
 XML_CHARSET = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]+)", re.I)
+COMMENT = re.compile(rb"<!--.*?-->", re.S)
 HEADER_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
 META_BYTES = 4096  # where a meta tag is looked for; browsers look at 1,024
 NEARLY = 1e-3  # share of the bytes that may be wrong in what is still taken for UTF-8
@@ -399,10 +400,15 @@ def decode_leniently(data, encoding):
     return text if wrong <= min(max(1, NEARLY * len(data)), right) else None
 
 
+def many_zeros(sample):
+    """Returns whether bytes are UTF-16's, in which ASCII is UTF-8 too, if one does not look."""
+    return sample.count(0) > len(sample) // 8
+
+
 def detect_encoding(data):
     """Returns the likely encoding of bytes that declare none and are no UTF-8."""
     sample = data[:1 << 16]
-    if sample.count(0) > len(sample) // 8:
+    if many_zeros(sample):
         return "utf-16-le" if sample[1::2].count(0) > sample[::2].count(0) else "utf-16-be"
     runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", sample)]
     # Letters beyond ASCII stand alone in Latin words, and side by side in those of other scripts.
@@ -439,7 +445,7 @@ def decode_html(data, content_type=None):
     declared = []
     if content_type and (found := HEADER_CHARSET.search(content_type)):
         declared.append(found[1])
-    head = data[:META_BYTES]
+    head = COMMENT.sub(b"", data[:META_BYTES])
     declared += [found[1].decode("ascii", "replace") for found in
                  (META_CHARSET.search(head), XML_CHARSET.match(head)) if found]
     for label in declared:
@@ -448,7 +454,7 @@ def decode_html(data, content_type=None):
             encoding = "utf-8"  # a meta tag that can be read as ASCII cannot be right about it
         if encoding and (text := decode_leniently(data, encoding)) is not None:
             return text, encoding
-    if (text := decode_leniently(data, "utf-8")) is not None:
+    if not many_zeros(data[:1 << 16]) and (text := decode_leniently(data, "utf-8")) is not None:
         return text, "utf-8"
     encoding = detect_encoding(data)
     return data.decode(encoding, "replace"), encoding
@@ -460,9 +466,10 @@ MAX_HTML_CHARS = 4 << 20  # of a page; Common Crawl itself cuts pages at 1 MiB, 
 MAX_DEPTH = 256  # of open elements; deeper ones lie flat in it
 MAX_TAGS = 200_000  # of a page that are read
 PAGE_SECONDS = 1.2  # after which a page is cut where it has been read to
-UNSEEN = re.compile(r"<!--(?:>|->|.*?(?:--!?>|\Z))|<(?:script\b.*?(?:</script\s*>|\Z)|style\b.*?"
-                    r"(?:</style\s*>|\Z)|[!?][^<>]*>)", re.I | re.S)
-HELD = {name: re.compile(rf"<{name}\b[^<>]*+>.*?</{name}\s*>", re.I | re.S)
+UNSEEN = re.compile(r"<!--(?:>|->|.*?(?:--!?>|\Z))|<(?:script\b(?:[^<>]*+(?<=/)>(?=\s*<)|.*?"
+                    r"(?:</script\s*>|\Z))|style\b.*?(?:</style\s*>|\Z)|[!?][^<>]*>)", re.I | re.S)
+# What XML ends in its own start tag, <svg/>, holds nothing: neither here nor, of scripts, above.
+HELD = {name: re.compile(rf"<{name}\b[^<>]*+(?<!/)>.*?</{name}\s*>", re.I | re.S)
         for name in ("svg", "noscript", "template", "iframe", "select", "textarea", "head")}
 END_OF_TAG = re.compile(r"\s*>")
 # No quantifier here can be left by two ways, and none runs on past a `<`, but for a kilobyte in
@@ -483,7 +490,7 @@ KIND_NAMES = {
     PARAGRAPH: "p h1 h2 h3 h4 h5 h6", LINK: "a", BREAK: "br", LIST: "ul ol", ITEM: "li",
     CELL: "td th", ROW: "tr", IMAGE: "img", PRE: "pre", RULE: "hr",
     SKIP: "script style select option textarea button datalist object embed canvas video audio map "
-          "applet noframes iframe svg noscript template head title math",
+          "applet noframes iframe svg noscript template title math",
 }
 KINDS = {name: kind for kind, names in KIND_NAMES.items() for name in names.split()}
 CLOSED_BY = {"li": ("li", ("ul", "ol", "menu")), "td": ("td", ("table",)), "th": ("th", ("table",)),
@@ -1434,6 +1441,7 @@ FASTTEXT_ARGS = ("dim", "ws", "epoch", "min_count", "neg", "word_ngrams", "loss"
                  "bucket", "minn", "maxn", "lr_update_rate")
 END_OF_LINE = b"</s>"  # fastText's word for the end of each line
 LABEL_PREFIX = b"__label__"
+LOWERED_WS = 0  # "ws" of our models of lower-cased text; the library asks it of no classifier
 
 MAX_CACHED_IDS = 1 << 23  # n-gram ids of words that a model remembers: 64 MB
 BATCH_BYTES = 1 << 20  # of text that predict looks at together
@@ -1732,9 +1740,8 @@ class FastText:
                              f"{args['dim']}, got {inputs.shape}, {output.shape} and "
                              f"{file.size - file.at} bytes more; copy it again")
         words, counts = [entry[0] for entry in entries], [entry[1] for entry in entries]
-        notes = Path(f"{path}.json")
-        lower = notes.exists() and json.loads(notes.read_text("utf-8")).get("lower", False)
-        dictionary = Dictionary(args, words[:n_words], words[n_words:], pruned, lower)
+        dictionary = Dictionary(args, words[:n_words], words[n_words:], pruned,
+                                args["ws"] == LOWERED_WS)
         return cls(dictionary, counts[n_words:], inputs, output)
 
     def save(self, path, word_counts):
@@ -1896,9 +1903,10 @@ def train_fasttext(texts, labels, *, dim=50, epoch=5, lr=0.1, word_ngrams=2, buc
         raise ValueError(f"training must have texts of at least two labels, got {len(texts)} texts "
                          f"with labels {sorted(set(labels))}; add examples of the other kind")
     label_counts = Counter(labels).most_common()
-    args = dict(zip(FASTTEXT_ARGS, (dim, 5, epoch, min_count, 5, word_ngrams, SOFTMAX, SUPERVISED,
-                                    bucket if word_ngrams > 1 or maxn else 0, minn, maxn, 100),
-                    strict=True)) | {"t": 1e-4, "ntokens": 0}
+    args = dict(zip(FASTTEXT_ARGS, (
+        dim, LOWERED_WS if lower else 5, epoch, min_count, 5, word_ngrams, SOFTMAX, SUPERVISED,
+        bucket if word_ngrams > 1 or maxn else 0, minn, maxn, 100), strict=True)) | {
+            "t": 1e-4, "ntokens": 0}
     names, counts = zip(*label_counts, strict=True)
     label_words = [LABEL_PREFIX + name.encode() for name in names]
     blank = Dictionary(args, [], label_words, lower=lower)
@@ -2991,8 +2999,9 @@ class Judge:
     def __init__(self, options):
         self.options, self.funnel, self.shared = options, Funnel(), [0] * 4
         self.rules = choose_rules(options.rules, options.threshold)
-        self.blocked = {entry.removeprefix("www.") for entry in Path(options.blocklist).read_text(
-            "utf-8-sig").lower().split()} if options.blocklist else set()
+        self.blocked = {entry.removeprefix("*.").removeprefix("www.") for entry in re.sub(
+            r"(?m)(?:^|\s)#.*", "", Path(options.blocklist).read_text("utf-8-sig").lower()).split()
+            } if options.blocklist else set()
         harmful = () if options.no_harm else HARMFUL
         wanted = {"language": options.languages, "nsfw": harmful, "toxic": harmful,
                   "quality": [options.quality_label] if options.quality_model else ()}
@@ -3459,6 +3468,8 @@ class Run:
             if "://" not in path:
                 next(read_records(path), None)
         self.judge, self.funnel = Judge(args), Funnel()
+        self.grams = None if self.rank else contamination_grams(args.decontaminate,
+                                                                args.decontaminate_ngram)
 
     def run(self):
         """Filters files, then all documents together; returns 0, or 128 + a signal."""
@@ -3481,7 +3492,7 @@ class Run:
         """Makes the folder, keeps others out of it, and checks that it is of the same run."""
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
-            self.lock = lock_folder(self.out_dir, self.rank)
+            self.lock = lock_folder(self.out_dir, self.rank, self.world)
         except OSError as error:
             raise ValueError(f"--out_dir must be a folder to write into, got {self.out_dir} "
                              f"({error.strerror}); choose another") from None
@@ -3489,6 +3500,7 @@ class Run:
             "inputs": [*zip(self.inputs, self.sizes, strict=True)],
             "flags": {k: with_digest(v) if v and k in FILE_FLAGS else v
                       for k, v in vars(self.args).items() if k not in LATE_FLAGS}}))
+        self.barrier()  # until no rank of an earlier run is at work there
         if self.rank == 0:
             self.claim_folder(plan)
             self.parts.mkdir(exist_ok=True)
@@ -3601,8 +3613,7 @@ class Run:
 
     def write_text(self, paths, survivor):
         """Writes clean.txt and kept.jsonl: the documents that stay, in the order of the inputs."""
-        args, start = self.args, 0
-        grams = contamination_grams(args.decontaminate, args.decontaminate_ngram)
+        args, grams, start = self.args, self.grams, 0
         with (open_whole(self.out_dir / "clean.txt") as clean,
               open_whole(self.out_dir / "kept.jsonl") as kept,
               open(self.out_dir / "dropped.jsonl", "a", encoding="utf-8") as self.dropped):
@@ -3683,22 +3694,28 @@ def end_with_parent(parent):
     os._exit(1)
 
 
-def lock_folder(out_dir, rank):
+def lock_folder(out_dir, rank, ranks=1):
     """Returns the file whose lock keeps other runs out; waits up to 20 s for the workers of a
-    killed run to end, and raises ValueError if one lives."""
-    file = open(out_dir / f"lock.{rank}", "a")  # noqa: SIM115, it is held as long as the run lives
-    try:
-        import fcntl
-    except ImportError:
-        return file
-    for _ in range(200):
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        time.sleep(0.1)
-    file.close()
-    raise ValueError(f"--out_dir must be of one run at a time, got {out_dir}, in which another is "
-                     "at work; wait for it")
+    killed run to end, and raises ValueError if one lives. The first looks after those too of the
+    ranks that a run with more of them had."""
+    earlier = [path for path in out_dir.glob("lock.*") if rank == 0
+               and path.suffix[1:].isdigit() and int(path.suffix[1:]) >= ranks]
+    for path in (*earlier, out_dir / f"lock.{rank}"):
+        file = open(path, "a")  # noqa: SIM115, it is held as long as the run lives
+        try:
+            import fcntl
+        except ImportError:
+            continue
+        for _ in range(200):
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.1)
+        else:
+            file.close()
+            raise ValueError(f"--out_dir must be of one run at a time, got {out_dir}, in which "
+                             "another is at work; wait for it")
+    return file
 
 
 def remove_run(out_dir):
@@ -3739,6 +3756,8 @@ def check_late_flags(args):
     if args.decontaminate and not Path(args.decontaminate).is_file():
         raise ValueError(f"--decontaminate must be a file of text, got {args.decontaminate}; check "
                          "the path")
+    for name in RUN_FILES if args.decontaminate else ():
+        check_output(Path(args.out_dir) / name, [args.decontaminate])
     if args.decontaminate_ngram < 1:
         raise ValueError("--decontaminate_ngram must be at least 1 word, got "
                          f"{args.decontaminate_ngram}; GPT-3 took 13")
@@ -3768,11 +3787,20 @@ def gram_hashes(text, n):
 
 
 def contamination_grams(path, n):
-    """Returns the set of n-gram hashes of a validation text, or None where there is none."""
+    """Returns the set of n-gram hashes of a validation text, or None where no path is given.
+    raises: ValueError if it has none: a file of tokens, or without documents of n words"""
     if not path:
         return None
-    text = Path(path).read_text("utf-8", errors="replace")
-    return {gram for document in text.split(bpe.END_OF_TEXT) for gram in gram_hashes(document, n)}
+    if path.endswith((".jsonl", ".jsonl.gz")):
+        texts = read_texts(path)
+    else:
+        with open_input(path, "rt", encoding="utf-8", errors="replace") as file:
+            texts = file.read().split(bpe.END_OF_TEXT)
+    grams = {gram for text in texts if "\0" not in text for gram in gram_hashes(text, n)}
+    if not grams:
+        raise ValueError(f"--decontaminate must be text with {n} words in a row, got {path} "
+                         "without; name a text or .jsonl, plain or .gz")
+    return grams
 
 
 # ---------------------------------------------------------------- the report
@@ -4136,7 +4164,7 @@ def add_run_flags(add):
     add("--quality_label", default="wiki", help="the model's label of good text")
     add("--quality_score", type=float, default=0.5)
     add("--no_pii", action="store_true", help="leave personal data as it is")
-    add("--blocklist", help="a file of hosts and addresses to drop")
+    add("--blocklist", help="a file of hosts and addresses to drop; # begins a remark")
     add("--no_line_dedup", action="store_true")
     add("--no_copies", action="store_true")
     add_copies_flags(add)

@@ -1999,8 +1999,7 @@ RESULT_START = b'{"id": '  # of result_row's lines
 
 def read_results(path):
     """{config_id: row} of a sweep's file; half a line at its end, left by a kill, is cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = path.read_bytes() if path.exists() else b""
+    text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     try:
         rows = {config_id(parse_config(row["config"])): row
@@ -2011,9 +2010,24 @@ def read_results(path):
         raise ValueError(f"{path} must hold results of a sweep, got {type(error).__name__}; give "
                          "another --out") from None
     if whole != text:
-        with lm.atomic_write(path) as file:
-            file.write(whole)
+        os.truncate(path, len(whole))
     return rows
+
+
+@contextlib.contextmanager
+def one_sweep(path):
+    """Keeps other sweeps from a file of results, where the system has locks: each of two would add
+    every line, and a fit count every run twice."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        with contextlib.suppress(ImportError):
+            import fcntl
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f"--out must be of one sweep at a time, got {path}, which another "
+                                 "writes; wait for it, or give another --out") from None
+        yield
 
 
 def result_row(experiment):
@@ -2034,11 +2048,14 @@ def result_row(experiment):
 
 
 class Sweep:
-    """A plan's experiments on their way from waiting through active to lines of a JSONL file."""
+    """A plan's experiments on their way from waiting through active to lines of a JSONL file.
+
+    plan: what read_plan gives
+    """
 
     def __init__(self, client, plan, out):
         self.client, self.out = client, Path(out)
-        self.waiting, self.budget_s = read_plan(plan)
+        self.waiting, self.budget_s = plan
         self.total, self.running = len(self.waiting), 0
         rows = read_results(self.out)
         self.rows = {number: rows[number] for number in self.waiting if number in rows}
@@ -2608,8 +2625,9 @@ def plan(args):
         return plan_new_sweep(args)
     runs = load_runs(args.runs)
     arrays = run_arrays(runs, args.flops)
-    largest = arrays["rows"][int(arrays["flops"].argmax())].get("config")
-    largest = largest if isinstance(largest, dict) else None  # a sweep's row
+    largest = None
+    with contextlib.suppress(KeyError, Refusal):  # no sweep's row
+        largest = parse_config(arrays["rows"][int(arrays["flops"].argmax())]["config"])
     swept = largest and largest["architecture_config"]["vocab_size"]
     if swept and args.vocab_size not in (None, swept):
         raise ValueError(f"--vocab_size must be that of the runs, {swept}, whose losses no other "
@@ -2758,8 +2776,10 @@ def submit(args):
 
 def sweep(args):
     """The verb sweep: runs a plan; what was done before is not done again."""
-    runs = Sweep(Client(args.url, args.key), args.plan, args.out)
-    runs.run(args.poll_s)
+    client, plan = Client(args.url, args.key), read_plan(args.plan)
+    with one_sweep(Path(args.out)):
+        runs = Sweep(client, plan, args.out)
+        runs.run(args.poll_s)
     predicted = read_json(args.plan).get("predicted_final_loss")
     for row in runs.rows.values() if predicted else ():
         if row["loss"]:

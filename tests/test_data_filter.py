@@ -275,6 +275,8 @@ def test_a_file_that_is_no_warc_is_refused(tmp_path, data):
     ("<p>孩子們在花園裡玩，因為今天的天氣非常好。".encode("big5"), None, "孩子們在花園裡玩，因為今天的天氣非常好。"),
     ("<p>Il treno è partito con dieci minuti di ritardo".encode("cp1252"), None,
      "Il treno è partito con dieci minuti di ritardo"),
+    ("<p>It is UTF-16 that nobody declares".encode("utf-16-be"), None, "It is UTF-16 that nobody declares"),
+    ("<!-- <meta charset=koi8-r> --><meta charset=cp1251><p>Москва".encode("cp1251"), None, "Москва"),
 ])
 def test_the_encoding_is_found_in_the_order_of_the_standard(data, content_type, text):
     assert extract_text_from_html_bytes(data, content_type=content_type) == text
@@ -293,6 +295,9 @@ def test_the_encoding_is_found_in_the_order_of_the_standard(data, content_type, 
     ("<p title='a > b'>x</p><a href=\"javascript:'>'\">y</a>", "x\n\ny"),
     ("<p>a<noscript>no</noscript><template>t</template><svg><text>s</text></svg> b", "a b"),
     ("", ""), ("<", "<"), ("a < b > c", "a < b > c"),
+    ("<html><head><title>t</title><meta name=x><body>a<p>b</p><p>c</p>", "a\n\nb\n\nc"),  # no </head>
+    ("<script src='a.js'/><title/><p>a <svg class=i/>b</p><script src=b.js></script><svg><path/></svg>c",
+     "a b\n\nc"),
 ])
 def test_plain_text_has_the_layout_that_a_reader_sees(html, text):
     assert extract_text_from_html_bytes(html.encode()) == text
@@ -622,6 +627,16 @@ def test_a_rank_whose_launcher_is_killed_ends_and_leaves_the_folder(warc, tmp_pa
     data_filter.lock_folder(tmp_path / "out", 1).close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="locks, tried on Linux only")
+def test_a_rank_that_a_run_of_more_ranks_left_keeps_the_folder(tmp_path, monkeypatch):
+    with data_filter.lock_folder(tmp_path, 1, 2):
+        monkeypatch.setattr(data_filter.time, "sleep", lambda seconds: None)
+        data_filter.lock_folder(tmp_path, 0, 2).close()  # each of two has its own
+        with pytest.raises(ValueError, match="one run at a time"):
+            data_filter.lock_folder(tmp_path, 0, 1)
+    data_filter.lock_folder(tmp_path, 0, 1).close()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory, Linux only")
 def test_a_worker_reads_a_file_that_is_larger_than_its_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(data_filter, "WORKER_BYTES", 1 << 29)
@@ -855,6 +870,32 @@ def test_blocklist_and_decontamination_drop_their_documents(warc, tmp_path):
     assert reasons == {"blocklist": 1, "shares words with the validation text": 1}
 
 
+@pytest.mark.parametrize("name", ["valid.txt.gz", "valid.jsonl"])
+def test_a_validation_text_may_be_packed_or_json(warc, tmp_path, name):
+    text = prose(3) if ".txt" in name else json.dumps({"text": prose(3)})
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if ".gz" in name else text.encode())
+    run(warc, tmp_path / "out", "--decontaminate", str(tmp_path / name))
+    assert "shares words with the validation text" in (tmp_path / "out" / "report.txt").read_text()
+
+
+def test_a_validation_text_without_words_or_of_the_run_itself_is_refused(warc, tmp_path, capsys):
+    np.arange(999, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
+    command = "run", "--input", warc, "--out_dir", tmp_path / "out", "--overwrite", "--decontaminate"
+    assert "must be text with 13 words" in refused(capsys, *command, tmp_path / "tokens.bin")
+    assert run(warc, tmp_path / "out") == 0
+    assert "must not be an input" in refused(capsys, *command, tmp_path / "out" / "clean.txt")
+    assert (tmp_path / "out" / "clean.txt").read_text()
+
+
+def test_a_blocklist_may_have_remarks(tmp_path):
+    hosts = ("http://a.example/#top", "http://b.example/", "http://c.example/")
+    write_warc(tmp_path / "a.warc", [response(page(n), url=url) for n, url in enumerate(hosts)])
+    (tmp_path / "block").write_text("# no example\nhttp://a.example/#top # yes\n*.b.example\n")
+    run(tmp_path / "a.warc", tmp_path / "out", "--blocklist", str(tmp_path / "block"))
+    kept = (tmp_path / "out" / "kept.jsonl").read_text().splitlines()
+    assert [json.loads(line)["url"] for line in kept] == [hosts[2]]
+
+
 def test_a_blocklist_may_have_www_and_capitals(tmp_path):
     hosts = ("http://www.a.example/", "https://b.example/Page?Q=1", "http://c.example/")
     write_warc(tmp_path / "a.warc", [response(page(n), url=url) for n, url in enumerate(hosts)])
@@ -869,6 +910,16 @@ def test_no_rule_makes_a_special_token_of_what_it_leaves(tmp_path):
     write_warc(tmp_path / "a.wet", [record("conversion", text.encode(), content_type="text/plain")])
     run(tmp_path / "a.wet", tmp_path / "out", "--rules", "gopher, c4", "--languages", "de, en")
     assert (tmp_path / "out" / "clean.txt").read_text().count("<|endoftext|>") == 1
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_a_model_knows_by_itself_whether_it_lowers_texts(tmp_path, lower):
+    model, counts = data_filter.train_fasttext(*toy_texts(), dim=7, bucket=500, lr=0.5, lower=lower)
+    model.save(tmp_path / "m.bin", counts)
+    loaded = data_filter.FastText.load(tmp_path / "m.bin")  # with no notes beside it
+    for text in ("The GOOD sunny Day", "the BAD rainy Day"):
+        assert loaded.predict([text]) == model.predict([text])
+        assert (loaded.predict([text]) == loaded.predict([text.lower()])) == lower
 
 
 def test_a_model_of_three_labels_scores_by_the_one_that_is_asked_for(tmp_path):

@@ -637,6 +637,15 @@ def test_a_target_has_the_vocabulary_of_the_sweep_whose_losses_it_is_from(tmp_pa
     fails(capsys, [*argv, "--vocab_size", "32000"], "--vocab_size must be that of the runs, 512")
 
 
+@pytest.mark.parametrize("config", [{"lr": 1}, {"architecture_config": None}, "notes"])
+def test_a_target_takes_no_other_programs_config_for_a_sweeps(tmp_path, config):
+    table = write(tmp_path / "runs.jsonl", [{**r, "config": config} for r in surface()])
+    scaling.main(["plan", str(table), "--target_flops", "1e18", "--speed", "1e14",
+                  "--out", str(tmp_path / "final.json")])
+    final = json.loads((tmp_path / "final.json").read_text())
+    assert final["training_config"]["architecture_config"]["vocab_size"] == scaling.VOCAB_SIZE
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names on Windows")
 def test_a_pipe_named_as_output_gets_the_plan_and_stays_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
@@ -1625,6 +1634,15 @@ def test_a_sweep_writes_one_line_a_run_and_does_nothing_twice(tmp_path, law_api,
     scaling.main(argv)
     assert sorted(row["id"] for row in rows_of(tmp_path)) == list(range(1, 7))
     assert law_api.used() == 6
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock on Windows")
+def test_two_sweeps_do_not_write_one_file_of_results(tmp_path, law_api, capsys):
+    argv = sweep_of(tmp_path, 1, law_api.url)
+    with scaling.one_sweep(tmp_path / "results.jsonl"):
+        fails(capsys, argv, "one sweep at a time")
+    scaling.main(argv)
+    assert len(rows_of(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("text", ['[{"a": 1}]', "notes", '{"a": 1}'])
