@@ -1337,6 +1337,7 @@ class Engine:
             }[strategy]()
             local = SimpleNamespace(parameters=self.wrapper.local_parameters().values)
             self.optimizer = make_adamw(lm.optimizer_groups(local, weight_decay), lr, betas)
+        self.moment_dtype = (precision or {}).get("moment_dtype")
         self.parameters = {name.removeprefix("model."): p
                            for name, p in self.wrapper.local_parameters().items()}
         self.owner = self.wrapper.owner
@@ -1427,6 +1428,7 @@ class Engine:
                     shape, dtype = value
                     value = receive(saved["state"][i][key] if this_rank() == 0 else torch.empty(
                         shape, dtype=getattr(torch, dtype), device="meta"), self.device)
+                    value = value.to(self.moment_dtype or value.dtype)
                     if name in self.rows:
                         value = my_rows(value, self.rows[name]).clone()
                 state[key] = value
@@ -1464,10 +1466,10 @@ class Ranks:
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         self.count, self.init_timeout, self.watch, self.start = 0, init_timeout, None, None
-        if "MASTER_ADDR" in os.environ:
+        if {"MASTER_ADDR", "RANK"} <= os.environ.keys():
             self.store = self.connect()
         elif self.rank or self.world_size > 1:
-            raise ValueError("MASTER_ADDR must be set where RANK or WORLD_SIZE are, got rank "
+            raise ValueError("RANK, WORLD_SIZE and MASTER_ADDR must be set together, got rank "
                              f"{self.rank} of {self.world_size} without; start with torchrun")
         else:  # plain python
             self.store = dist.HashStore()
@@ -1481,6 +1483,7 @@ class Ranks:
         try:
             timeout = timedelta(seconds=self.init_timeout)
             store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
+            limit.cancel()  # what follows ends by itself, and says why
             self.start = self.start or self.meet(store)
             return dist.PrefixStore(self.start, store)
         except (dist.DistError, ValueError) as error:
@@ -1496,7 +1499,7 @@ class Ranks:
     def meet(self, store):
         """A name that the processes of this start share. torchrun's store outlives them, and what
         those before said is of no use; a host counts no restart that another's rank made it do."""
-        me, until = uuid.uuid4().hex, time.monotonic() + self.init_timeout
+        me, until, silent = uuid.uuid4().hex, time.monotonic() + self.init_timeout, [0]
         store.set(f"lmzero/start/{self.rank}", me)
         if self.rank == 0:
             self.restarts = max(self.restarts, store.add("lmzero/starts", 1) - 1)
@@ -1504,13 +1507,15 @@ class Ranks:
             if self.rank == 0:
                 names = [store.get(f"lmzero/start/{r}").decode() for r in range(self.world_size)]
                 store.set("lmzero/start", " ".join(names))
-                if all(store.check([f"{me}/{name}"]) for name in names[1:]):
+                silent = [r for r, name in enumerate(names)
+                          if r and not store.check([f"{me}/{name}"])]
+                if not silent:
                     return me
             elif me in (names := store.get("lmzero/start").decode().split()):
                 store.set(f"{names[0]}/{me}", "")
                 return names[0]
             time.sleep(0.02)
-        raise dist.DistStoreError(f"no answer from {'rank 0' if self.rank else 'the others'}")
+        raise dist.DistStoreError(f"no answer from ranks {silent}")
 
     def key(self):
         self.count += 1
@@ -1807,9 +1812,7 @@ class Trainer:
         """Says what memory a step will need; halves the micro-batch, on all ranks, until that is
         free on each."""
         args, device, N = self.args, self.device, self.ranks.world_size
-        free = lm.free_memory(device)
-        if device.type == "cpu":  # the ranks of a host share it
-            free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free = free_memory(device)
         share = self.sequences // N
         size = min(self.micro_batch_size, share)
 
@@ -1883,14 +1886,16 @@ class Trainer:
                                  f"another; give the same text, or --tokenizer {self.out_dir}"
                                  "/tokenizer.json")
             lm.restore(content, self.model)
-            return [content["iteration"], content["generator"].tolist(),
-                    content["micro_batch_size"], content["elapsed_s"]]
+            size = self.micro_batch_size
+            if content["flags"]["batch_size"] == self.args.batch_size:  # halved for good reason
+                size = min(size, content["micro_batch_size"])
+            return [content["iteration"], content["generator"].tolist(), size,
+                    content["elapsed_s"]]
 
         if (found := self.ranks.share(read)) is None:
             return None
-        self.step, state, micro_batch_size, elapsed_s = found
+        self.step, state, self.micro_batch_size, elapsed_s = found
         self.generator.set_state(torch.tensor(state, dtype=torch.uint8))
-        self.micro_batch_size = min(self.micro_batch_size, micro_batch_size)
         self.saved = self.step
         self.started -= elapsed_s
         print(f"resumed {self.checkpoint} at step {self.step}")
@@ -1916,7 +1921,7 @@ class Trainer:
         rate, peak = tokens / seconds, lm.peak_flops(self.device)
         mfu = peak and rate * lm.flops_per_token(self.config) / peak / self.ranks.world_size
         mean_s = (now - self.eta_from[1]) / max(1, step - self.eta_from[0]) or seconds
-        entry.update(step_ms=seconds * 1e3, tokens_per_s=rate)
+        entry.update(step_ms=seconds * 1e3, tokens_per_s=rate, **({"mfu": mfu} if mfu else {}))
         if self.device.type == "cuda":  # of the rank that used most
             entry["memory_gib"] = over_ranks(torch.cuda.max_memory_allocated() / 2**30,
                                              self.device, dist.ReduceOp.MAX)
@@ -2010,7 +2015,12 @@ class Trainer:
             block.__dict__.pop("forward", None)  # the compiled one: not for texts of all lengths
         lm.export_and_sample(model, self.tokenizer, self.out_dir, self.args.prompt,
                              self.args.sample_tokens, self.args.seed)
-        marker_of(self.args).unlink(missing_ok=True)
+
+
+def free_memory(device):
+    """Bytes for this rank: those of a host share its CPU's."""
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    return lm.free_memory(device) / each
 
 
 def bytes_of_step(strategy, N, accumulates, args, config, batch_size, dtype, device, levels,
@@ -2195,18 +2205,21 @@ def bench_engine(strategy, args, config, device, dtype, compiled):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     torch.compiler.reset()
-    free = 0.95 * lm.free_memory(device)
-    torch.manual_seed(0)
-    with device:
-        model = lm.TransformerLM(config)
-    model.to(getattr(torch, args.param_dtype))
-    model.checkpoint_every = args.checkpoint_every
+    free = 0.95 * free_memory(device)
 
     def bytes_with(levels):
         return bytes_of_step(strategy, num_ranks(), args.grad_accum > 1, args, config,
                              args.batch_size // args.grad_accum, dtype, device, levels, compiled)
 
     levels = lm.choose_recomputation(args, config.num_layers, bytes_with, free)
+    if device.type == "cpu":  # whose system kills a process without a word
+        lm.refuse_hopeless(over_ranks(bytes_with(levels) / free, device, dist.ReduceOp.MAX),
+                           args.batch_size)
+    torch.manual_seed(0)
+    with device:
+        model = lm.TransformerLM(config)
+    model.to(getattr(torch, args.param_dtype))
+    model.checkpoint_every = args.checkpoint_every
     model.recompute(levels)
     if args.recompute == "auto":
         print(f"{strategy}{lm.levels_in_words(levels) or '; recompute: none'}")
@@ -2695,6 +2708,8 @@ def main(argv=None):
         except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
             return fail(ranks, rank, error, 2)
         except RuntimeError as error:
+            if lm.is_out_of_memory(error):
+                return fail(ranks, rank, error, 2)
             if is_of_collectives(error):
                 cause = re.search(r"Last error:\n?(.*)", str(error))
                 return fail(ranks, rank, "a collective failed, another rank may be gone: "

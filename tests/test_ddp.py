@@ -1584,7 +1584,8 @@ def test_a_restart_goes_on_only_with_the_run_that_this_torchrun_began(folder, ca
         assert_refused(capsys, ["train", *argv], "which holds a run")
     (folder / "restarted/.torchrun").write_text("now")
     assert "resumed" in restarted("--max_steps", "4")
-    assert not (folder / "restarted/.torchrun").exists()  # it has ended
+    assert "resumed" in restarted("--overwrite")  # a rank died when the run had ended: it is not lost
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert "resumed" not in restarted("--overwrite")
 
 
@@ -1606,6 +1607,52 @@ def start_twice(rank, n, port):
 def test_a_restart_that_one_host_alone_counts_meets_the_others_and_knows_nothing_of_before():
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     spawn(start_twice, 3, store.port)
+
+
+def test_ranks_that_do_not_answer_are_named_and_no_timer_ends_the_process_before(monkeypatch):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("lmzero/start/1", "one that was killed")
+    for name, value in dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port,
+                            TORCHELASTIC_USE_AGENT_STORE=True).items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    running, meet = [], ddp.Ranks.meet
+
+    def counted(self, store):
+        running.extend(t for t in threading.enumerate() if isinstance(t, threading.Timer) and not t.finished.is_set())
+        return meet(self, store)
+
+    monkeypatch.setattr(ddp.Ranks, "meet", counted)
+    with pytest.raises(ValueError, match=r"all 2 ranks must meet .* no answer from ranks \[1\]"):
+        ddp.Ranks(0.5)
+    assert not running
+
+
+def test_an_address_alone_is_no_start_of_several_ranks(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "host0")  # as clusters set it for all
+    assert ddp.Ranks(1).world_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="RANK, WORLD_SIZE and MASTER_ADDR must be set together"):
+        ddp.Ranks(1)
+
+
+@pytest.mark.parametrize("strategy", ["overlap", "zero1", "fsdp"])
+def test_a_run_goes_on_with_another_micro_batch_and_moments_of_another_dtype(folder, strategy):
+    argv = ["train", *flags(folder, f"other_{strategy}", "--strategy", strategy)]
+    for more in (["--max_steps", "2"], ["--resume", "--batch_size", "8"]):
+        moments = "float32" if "--resume" in more else "bfloat16"
+        assert ddp.main([*argv, "--param_dtype", "bfloat16", "--moment_dtype", moments, *more]) == 0
+    saved = torch.load(folder / f"other_{strategy}/checkpoint.pt", weights_only=True)
+    assert saved["micro_batch_size"] == 8
+    assert {state["m"].dtype for state in saved["optimizer"]["state"].values()} == {torch.float32}
+
+
+def test_the_log_has_the_share_of_the_peak_where_that_is_known(folder, monkeypatch):
+    monkeypatch.setattr(lm, "peak_flops", lambda device: 1e9)
+    assert ddp.main(["train", *flags(folder, "mfu")]) == 0
+    first, *records = map(json.loads, (folder / "mfu/log.jsonl").read_text().splitlines())
+    config = lm.from_pretrained(folder / "mfu/model").config
+    for r in filter(lambda r: "loss" in r, records):
+        assert abs(r["mfu"] / (r["tokens_per_s"] * lm.flops_per_token(config) / 1e9) - 1) < 1e-9
 
 
 def test_a_strategys_own_flag_is_left_behind_with_it(folder, capsys):
@@ -1816,6 +1863,9 @@ def test_bench_refuses_before_any_work_what_it_cannot_do(tmp_path, capsys, monke
                           (["--recompute", "auto", "--checkpoint_every", "1"], "got both"),
                           (["--preset", "8b", "--device", "cpu"], "no flash here")):  # fmt: skip
         assert_refused(capsys, ["bench", *argv], pattern)
+    assert_refused(capsys, ["comm", "--device", "cpu", "--sizes_mb", "1e12"], "can't allocate memory")
+    monkeypatch.setattr(lm, "free_memory", lambda device: 2**30)
+    assert_refused(capsys, ["bench", "--preset", "xl", "--device", "cpu"], "must fit in the free memory, got one")
 
 
 def test_bytes_of_a_step_are_what_the_xl_model_took():
