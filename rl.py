@@ -2772,7 +2772,8 @@ def generate_missing(args, examples, model, tokenizer, done, file, rank, ranks):
     the seed and the example's place, so that resuming or more ranks give the same."""
     began, new = time.perf_counter(), 0
     samplings = [([None], 0.0), *[(range(args.num_samples), args.temperature)][: args.num_samples]]
-    batches = [(first, *s) for first in range(0, len(examples), args.batch_size) for s in samplings]
+    firsts = range(0, len(examples), args.batch_size)
+    batches = [(first, *s) for s in samplings for first in firsts]  # some of both for every rank
     stop = (*STOPS.get(args.prompt, ()), *args.stop)
     for first, samples, temperature in batches[rank::ranks]:
         batch = range(first, min(first + args.batch_size, len(examples)))
