@@ -74,7 +74,8 @@ ALGORITHMS = {
     "rloo": dict(baseline="leave_one_out", surrogate="reinforce", length_norm="constant"),  # [7]
 }
 
-# Texts that end a response, the first one that a tokenizer of ours has is appended in training.
+# Texts that end a response. In training the first one that a tokenizer of ours has is appended, but
+# before these come those that a model's folder names, since other programs stop at no others.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>")
 
 # Most |log-probability when sampled - in training|: of any token in float32, else of their mean.
@@ -971,7 +972,7 @@ def read_records(path):
         opener = gzip.open if path.endswith(".gz") else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             text = file.read()
-        if path.endswith(".csv"):
+        if path.removesuffix(".gz").endswith(".csv"):
             records = [*csv.DictReader(io.StringIO(text))]
         elif text.lstrip()[:1] == "[":
             records = json.loads(text)
@@ -1054,6 +1055,7 @@ def read_mmlu(path):
     """[{"subject", "question", "options", "answer"}] of SUBJECT_test.csv or a folder of such files:
     rows of a question, four options and a letter, no header."""
     examples = []
+    csv.field_size_limit(2**31 - 1)  # not 131,072 characters: texts may be long
     for file in sorted(Path(path).glob("*.csv")) if Path(path).is_dir() else [Path(path)]:
         subject = re.sub(r"_(?:test|val|dev)$", "", file.stem).replace("_", " ")
         try:
@@ -1267,14 +1269,15 @@ def end_ids(tokenizer):
     """The ids that end a text, the first one is appended to text; () where there is none."""
     if hasattr(tokenizer, "eos_token_id"):
         return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    return special_ids(tokenizer, *dict.fromkeys((*END_TOKENS, *getattr(tokenizer, "ends", ()))))
+    return special_ids(tokenizer, *dict.fromkeys((*getattr(tokenizer, "ends", ()), *END_TOKENS)))
 
 
 def load_model(path, *place, **given):
     """lm.load_model, with a tokenizer that also knows the ends that the folder's files name: they
     may have any name."""
     model, tokenizer = lm.load_model(path, *place, **given)
-    if tokenizer and "eos_token_id" in {**model.text_bounds, **model.generation_config}:
+    named = [files.get("eos_token_id") for files in (model.text_bounds, model.generation_config)]
+    if tokenizer and named != [None, None]:
         special = lm.special_ids(tokenizer)
         tokenizer.ends = [special[i] for i in lm.end_ids(model, tokenizer) if i in special]
     return model, tokenizer
@@ -1285,7 +1288,10 @@ def begin_ids(tokenizer):
     if hasattr(tokenizer, "eos_token_id"):
         begin = getattr(tokenizer, "bos_token_id", None)
         return () if begin in (None, tokenizer.eos_token_id) else (begin,)
-    return special_ids(tokenizer, "<|begin_of_text|>")
+    given = getattr(tokenizer, "post_processor", None) or {}  # of its tokenizer.json
+    firsts = [part["single"][0].get("SpecialToken", {}).get("id")
+              for part in (given, *given.get("processors", ())) if part.get("single")]
+    return special_ids(tokenizer, *dict.fromkeys((*filter(None, firsts), "<|begin_of_text|>")))[:1]
 
 
 def encode_prompt(tokenizer, text):
@@ -1855,9 +1861,8 @@ class Run:
     def open_log(self):
         """Of rank 0, once there is something to write: a run that fails at once leaves nothing."""
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        former = [*self.out_dir.glob("checkpoint.pt*"), *self.out_dir.glob("model/*")]
-        for old in former if self.args.overwrite else ():
-            old.unlink()
+        if self.args.overwrite:
+            lm.clear_run(self.out_dir)
         self.tokenizer.save(self.out_dir / "tokenizer.json")
         first = {"flags": self.flags(), "device": str(self.device), "ranks": self.ranks,
                  "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
@@ -1886,9 +1891,14 @@ class Run:
         self.saved = self.step
 
     def load(self):
-        try:
+        saved = {}
+        with contextlib.suppress(FileNotFoundError):
             saved = lm.read_checkpoint(self.checkpoint)
-        except FileNotFoundError:
+        steps = self.gather([saved.get("iteration", 0)], self.ranks).int().tolist()
+        if len({*steps}) > 1:
+            raise ValueError(f"all ranks must see the same {self.checkpoint}, got steps {steps}; "
+                             "share --out_dir, or copy it to every host")
+        if not saved:
             print(f"no checkpoint in {self.out_dir} yet: starting from the beginning")
             return
         saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]  # flags
@@ -2498,6 +2508,14 @@ def encode_asked(run, problem):
     return encode_prompt(run.tokenizer, ask(template, problem["prompt"]))
 
 
+def check_ids(run, ids):
+    """raises ValueError where the tokenizer of a model has more tokens than the model."""
+    V = run.model.config.vocab_size
+    if (highest := max(ids, default=0)) >= V:
+        raise ValueError(f"ids of tokens must lie below the model's {V}, got {highest}; use the "
+                         "model's own tokenizer, or drop its added tokens from the data")
+
+
 def encode_problems(run, problems):
     """Adds prompt_ids; drops, and counts, those that leave no room for a response."""
     limit = run.context_length - run.args.max_new_tokens
@@ -2515,6 +2533,7 @@ def encode_pairs(run, pairs):
             if key in pair:
                 row[name] = [*encode_text(run.tokenizer, pair[key]), end]
         rows.append(row)
+        check_ids(run, itertools.chain(*row.values()))
     return keep_fitting(rows, lambda r: len(r["prompt_ids"]) - 1
                         + max(len(r["tokens"]), len(r.get("rejected", ()))),
                         run.context_length, "examples")
@@ -2542,9 +2561,13 @@ def task_problems(args, task, extra=0):
         former = lm.saved_flags(path if (path / "checkpoint.pt").exists() else path.parent)
     if any(former.get(k) != getattr(args, k) for k in ("task", "digits")):
         former = {}
-    if extra and args.examples is None:
-        args.examples = former.get("examples")
     before = former.get("held", former.get("eval_problems", args.eval_problems))
+    learnt = before + (former.get("examples") or TASK_EXAMPLES)
+    kinds, now = len(former.get("numbers", args.numbers)), len(args.numbers)
+    if kinds != now:  # of each kind as many
+        before, learnt = before // kinds * now, -(-learnt // kinds) * now
+    if extra and former and args.examples is None:
+        args.examples = learnt - before
     held = args.held = getattr(args, "held", before)  # on resuming as it was
     if args.eval_problems > held:
         raise ValueError(f"--eval_problems must be at most the {held} that were held out before, "
@@ -2601,6 +2624,7 @@ def packed_windows(run, path, shuffle):
     if not len(windows):
         raise ValueError(f"--packed needs more than context_length = {length} tokens, got "
                          f"{len(windows.ids)} of {path}; give more pairs")
+    check_ids(run, [windows.ids.max().item()])
     return windows
 
 
@@ -2722,6 +2746,11 @@ def open_generations(args, rank, barrier):
     skip = ("resume", "overwrite", "run", "device")
     flags = {k: v for k, v in vars(args).items() if k not in skip}
     folder = Path(args.out_dir)
+    names = ("generations*.jsonl", "results.json", "alpaca_eval.json", "sst.jsonl")
+    outputs = [*itertools.chain(*map(folder.glob, names))]
+    if any(file.samefile(args.data) for file in outputs):
+        raise ValueError(f"--data must be no file that eval writes, got {args.data}; give another "
+                         "--out_dir")
     done, old = read_generations(folder)
     if old is not None and not (args.resume or args.overwrite):
         raise ValueError(f"out_dir must be a new folder, got {folder}, which holds an evaluation; "
@@ -2732,8 +2761,7 @@ def open_generations(args, rank, barrier):
                          f"{', '.join(changed)}; give the same ones, or --overwrite")
     barrier()  # all have read it
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("generations*.jsonl", "results.json", "alpaca_eval.json", "sst.jsonl")
-    for file in itertools.chain(*map(folder.glob, names)) if not (rank or args.resume) else ():
+    for file in outputs if not (rank or args.resume) else ():
         file.unlink()
     barrier()
     path = folder / (f"generations.{rank}.jsonl" if rank else "generations.jsonl")
@@ -2746,7 +2774,8 @@ def generate_missing(args, examples, model, tokenizer, done, file, rank, ranks):
     the seed and the example's place, so that resuming or more ranks give the same."""
     began, new = time.perf_counter(), 0
     samplings = [([None], 0.0), *[(range(args.num_samples), args.temperature)][: args.num_samples]]
-    batches = [(first, *s) for first in range(0, len(examples), args.batch_size) for s in samplings]
+    firsts = range(0, len(examples), args.batch_size)
+    batches = [(first, *s) for s in samplings for first in firsts]  # some of both for every rank
     stop = (*STOPS.get(args.prompt, ()), *args.stop)
     for first, samples, temperature in batches[rank::ranks]:
         batch = range(first, min(first + args.batch_size, len(examples)))
@@ -2833,8 +2862,9 @@ def report(args, examples, done, per_s):
             found = [pass_at_k(args.num_samples, int(c), k) for c in right]
             result[f"pass@{k}"] = sum(found) / len(found)
     folder = Path(args.out_dir)
-    outputs = [r["response"].split("# Query:")[0].strip().removesuffix("```").strip()
-               for r in greedy]
+    outputs = [r["response"].strip() for r in greedy]
+    if args.prompt == "system":  # whose replies stand between backticks; others may end in code
+        outputs = [o.split("# Query:")[0].strip().removesuffix("```").strip() for o in outputs]
     if args.task == "alpaca_eval":
         lm.write_json([{"instruction": e["instruction"], "output": output, "generator": args.model,
                         "dataset": e.get("dataset")}
@@ -3266,9 +3296,9 @@ def parse(argv):
     algorithm = getattr(args, "algorithm", None)
     if getattr(args, "take_step", None) and args.resume:
         saved = lm.saved_flags(args.out_dir)
-        if saved.get("verb", args.verb) != args.verb:
+        if saved and saved.get("verb") != args.verb:
             raise ValueError(f"--resume must go on with the same verb, got {args.verb} for a run "
-                             f"of {saved['verb']}; give another --out_dir")
+                             f"of {saved.get('verb', 'train.py')}; give another --out_dir")
         former = saved.get("algorithm")
         if algorithm and algorithm != former:  # another one begins from the plain flags
             saved = {k: v for k, v in saved.items() if k not in ALGORITHMS.get(former, ())}

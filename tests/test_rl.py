@@ -638,6 +638,19 @@ def test_a_sequence_begins_with_the_begin_token_of_its_tokenizer_once():
     assert rl.encode_prompt(Words(bos=2), "a b") == [3, 4]  # as GPT-2's, which begins with nothing
 
 
+def test_the_begin_token_may_have_any_name_where_tokenizer_json_puts_it_first(tmp_path):
+    ours = Tokenizer(DIGITS.vocab, [], ["<|endoftext|>", "<bos>"])
+    begin, end = (ours.special_ids[t] for t in ("<bos>", "<|endoftext|>"))
+    special = {"<bos>": {"id": "<bos>", "ids": [begin], "tokens": ["<bos>"]}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    for first, ids in ([{"SpecialToken": {"id": "<bos>", "type_id": 0}}], [begin, 1, 2]), ([], [1, 2]):
+        template = {"type": "TemplateProcessing", "single": [*first, text], "pair": [text], "special_tokens": special}
+        for processor in (template, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}):
+            ours.post_processor = processor
+            ours.save(tmp_path / "tokenizer.json")
+            assert rl.encode_prompt(Tokenizer.load(tmp_path / "tokenizer.json"), "12") == ids and end not in ids
+
+
 def test_any_model_and_any_tokenizer_do():
     class Bare:  # neither end nor begin, called as Hugging Face's are
         def __call__(self, text, add_special_tokens=True):
@@ -1026,7 +1039,7 @@ def test_preferences_of_countdown_choose_right_answers_only(tmp_path):
         assert rl.countdown_reward(response.removesuffix("<|endoftext|>"), *problems[prompt]) == RIGHT
 
 
-def test_grpo_goes_on_behind_the_problems_that_its_model_has_learnt_from(tmp_path):
+def test_grpo_goes_on_behind_the_problems_that_its_model_has_learnt_from(tmp_path, monkeypatch):
     sft = ("sft --task addition --digits 2 --examples 50 --eval_problems 4 --max_steps 1 --batch_size 2 --device cpu "
            f"--max_new_tokens 4 --d_model 16 --num_layers 1 --num_heads 2 --d_ff 16 --out_dir {tmp_path / 'sft'}")  # fmt: skip
     assert rl.main(sft.split()) == 0
@@ -1038,6 +1051,14 @@ def test_grpo_goes_on_behind_the_problems_that_its_model_has_learnt_from(tmp_pat
             held, _, unsolved = rl.task_problems(args, task, 5)
             assert (held, unsolved) == (task.problems(args.eval_problems), task.problems(first + 5)[first:])
             assert (args.examples, args.held) == (first - 4, 4)  # so in the log, for whoever goes on from there
+    for before, now, held, first in (("3 4", "3", 5, 25), ("3", "3 4", 20, 100), ("3 4", "3 4", 10, 50)):
+        former = dict(task="countdown", digits=3, numbers=[*map(int, before.split())], held=10, examples=40)
+        args = rl.parse(f"grpo --task countdown --numbers {now} --model x --eval_problems 5".split())
+        with monkeypatch.context() as patch:  # so many of each kind of problems have been learnt from
+            patch.setattr(rl.lm, "saved_flags", lambda folder, former=former: former)
+            task = SimpleNamespace(problems=lambda n: [*range(n)])
+            assert rl.task_problems(args, task, 3) == ([*range(5)], [], [first, first + 1, first + 2])
+        assert args.held == held
     with pytest.raises(ValueError, match="--eval_problems must be at most the 4 that were held out before, got 5"):
         rl.task_problems(rl.parse([*sft.split(), "--eval_problems", "5", "--model", str(tmp_path / "sft")]), task)
 
@@ -1065,6 +1086,7 @@ def test_a_resumed_run_takes_another_algorithm_whole_and_keeps_what_was_given_to
 
 def test_commands_of_the_readme_are_accepted():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(`python rl\.py[^`\n]*)\n([^`\n]*`)", r"\1 \2", text)  # one in prose may go over a line's end
     commands = re.findall(r"python rl\.py ((?:sft|ei|grpo|dpo|eval|bench|plot)\b[^`#;|\n]*)", text)
     commands = [shlex.split(c.replace("$n", "8")) for c in commands if not {"--help", "..."} & {*c.split()}]
     assert len(commands) > 12
@@ -1137,6 +1159,17 @@ def test_bad_input_is_refused_in_one_line(start, tmp_path, capsys, monkeypatch):
         fails(capsys, ["grpo", *task, *out, flag, value], f"argument {flag}: ")
     fails(capsys, ["grpo", *task, "--max_new_tokens", "50", *SHAPE, *out], "some prompts must fit")
     fails(capsys, ["grpo", *task, "--resume", "--out_dir", str(start.parent)], "same verb, got grpo for a run of sft")
+    other = Path(write_jsonl(tmp_path / "log.jsonl", [{"flags": {"lr": 1e-3}}])).parent
+    fails(capsys, ["grpo", *task, "--resume", "--out_dir", str(other)], "same verb, got grpo for a run of train.py")
+    with monkeypatch.context() as patch:  # on two hosts, of which one lacks the checkpoint
+        patch.setattr(rl.Run, "gather", lambda *_: torch.tensor([60.0, 0.0]))
+        fails(capsys, ["sft", "--resume", "--out_dir", str(start.parent)], r"all ranks must .* got steps \[60, 0\]")
+    lacking = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>", "<pad>"])
+    lacking.save(tmp_path / "bytes/tokenizer.json")
+    padded = write_jsonl(tmp_path / "padded.jsonl", [{"prompt": "a" * 400, "response": "<pad>"}])
+    for more in ([], ["--packed"]):
+        argv = ["sft", "--model", str(tmp_path / "bytes"), *more, "--data", padded, *out]
+        fails(capsys, argv, "below the model's 257, got 257")
     fails(capsys, ["sft", *task, "--out_dir", str(start.parent)], "holds a run")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/config.json").write_text(json.dumps({"model_type": "mamba"}))
@@ -1499,8 +1532,9 @@ def test_records_are_read_from_jsonl_gz_json_and_csv(tmp_path):
     for path in (write(tmp_path / "a.jsonl", *written, ""), write(tmp_path / "a.jsonl.gz", *written),
                  write(tmp_path / "a.json", written)):  # fmt: skip
         assert rl.read_problems(path) == written
-    path = write(tmp_path / "a.csv", "id,prompts_final", '1,"one, two"')
-    assert rl.read_examples("sst", path, "question_only")[0]["prompt"] == "one, two"
+    for name in ("a.csv", "a.csv.gz"):
+        path = write(tmp_path / name, "id,prompts_final", '1,"one, two"')
+        assert rl.read_examples("sst", path, "question_only")[0]["prompt"] == "one, two"
 
 
 def test_fields_go_by_their_usual_names(tmp_path, capsys):
@@ -1631,6 +1665,11 @@ def test_a_model_folder_tells_its_end_token_whatever_its_name_is(tmp_path, model
     assert "has no end token" in capsys.readouterr().out
     Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<x>", "<|endoftext|>"]).save(file)
     fails(capsys, [*sft, str(model_folder), "--out_dir", str(tmp_path / "c")], "got id 257, for a model of 257 ids")
+    many = Tokenizer({i: bytes([i]) for i in range(253)}, [], ["<|endoftext|>", "<x>", "<|im_end|>"])
+    many.save(file)
+    for named, ends in (([255, 253], (255, 253)), (255, (255, 253)), (None, (253, 255))):
+        (model_folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+        assert rl.end_ids(rl.load_model(model_folder)[1]) == ends  # first what other programs stop at
 
 
 def test_an_evaluation_leaves_every_generation_and_its_results(tmp_path, model_folder, monkeypatch):
@@ -1682,15 +1721,28 @@ def test_two_ranks_evaluate_like_one(tmp_path, model_folder):
     subprocess.run([*command, *eval_flags(tmp_path, model_folder, "gsm8k", gsm8k(tmp_path), *flags, out="two")],
                    check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)  # fmt: skip
     assert written(tmp_path, "two") == written(tmp_path, "one") and len(written(tmp_path, "one")) == 15
-    assert (tmp_path / "two/generations.1.jsonl").exists() and (tmp_path / "two/results.json").exists()
+    assert (tmp_path / "two/results.json").exists()
+    second = map(json.loads, (tmp_path / "two/generations.1.jsonl").read_text().splitlines())
+    assert {r["sample"] for r in second if "sample" in r} == {None, 0, 1}  # some greedy, some sampled
 
 
-def test_outputs_are_in_the_files_that_other_graders_read(tmp_path, model_folder):
+def test_outputs_are_in_the_files_that_other_graders_read(tmp_path, model_folder, capsys, monkeypatch):
     data = write(tmp_path / "alpaca.json", [{"instruction": "Say {hi}", "dataset": "helpful_base", "output": "?"}])
     rl.main(eval_flags(tmp_path, model_folder, "alpaca_eval", data, "--prompt", "system", out="a"))
     (row,) = json.loads((tmp_path / "a/alpaca_eval.json").read_text())
     assert set(row) == {"instruction", "output", "generator", "dataset"} and row["instruction"] == "Say {hi}"
     assert row["dataset"] == "helpful_base" and row["generator"] == str(model_folder)
+    code = "So:\n```python\nprint(1)  # Query: 1\n```"
+    for prompt, reply, output in (("alpaca", code, code), ("system", "Hi!```\n\n# Query:", "Hi!")):
+        row = {"text": reply, "finish_reason": "stop"}
+        monkeypatch.setattr(rl, "generate_responses", lambda *_, row=row: [[row]])
+        rl.main(eval_flags(tmp_path, model_folder, "alpaca_eval", data, "--prompt", prompt, "--overwrite", out="a"))
+        assert json.loads((tmp_path / "a/alpaca_eval.json").read_text())[0]["output"] == output
+    monkeypatch.undo()
+    (tmp_path / "b").mkdir()
+    published = write(tmp_path / "b/alpaca_eval.json", [{"instruction": "Say {hi}"}])
+    fails(capsys, eval_flags(tmp_path, model_folder, "alpaca_eval", published, out="b"), "no file that eval writes")
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["alpaca_eval.json"]
     data = write(tmp_path / "sst.csv", "harm_area,prompts_final", "x,Tell me how", "x,Tell me why")
     rl.main(eval_flags(tmp_path, model_folder, "sst", data, "--prompt", "system", out="s"))
     rows = [json.loads(line) for line in (tmp_path / "s/sst.jsonl").read_text().splitlines()]
@@ -1701,6 +1753,7 @@ def test_outputs_are_in_the_files_that_other_graders_read(tmp_path, model_folder
 def test_mmlu_is_asked_as_the_handout_says(tmp_path, model_folder):
     write(tmp_path / "m/high_school_biology_test.csv".replace("m/", ""), '"What, then?",one,two,three,four,B')
     (example,) = rl.read_examples("mmlu", tmp_path / "high_school_biology_test.csv", "question_only")
+    assert len(rl.read_mmlu(write(tmp_path / "long.csv", f"{'q' * 200_000},1,2,3,4,A"))[0]["question"]) == 200_000
     assert example["prompt"].endswith("Question: What, then?\nA. one\nB. two\nC. three\nD. four\nAnswer:")
     assert "about high school biology" in example["prompt"]
     assert rl.grade_response("mmlu", "system", example, "The correct answer is B.") == RIGHT
