@@ -2380,12 +2380,11 @@ def countdown_prompt(numbers, target):
 
 
 def countdown_trace(numbers, target, rng):
-    """The text behind `countdown_prompt`, of a searcher with little patience: random attempts, whose
-    last step makes the target if one can, each but the last given up with "no". The last one is
-    right, or the patience is at its end; the answer is its expression all the same. What is written
-    can be checked by comparing two numbers, answers are often wrong: to go on is what rewards can
-    teach, as in searches of both outcomes (Gandhi et al. 2024, Stream of Search, arXiv 2404.03683).
-    """
+    """The text behind `countdown_prompt`, of a searcher with little patience: random attempts,
+    whose last step makes the target if one can, each but the last given up with "no". The last one
+    is right, or the patience is at its end; the answer is its expression all the same. To compare
+    two numbers tells a failure, yet answers are often wrong: to go on is what rewards can teach, as
+    in searches of both outcomes (Gandhi et al. 2024, Stream of Search, arXiv 2404.03683)."""
     patience = max(2, COUNTDOWN_PATIENCE // (len(numbers) - 1))
     attempts = 1 if rng.random() < COUNTDOWN_HASTE else rng.randint(2, patience)
     failed = {}
