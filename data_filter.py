@@ -3795,7 +3795,7 @@ def contamination_grams(path, n):
         texts = read_texts(path)
     else:
         with open_input(path, "rt", encoding="utf-8", errors="replace") as file:
-            texts = file.read().split(bpe.END_OF_TEXT)
+            texts = [*documents_of(file)]
     grams = {gram for text in texts if "\0" not in text for gram in gram_hashes(text, n)}
     if not grams:
         raise ValueError(f"--decontaminate must be text with {n} words in a row, got {path} "

@@ -1747,7 +1747,7 @@ class Trainer:
         self.device, self.watch = device, ranks.watch
         self.out_dir = Path(args.out_dir)
         self.checkpoint = self.out_dir / "checkpoint.pt"
-        ranks.share(self.check_out_dir)
+        ranks.share(self.make_out_dir)
         lm.check_recompute_flags(args)
         self.min_lr = lm.last_rate(args)
         precision = lm.optimizer_precision(args)
@@ -1801,12 +1801,9 @@ class Trainer:
               f"{args.strategy}, {str(self.dtype)[6:]}"
               f"{', compiled in the first step' if self.compiled else ''}")
 
-    def check_out_dir(self):
+    def make_out_dir(self):
+        lm.check_out_dir(self.args)
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        holds_a_run = any((self.out_dir / f).exists() for f in ("log.jsonl", "checkpoint.pt"))
-        if holds_a_run and not (self.args.resume or self.args.overwrite):
-            raise ValueError(f"out_dir must be a new folder, got {self.out_dir}, which holds a run;"
-                             " give --resume to go on, --overwrite to start anew, or another")
 
     def fit_to_memory(self):
         """Says what memory a step will need; halves the micro-batch, on all ranks, until that is

@@ -800,6 +800,12 @@ class TransformerLM(nn.Module):
         if c.tie_embeddings:  # the head's small weights serve both: N(0, 1) would give huge logits
             self.token_embeddings.weight = self.lm_head.weight
 
+    def renew_rope(self, device):
+        """Makes the rotary tables on `device`, for the context_length that config has now."""
+        rope = make_rope(self.config, device)
+        for layer in self.layers:
+            layer.attn.rope = rope
+
     def recompute(self, levels):
         """levels: one of RECOMPUTE for each block. raises ValueError"""
         unknown = [level for level in levels if level not in RECOMPUTE]
@@ -1840,9 +1846,7 @@ def from_pretrained(path, device="cpu", dtype=None, **overrides):
     beside = os.path.join(path, "generation_config.json")
     if os.path.isfile(beside):
         model.generation_config = read_json_object(beside)
-    rope = make_rope(config, device)  # the tables are not in the file: made on the real device
-    for layer in model.layers:
-        layer.attn.rope = rope
+    model.renew_rope(device)  # its tables are not in the file: made on the real device
     return model
 
 
@@ -1918,9 +1922,10 @@ def save_pretrained(model, tokenizer, path, dtype=None):
                 settings[name] = special[first]
         write_json(settings, os.path.join(path, "tokenizer_config.json"))
     beside = Path(path, "generation_config.json")
-    beside.unlink(missing_ok=True)  # another model's
     if model.generation_config:
         write_json(model.generation_config, beside)
+    else:
+        beside.unlink(missing_ok=True)  # another model's
     write_safetensors(tensors, os.path.join(path, "model.safetensors"))
     write_json(hf, os.path.join(path, "config.json"))
 
@@ -2508,6 +2513,17 @@ def stop_politely(received):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def check_out_dir(args):
+    """raises ValueError unless --out_dir is a folder, or can be one, for the run of the flags."""
+    out_dir = Path(args.out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f"out_dir must be a folder, got the file {out_dir}; give another")
+    holds_a_run = any((out_dir / f).exists() for f in ("log.jsonl", "checkpoint.pt"))
+    if holds_a_run and not (args.resume or args.overwrite):
+        raise ValueError(f"out_dir must be a new folder, got {out_dir}, which holds a run;"
+                         " give --resume to go on, --overwrite to start anew, or another")
 
 
 def clear_run(out_dir):

@@ -1669,12 +1669,7 @@ class Run:
         self.checkpoint = self.out_dir / "checkpoint.pt"
         if reason:
             print(reason)
-        if self.out_dir.exists() and not self.out_dir.is_dir():
-            raise ValueError(f"out_dir must be a folder, got the file {self.out_dir}; give another")
-        holds_a_run = any((self.out_dir / f).exists() for f in ("log.jsonl", "checkpoint.pt"))
-        if holds_a_run and not (args.resume or args.overwrite):
-            raise ValueError(f"out_dir must be a new folder, got {self.out_dir}, which holds a run;"
-                             " give --resume to go on, --overwrite to start anew, or another")
+        lm.check_out_dir(args)
         if args.overwrite and Path(args.model or "/").resolve().is_relative_to(
                 self.out_dir.resolve()):
             raise ValueError(f"--overwrite must leave the model to start from, got {args.model} in "
@@ -1714,9 +1709,7 @@ class Run:
                                                     **given)
             if length > self.model.config.context_length:  # a shorter one is of this run alone
                 self.model.config = replace(self.model.config, context_length=length)
-                rope = lm.make_rope(self.model.config, self.device)
-                for layer in self.model.layers:
-                    layer.attn.rope = rope
+                self.model.renew_rope(self.device)
         elif self.task:
             torch.manual_seed(args.seed)
             self.tokenizer = self.task.tokenizer

@@ -44,17 +44,6 @@ def loss_and_gradient(hidden_states, model, batch, micro_batch_size, grad_clip, 
     return torch.stack((loss_sum, lm.clip_grad_norm_(model.parameters(), grad_clip)))
 
 
-def check_out_dir(args):
-    """raises ValueError unless --out_dir is a folder, or can be one, for the run of the flags."""
-    out_dir = Path(args.out_dir)
-    if out_dir.is_file():
-        raise ValueError(f"out_dir must be a folder, got the file {out_dir}; rename it")
-    holds_a_run = any((out_dir / f).exists() for f in ("log.jsonl", "checkpoint.pt"))
-    if holds_a_run and not (args.resume or args.overwrite):
-        raise ValueError(f"out_dir must be a new folder, got {out_dir}, which holds a run;"
-                         " give --resume to go on, --overwrite to start anew, or another")
-
-
 class Trainer:
     """The state of a run and what happens to it; `run` is the loop."""
 
@@ -63,7 +52,7 @@ class Trainer:
         self.device = lm.resolve_device(args.device)
         self.out_dir = Path(args.out_dir)
         self.checkpoint = self.out_dir / "checkpoint.pt"
-        check_out_dir(args)
+        lm.check_out_dir(args)
         self.out_dir.mkdir(parents=True, exist_ok=True)
         lm.check_recompute_flags(args)
         self.min_lr = lm.last_rate(args)
@@ -329,7 +318,7 @@ def main(argv=None):
         if args.resume:  # the run's own flags, and over them those given now
             parser.set_defaults(**{**lm.saved_flags(args.out_dir, args), "out_dir": args.out_dir})
             args = parser.parse_args(argv)
-        check_out_dir(args)
+        lm.check_out_dir(args)
         with alone_with(Path(args.out_dir, "run.lock")):  # two runs would mix their files
             trainer = Trainer(args)
             with lm.stop_politely(trainer.signals):
